@@ -1,0 +1,114 @@
+"""Which backend runs an op for these arguments, and why not a faster one.
+
+An op registers backends in the order of preference. Each has `refuse(call) -> str | None`, the reason it will not
+take this call, and an implementation. `call` is a small hashable description (device, dtypes, layout), so the
+answer is looked up, not worked out, from the second time on.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft_engine import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+class BackendError(RuntimeError):
+    """A pinned backend refused a call; the message carries its reason."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen, its implementation, and what each faster one said."""
+
+    backend: str
+    run: Any
+    refused: dict[str, str]
+
+    @property
+    def reason(self) -> str:
+        """Why no faster backend runs; empty when the fastest does."""
+        return "; ".join(f"{name}: {why}" for name, why in self.refused.items())
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    refuse: Callable[[Any], str | None]
+    run: Any
+
+
+class Op:
+    """The backends of one op, in order of preference (the first registered is asked first)."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._entries: list[_Entry] = []
+        self._cache: dict[Hashable, Choice] = {}
+        OPS[name] = self
+
+    def register(self, backend: str, run: Any, refuse: Callable[[Any], str | None] = lambda call: None) -> None:
+        self._entries.append(_Entry(backend, refuse, run))
+
+    def choose(self, call: Hashable) -> Choice:
+        """The first backend that does not refuse `call`.
+
+        Raises BackendError when `force_backend` or PEFT_ENGINE_BACKEND pins one that refuses.
+        """
+        key = (_forced, call)
+        choice = self._cache.get(key)
+        if choice is None:
+            choice = self._cache[key] = self._choose(call)
+        return choice
+
+    def _choose(self, call: Any) -> Choice:
+        refused: dict[str, str] = {}
+        for entry in self._entries:
+            if _forced is not None and entry.name != _forced:
+                continue
+            why = available_backends().get(entry.name) or entry.refuse(call)
+            if why is None:
+                return Choice(entry.name, entry.run, refused)
+            refused[entry.name] = why
+        if _forced is not None:
+            why = refused.get(_forced, "it has no kernel for this op")
+            raise BackendError(f"{self.name}: backend {_forced!r} is pinned but cannot run this call: {why}")
+        raise BackendError(f"{self.name}: no backend takes this call: {refused}")
+
+
+OPS: dict[str, Op] = {}
+_forced: str | None = None
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backend name to None when usable on this machine, else the reason it is not."""
+    return {
+        "cuda": "not built in this version",
+        "triton": "not built in this version",
+        "cpu": native.load_error(),
+        "reference": None,
+    }
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """Pins one backend inside the `with` block: a call it refuses raises BackendError with the reason."""
+    global _forced
+    before, _forced = _forced, _check(name, "force_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+if os.environ.get("PEFT_ENGINE_BACKEND"):
+    _forced = _check(os.environ["PEFT_ENGINE_BACKEND"], "PEFT_ENGINE_BACKEND")

@@ -1,0 +1,1 @@
+"""Modules: NF4Linear, a linear layer whose frozen weight is held in NF4."""

@@ -1,0 +1,220 @@
+"""LoRA product over a frozen dense or NF4 weight (Hu et al. 2021, arXiv 2106.09685; Dettmers et al. 2023, 2305.14314).
+
+    h = drop(x) A^T                    y = x W^T + bias + s h B^T
+    dh = s dy B                        dx = dy W + drop'(dh A)
+    dA = dh^T drop(x)                  dB = s dy^T h
+
+x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: x, h (M x R) and the weights, nothing else.
+Dropout keeps element (m, k) by a hash of the seed, the row and the column, so no mask is stored.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from peft_engine import dispatch, native
+from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu
+
+_U32 = 0xFFFFFFFF
+
+
+class LoraLinearCall(NamedTuple):
+    """What dispatch needs to know of a call."""
+
+    device: str
+    dtype: torch.dtype
+    base: torch.dtype | str  # the dtype of a dense weight, or "nf4"
+    adapter: torch.dtype | None
+    in_features: int
+
+
+LORA_LINEAR = dispatch.Op("lora_linear")
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x W^T + bias + scaling * drop(x) A^T B^T, of shape (..., N) and x's dtype.
+
+    x (..., K) float32, bfloat16 or float16; weight (N, K) of x's dtype, or an NF4Tensor; lora_a (R, K) and
+    lora_b (N, R), of x's dtype or float32, or both None; bias (N,); seed an int64 tensor of one element, needed when
+    dropout_p > 0 (draw it with torch.randint, so that checkpointing draws it again).
+    Gradients flow to x, lora_a, lora_b and bias; the weight is frozen.
+    Raises ValueError or TypeError that says which argument does not fit.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        weight = weight if isinstance(weight, NF4Tensor) else weight.to(dtype)
+    _check(x, weight, lora_a, lora_b, bias, dropout_p, seed)
+    call = LoraLinearCall(
+        x.device.type,
+        x.dtype,
+        "nf4" if isinstance(weight, NF4Tensor) else weight.dtype,
+        None if lora_a is None else lora_a.dtype,
+        x.shape[-1],
+    )
+    run = LORA_LINEAR.choose(call).run
+    return run(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
+
+
+def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
+    nf4 = isinstance(weight, NF4Tensor)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"lora_linear: x must be float32, bfloat16 or float16, got {x.dtype}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"lora_linear: weight must be (out_features, in_features), got {tuple(weight.shape)}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"lora_linear: x must be (..., in_features)=(..., {k}), got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"lora_linear: x is on {x.device} and weight on {weight.device}; move one of them")
+    if not nf4:
+        if weight.dtype != x.dtype:
+            raise TypeError(f"lora_linear: x is {x.dtype} and weight {weight.dtype}; cast one of them")
+        if weight.requires_grad:
+            raise ValueError("lora_linear: weight must be frozen (it gets no gradient here); set requires_grad=False")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
+    if lora_a is not None:
+        r = lora_a.shape[0]
+        if tuple(lora_a.shape) != (r, k):
+            raise ValueError(
+                f"lora_linear: A must be (r, in_features)=({r}, {k}), got {tuple(lora_a.shape)}; "
+                "was this adapter trained for another layer?"
+            )
+        if tuple(lora_b.shape) != (n, r):
+            raise ValueError(
+                f"lora_linear: B must be (out_features, r)=({n}, {r}), got {tuple(lora_b.shape)}; "
+                "was this adapter trained for another layer?"
+            )
+        if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (torch.float32, x.dtype):
+            raise TypeError(
+                f"lora_linear: A and B must both be float32 or both {x.dtype} as x, got {lora_a.dtype} and {lora_b.dtype}"
+            )
+        if lora_a.device != x.device or lora_b.device != x.device:
+            raise ValueError(f"lora_linear: x is on {x.device}, A on {lora_a.device}, B on {lora_b.device}; move them")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"lora_linear: bias must be (out_features,)=({n},), got {tuple(bias.shape)}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError("lora_linear: dropout needs seed, an int64 tensor of one element; draw it with torch.randint")
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def _mix(h: torch.Tensor) -> torch.Tensor:
+    """The 32-bit finaliser of MurmurHash3, on uint32 values held in int64."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & _U32
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & _U32
+    return h ^ (h >> 16)
+
+
+def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
+    """The (rows, columns) bool mask of the elements kept: hash(seed, row, column) >= p * 2^32."""
+    seed = seed.reshape(())
+    row = torch.arange(rows, device=seed.device)
+    key = _mix((seed & _U32) ^ _mix((row & _U32) ^ _mix((seed >> 32 & _U32) ^ (row >> 32))))
+    column = torch.arange(columns, device=seed.device) * 0x9E3779B9 & _U32
+    return _mix((key[:, None] + column) & _U32) >= round(p * 2**32)
+
+
+def reference(x, weight, lora_a, lora_b, scaling, bias=None, dropout_p=0.0, seed=None) -> torch.Tensor:
+    """lora_linear in plain torch: the base product in x's dtype, the adapter in its own (as PEFT computes it)."""
+    dense = weight.dequantize(x.dtype) if isinstance(weight, NF4Tensor) else weight
+    y = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    if lora_a is None:
+        return y
+    dropped = x.to(lora_a.dtype)
+    if dropout_p > 0.0:
+        mask = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], dropout_p).view(x.shape)
+        dropped = dropped * mask / (1.0 - dropout_p)
+    return (y + F.linear(F.linear(dropped, lora_a), lora_b) * scaling).to(x.dtype)
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+_BASE = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksize"
+native.library.define(
+    f"lora_linear_forward(Tensor x, {_BASE}, int out_features, Tensor? lora_a, Tensor? lora_b, float scaling,"
+    " Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+)
+native.library.define(
+    f"lora_linear_backward(Tensor dy, Tensor x, {_BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h, float scaling,"
+    " float dropout_p, Tensor? seed, bool need_dx) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("peft_engine::lora_linear_forward")
+def _(x, weight, absmax, nested_absmax, offset, blocksize, out_features, lora_a, lora_b, scaling, bias, dropout_p, seed):
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows if rank else 0, rank, dtype=torch.float32)
+
+
+@torch.library.register_fake("peft_engine::lora_linear_backward")
+def _(dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed, need_dx):
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    if lora_a is None:
+        return dx, x.new_empty(0), x.new_empty(0)
+    return dx, torch.empty_like(lora_a), torch.empty_like(lora_b)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed):
+        y, h = torch.ops.peft_engine.lora_linear_forward(
+            x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
+        )
+        adapter_grad = lora_a is not None and (ctx.needs_input_grad[7] or ctx.needs_input_grad[8])
+        # x is needed only for dA; a frozen adapter (or none) keeps no activation at all.
+        ctx.save_for_backward(
+            x if adapter_grad else None, weight, absmax, nested_absmax, offset, lora_a, lora_b,
+            h if adapter_grad else None, seed,
+        )  # fmt: skip
+        ctx.settings = blocksize, scaling, p, x.shape, x.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy):
+        x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
+        blocksize, scaling, p, x_shape, x_dtype, bias_dtype = ctx.settings
+        dy = dy.contiguous()
+        shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
+        dx, da, db = torch.ops.peft_engine.lora_linear_backward(
+            dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p, seed,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        need = ctx.needs_input_grad
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias_dtype) if need[10] else None
+        return (
+            dx if need[0] else None, None, None, None, None, None, None,
+            da if need[7] else None, db if need[8] else None, None, dbias, None, None,
+        )  # fmt: skip
+
+
+def _cpu(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Tensor:
+    x = x.contiguous()
+    if isinstance(weight, NF4Tensor):
+        base = weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize
+    else:
+        base = weight.contiguous(), None, None, None, 0
+    if lora_a is not None:
+        lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+    return _LoraLinear.apply(x, *base, weight.shape[0], lora_a, lora_b, float(scaling), bias, dropout_p, seed)
+
+
+LORA_LINEAR.register("cpu", _cpu, refuse_unless_cpu)
+LORA_LINEAR.register("reference", reference)
