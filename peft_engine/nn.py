@@ -1,1 +1,186 @@
-"""Modules: NF4Linear, a linear layer whose frozen weight is held in NF4."""
+"""Modules: NF4Linear, a linear layer whose frozen weight is held in NF4.
+
+Its tensors are bitsandbytes': `weight` holds the packed bytes, and the state dict has the keys of bitsandbytes'
+Linear4bit (`weight.absmax`, `weight.quant_state.bitsandbytes__nf4`, ...), so files go both ways.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from peft_engine.ops.lora_linear import lora_linear
+from peft_engine.ops.nf4 import NF4Tensor, nf4_quantize
+
+_SCALES = ("absmax", "nested_absmax", "offset")
+
+
+class NF4Linear(torch.nn.Linear):
+    """y = x W^T + bias with W (out_features, in_features) frozen in NF4.
+
+    weight          Parameter, uint8 (ceil(out_features * in_features / 2), 1), never trained
+    absmax          buffer, uint8 when double-quantised, else float32; with nested_absmax and offset, or None for both
+    bias            Parameter or None, as the dense layer had it
+    compute_dtype   dtype of the product; None (the default) takes the input's
+
+    A cast (`.to(torch.bfloat16)`, `.half()`) reaches the bias only: the packed weight and its scales are data.
+    """
+
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
+    blocksize: int
+    weight_dtype: torch.dtype
+    compute_dtype: torch.dtype | None = None
+    _nf4: NF4Tensor | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        blocksize: int = 64,
+        double_quant: bool = True,
+    ):
+        """A layer initialised as torch.nn.Linear, quantised; `dtype` is that of the bias and of `dequantize()`."""
+        super().__init__(in_features, out_features, bias, device, dtype)
+        hold(self, nf4_quantize(self.weight, blocksize=blocksize, double_quant=double_quant))
+
+    @classmethod
+    def from_linear(
+        cls, linear: torch.nn.Linear, *, blocksize: int = 64, double_quant: bool = True
+    ) -> "NF4Linear":
+        """A new layer with the weight of `linear` quantised, on its device, sharing its bias Parameter.
+
+        Raises TypeError for what is not a plain nn.Linear or has a weight that is not float32, bfloat16 or float16.
+        """
+        if type(linear) is not torch.nn.Linear:
+            raise TypeError(f"NF4Linear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        q = nf4_quantize(linear.weight, blocksize=blocksize, double_quant=double_quant)
+        new = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        new.bias = linear.bias
+        new.train(linear.training)
+        return become_nf4(new, q)
+
+    @property
+    def nf4(self) -> NF4Tensor:
+        """The weight as an NF4Tensor that shares this layer's tensors."""
+        weight, held, cached = self._parameters["weight"], self._buffers, self._nf4
+        if (
+            cached is None
+            or cached.packed is not weight
+            or cached.absmax is not held["absmax"]
+            or cached.nested_absmax is not held["nested_absmax"]
+            or cached.offset is not held["offset"]
+        ):
+            shape = (self.out_features, self.in_features)
+            cached = NF4Tensor(
+                self.weight,
+                self.absmax,
+                self.nested_absmax,
+                self.offset,
+                shape,
+                self.blocksize,
+                self.weight_dtype,
+            )
+            self._nf4 = cached
+        return cached
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = self.compute_dtype
+        if dtype is None or dtype == input.dtype:
+            return lora_linear(input, self.nf4, None, None, 1.0, bias=self.bias)
+        return lora_linear(input.to(dtype), self.nf4, None, None, 1.0, bias=self.bias).to(input.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight as a dense tensor (out_features, in_features) of `dtype` (that before quantising when None)."""
+        return self.nf4.dequantize(dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}, "
+            f"dtype={str(self.weight_dtype).removeprefix('torch.')}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_nf4"}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
+        # A move must reach the 4-bit data and a cast must not; `fn` may be either, or both at once.
+        data = {id(t) for t in (self.weight, self.absmax, self.nested_absmax, self.offset) if t is not None}
+
+        def move(t: torch.Tensor) -> torch.Tensor:
+            moved = fn(t)
+            return moved if id(t) not in data or moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, value in self.nf4.to_bnb_state_dict(f"{prefix}weight").items():
+            if key != f"{prefix}weight":
+                destination[key] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        key = f"{prefix}weight"
+        stored = {k: v for k, v in state_dict.items() if k == key or k.startswith(f"{key}.")}
+        # The weight and its scales are read together below; torch reads the rest (bias, children).
+        rest = {k: v for k, v in state_dict.items() if k not in stored} | {key: self.weight}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not stored:
+            missing_keys.append(key)
+            return
+        try:
+            q = _read(stored, key, (self.out_features, self.in_features))
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if local_metadata.get("assign_to_params_buffers", False):
+            hold(self, q)
+            return
+        with torch.no_grad():
+            self.weight.copy_(q.packed)
+        scales = [
+            t if t is None else t.to(self.weight.device, copy=True)
+            for t in (q.absmax, q.nested_absmax, q.offset)
+        ]
+        hold(self, NF4Tensor(self.weight, *scales, q.shape, q.blocksize, q.dtype))
+
+
+def _read(stored: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> NF4Tensor:
+    if key in stored and len(stored) == 1 and stored[key].is_floating_point():
+        raise ValueError(
+            f"NF4Linear: {key} is a dense weight ({stored[key].dtype}), expected NF4; load it into the dense model "
+            "and quantise then, or use load_quantized"
+        )
+    q = NF4Tensor.from_bnb_state_dict(stored, key)
+    if q.shape != shape:
+        raise ValueError(f"NF4Linear: {key} must have shape {shape}, got {q.shape}; is it of another model?")
+    return q
+
+
+def hold(module: torch.nn.Linear, q: NF4Tensor) -> None:
+    """Puts the tensors of `q` into `module`, in place of the weight it has."""
+    packed = q.packed
+    if not isinstance(packed, torch.nn.Parameter):
+        packed = torch.nn.Parameter(packed, requires_grad=False)
+    module.weight = packed
+    for name in _SCALES:
+        module.register_buffer(name, getattr(q, name), persistent=False)
+    module.blocksize, module.weight_dtype = q.blocksize, q.dtype
+    module._nf4 = None
+
+
+def become_nf4(linear: torch.nn.Linear, q: NF4Tensor) -> NF4Linear:
+    """`linear` itself, turned into an NF4Linear that holds `q`: its hooks, its bias and all references to it stay."""
+    linear.__class__ = NF4Linear
+    hold(linear, q)
+    assert isinstance(linear, NF4Linear)
+    return linear

@@ -10,6 +10,7 @@ and each value is the index of the nearest entry of the 256-entry table ABSMAX_C
 The bytes are those of bitsandbytes 0.50 for the same input.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -124,7 +125,11 @@ class NF4Tensor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "shape": list(self.shape),
         }
-        out = {prefix: self.packed, f"{prefix}.absmax": self.absmax, f"{prefix}.quant_map": CODE.to(self.device, copy=True)}
+        out = {
+            prefix: self.packed,
+            f"{prefix}.absmax": self.absmax,
+            f"{prefix}.quant_map": CODE.to(self.device, copy=True),
+        }
         if self.nested_absmax is not None and self.offset is not None:
             described |= {
                 "nested_blocksize": NESTED_BLOCKSIZE,
@@ -146,19 +151,29 @@ class NF4Tensor:
             raise ValueError(f"from_bnb_state_dict: {prefix}: expected an nf4 quant_state, got {got}")
         try:
             state = json.loads(bytes(tensors[key].tolist()))
-            shape, blocksize, dtype = tuple(state["shape"]), state["blocksize"], getattr(torch, state["dtype"])
+            shape, blocksize, dtype = (
+                tuple(state["shape"]),
+                state["blocksize"],
+                getattr(torch, state["dtype"]),
+            )
             nested = "nested_blocksize" in state
             if nested and state["nested_blocksize"] != NESTED_BLOCKSIZE:
-                raise ValueError(f"nested_blocksize must be {NESTED_BLOCKSIZE}, got {state['nested_blocksize']}")
+                raise ValueError(
+                    f"nested_blocksize must be {NESTED_BLOCKSIZE}, got {state['nested_blocksize']}"
+                )
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None
             packed, absmax = tensors[prefix], tensors[f"{prefix}.absmax"]
             nested_absmax = tensors[f"{prefix}.nested_absmax"] if nested else None
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"from_bnb_state_dict: {prefix}: the quant_state is incomplete or broken: {error!r}") from None
+            raise ValueError(
+                f"from_bnb_state_dict: {prefix}: the quant_state is incomplete or broken: {error!r}"
+            ) from None
         for table, name in ((CODE, "quant_map"), (ABSMAX_CODE, "nested_quant_map")):
             stored = tensors.get(f"{prefix}.{name}")
             if stored is not None and not torch.equal(stored.float().cpu(), table):
-                raise ValueError(f"from_bnb_state_dict: {prefix}.{name} is not the standard table; cannot be read exactly")
+                raise ValueError(
+                    f"from_bnb_state_dict: {prefix}.{name} is not the standard table; cannot be read exactly"
+                )
         if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes seen as another dtype
             packed = packed.contiguous().view(torch.uint8)
         packed = packed.reshape(-1, 1).contiguous()
@@ -202,7 +217,9 @@ def nf4_quantize(weight: torch.Tensor, *, blocksize: int = 64, double_quant: boo
     return NF4Tensor(packed, absmax, nested_absmax, offset, tuple(weight.shape), blocksize, weight.dtype)
 
 
-def nf4_dequantize(q: NF4Tensor, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+def nf4_dequantize(
+    q: NF4Tensor, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """The dense tensor q stands for, of shape q.shape and `dtype` (q's own when None), written to `out` when given.
 
     Each value is CODE[index] * absmax in float32, rounded once to `dtype`.
@@ -214,7 +231,9 @@ def nf4_dequantize(q: NF4Tensor, *, out: torch.Tensor | None = None, dtype: torc
                 f"{tuple(out.shape)} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
             )
         if dtype is not None and dtype != out.dtype:
-            raise TypeError(f"nf4_dequantize: out is {out.dtype} but dtype asks for {dtype}; give one of them")
+            raise TypeError(
+                f"nf4_dequantize: out is {out.dtype} but dtype asks for {dtype}; give one of them"
+            )
         dtype = out.dtype
     dtype = dtype or q.dtype
     if dtype not in DTYPES:
@@ -246,13 +265,25 @@ def reference_dequantize(q: NF4Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (CODE.to(q.device, wide)[index] * scale).to(dtype).reshape(q.shape)
 
 
-def reference_quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed bytes (ceil(n / 2), 1) and float32 absmax (ceil(n / blocksize),) of a flat tensor.
+# Values a pass of the reference takes at a time: a multiple of every block size, and bounds the memory it needs.
+_CHUNK = 1 << 20
 
-    Full blocks are multiplied by 1 / absmax and a short last one is divided by it, as bitsandbytes does: the two
-    can differ in the last bit.
-    """
-    flat = flat.float()
+
+def reference_quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed bytes (ceil(n / 2), 1) and float32 absmax (ceil(n / blocksize),) of a flat tensor."""
+    n = flat.numel()
+    packed = flat.new_empty(-(-n // 2), 1, dtype=torch.uint8)
+    absmax = flat.new_empty(-(-n // blocksize), dtype=torch.float32)
+    for start in range(0, n, _CHUNK):
+        bytes_, scales = _quantize_chunk(flat[start : start + _CHUNK].float(), blocksize)
+        packed[start // 2 : start // 2 + bytes_.numel(), 0] = bytes_
+        absmax[start // blocksize : start // blocksize + scales.numel()] = scales
+    return packed, absmax
+
+
+def _quantize_chunk(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full blocks are multiplied by 1 / absmax and a short last one is divided by it, as bitsandbytes does: the two
+    can differ in the last bit."""
     full = flat.numel() // blocksize * blocksize
     blocks, tail = flat[:full].reshape(-1, blocksize), flat[full:]
     absmax = blocks.abs().amax(dim=1) if full else flat.new_zeros(0)
@@ -264,20 +295,34 @@ def reference_quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
     code = CODE.to(flat.device)
-    index = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2).to(torch.uint8)
-    return (index[::2] << 4 | index[1::2])[:, None].contiguous(), absmax
+    index = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return index[::2] << 4 | index[1::2], absmax
+
+
+# --- double quantisation ---------------------------------------------------------------------------------------------
+
+# bitsandbytes does not search ABSMAX_CODE for the nearest entry: it rounds the scaled value to one of 65,536 evenly
+# spaced points of [-1, 1] and takes the entry nearest to that point. A value within half a step (1.5e-5) of a midpoint
+# may go to the further entry, and the entries next to zero are never used: 0 becomes 2.1e-5. What is not a number (0 / 0, a block of zeros) takes the first point. Found by bisecting all 255 thresholds.
+_ABSMAX_POINTS = 1 << 16
+_HALF_RANGE = (_ABSMAX_POINTS - 1) / 2
+
+
+@functools.cache
+def _absmax_points(device: torch.device) -> torch.Tensor:
+    """The index into ABSMAX_CODE for each of the evenly spaced points, uint8."""
+    points = torch.arange(_ABSMAX_POINTS) / _HALF_RANGE - 1.0
+    return torch.bucketize(points, (ABSMAX_CODE[1:] + ABSMAX_CODE[:-1]) / 2).to(device, torch.uint8)
 
 
 def _quantize_absmax(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """absmax - offset in blocks of 256: uint8 indices into ABSMAX_CODE, and one float32 scale a block."""
     n = centred.numel()
-    padded = torch.nn.functional.pad(centred, (0, -n % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
-    nested_absmax = padded.abs().amax(dim=1) if n else centred.new_zeros(0)
-    scaled = (padded / nested_absmax.clamp(min=1e-38)[:, None]).reshape(-1)[:n].clamp(-1, 1)
-    code = ABSMAX_CODE.to(centred.device)
-    upper = torch.bucketize(scaled, code).clamp(1, 255)
-    nearer_lower = (scaled - code[upper - 1]) < (code[upper] - scaled)
-    return torch.where(nearer_lower, upper - 1, upper).to(torch.uint8), nested_absmax
+    blocks = torch.nn.functional.pad(centred, (0, -n % NESTED_BLOCKSIZE)).reshape(-1, NESTED_BLOCKSIZE)
+    nested_absmax = blocks.abs().amax(dim=1) if n else centred.new_zeros(0)
+    scaled = blocks * (1.0 / nested_absmax)[:, None]
+    point = ((scaled + 1.0) * _HALF_RANGE + 0.5).nan_to_num(nan=0.0).clamp(0, _ABSMAX_POINTS - 1).int()
+    return _absmax_points(centred.device)[point.reshape(-1)[:n]], nested_absmax
 
 
 # --- backends --------------------------------------------------------------------------------------------------------
@@ -311,7 +356,11 @@ def _cpu_dequantize(q: NF4Tensor, out: torch.Tensor) -> None:
     torch.ops.peft_engine.nf4_dequantize(q.packed, q.absmax, q.nested_absmax, q.offset, q.blocksize, out)
 
 
-QUANTIZE.register("cpu", lambda flat, blocksize: torch.ops.peft_engine.nf4_quantize(flat.contiguous(), blocksize), refuse_unless_cpu)
+QUANTIZE.register(
+    "cpu",
+    lambda flat, blocksize: torch.ops.peft_engine.nf4_quantize(flat.contiguous(), blocksize),
+    refuse_unless_cpu,
+)
 QUANTIZE.register("reference", reference_quantize)
 DEQUANTIZE.register("cpu", _cpu_dequantize, refuse_unless_cpu)
 DEQUANTIZE.register("reference", lambda q, out: out.copy_(reference_dequantize(q, out.dtype)))
