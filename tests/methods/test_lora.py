@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from method_cases import ALL, IDS, quantized, shake
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,17 +12,6 @@ from peft_engine.methods import LoraConfig, active, adapters_without_gradient, a
 from peft_engine.methods.attach import tensors
 from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.nn import NF4Linear
-
-ALL = LoraConfig(r=4, target_modules="all-linear")
-IDS = torch.arange(24).view(4, 6)
-
-
-def shake(model: nn.Module, name: str = "default", seed: int = 1) -> None:
-    """Moves an adapter off its start, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in tensors(model, name).values():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
 
 
 def snapshot(model: nn.Module) -> tuple:
@@ -40,14 +30,6 @@ def assert_same(a: tuple, b: tuple) -> None:
     assert a[2].keys() == b[2].keys()
     assert all(torch.equal(a[2][key], b[2][key]) for key in a[2])
     assert a[3] == b[3]
-
-
-def quantized(model: nn.Module) -> nn.Module:
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and path != "lm_head":
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, NF4Linear.from_linear(module))
-    return model
 
 
 CONFIGS = [

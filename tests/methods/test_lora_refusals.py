@@ -2,12 +2,11 @@
 
 import pytest
 import transformers
+from method_cases import ALL
 from torch import nn
 
 from peft_engine.methods import LoraConfig, attach
 from peft_engine.nn import NF4Linear
-
-ALL = LoraConfig(r=4, target_modules="all-linear")
 
 
 def state(model: nn.Module) -> dict:
