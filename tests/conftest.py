@@ -66,6 +66,7 @@ def tiny_llama() -> Callable[..., transformers.LlamaForCausalLM]:
             "eos_token_id": 2,
         }
         config = transformers.LlamaConfig(**(settings | changes))
-        return transformers.LlamaForCausalLM(config).to(dtype).eval()
+        # Not .to(dtype): it rounds the rotary frequencies too, which from_pretrained keeps in float32.
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     return make
