@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -61,6 +62,11 @@ def load(
         )
     except _Stop as stop:
         raise stop.error from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_quantized: {path}: {_broken_file(path)} is no whole safetensors file ({error}); "
+            "was the download or the disk cut short?"
+        ) from None
     _check_all_read(path, type(model).__name__, info)
     return (model, info) if wants_info else model
 
@@ -109,6 +115,15 @@ def _check_all_read(path: str, model: str, info: dict[str, Any]) -> None:
                 f"load_quantized: {path}: {what.replace('_', ' ')} for {model}: {shown}; "
                 "is the checkpoint whole, and of this model?"
             )
+
+
+def _broken_file(path: str) -> str:
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            safe_open(file, framework="pt")
+        except SafetensorError:
+            return file.name
+    return "a file of it"
 
 
 def _shape_error(name: str, expected: Iterable[int], got: Iterable[int]) -> str:

@@ -50,6 +50,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def bnb():
+    """bitsandbytes, for tests marked `peers`."""
+    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the `peers` extra)")
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., transformers.LlamaForCausalLM]:
     """A factory: two Llama layers with random weights, hidden 64; keywords go to LlamaConfig."""
 

@@ -212,11 +212,6 @@ def test_offsets_hold_beyond_two_to_the_31_elements():
 # --- bitsandbytes ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bnb():
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the `peers` extra)")
-
-
 def assert_bnb_bytes(bnb, w, blocksize, double_quant) -> None:
     q = nf4_quantize(w, blocksize=blocksize, double_quant=double_quant)
     packed, state = bnb.functional.quantize_4bit(
