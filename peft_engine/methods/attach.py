@@ -28,6 +28,11 @@ def attach(model: ModelType, config: LoraConfig, name: str = "default") -> Model
     adapters.
     """
     base = unwrap(model)
+    if not isinstance(config, LoraConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(
+            f"attach: config must be a peft_engine.LoraConfig (its fields have PEFT's names), got {kind}"
+        )
     check_name(base, name, "attach")
     config = with_head(base, config)
     install(base, config, name, resolve(base, config))

@@ -82,6 +82,12 @@ class LoraConfig:
             _regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
             _regex("exclude_modules", self.exclude_modules)
+        for pattern in (
+            [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        ):
+            _regex("layers_pattern", pattern)
+        if self.task_type is not None and not isinstance(self.task_type, str):
+            raise TypeError(f"LoraConfig: task_type must be a string, got {self.task_type!r}")
         if type(self.use_rslora) is not bool:
             raise TypeError(f"LoraConfig: use_rslora must be True or False, got {self.use_rslora!r}")
         if self.bias not in BIASES:
@@ -128,7 +134,7 @@ class LoraLinear(_Lora, nn.Linear):
     """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _forward(self, input, self.weight)
+        return _forward(self, input, self._parameters["weight"])  # type: ignore[arg-type]
 
 
 class LoraNF4Linear(_Lora, NF4Linear):
@@ -148,7 +154,7 @@ BASES = {adapted: base for base, adapted in LAYERS.items()}
 def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> torch.Tensor:
     active = layer.active_adapter
     if not isinstance(active, tuple):
-        return _product(layer, x, weight, active, layer.bias)
+        return _product(layer, x, weight, active, layer._parameters["bias"])
     groups = copies.row_groups(active, x.shape[0], "active")
     # Two adapters that this layer knows nothing of are one group: the base alone.
     known: dict[str | None, list[int]] = {}
@@ -175,9 +181,9 @@ def _product(
     # A seed from torch's generator: checkpointing restores the generator, so the second forward drops the
     # same.
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
-    return lora_linear(
-        x, weight, layer.lora_A[name], layer.lora_B[name], settings.scaling, bias=bias, dropout_p=p, seed=seed
-    )
+    # Not through attributes and ParameterDict: 5 us less a layer, and a decoded token passes 210 of them.
+    a, b = layer._modules["lora_A"]._parameters[name], layer._modules["lora_B"]._parameters[name]
+    return lora_linear(x, weight, a, b, settings.scaling, bias=bias, dropout_p=p, seed=seed)
 
 
 def settings_for(config: LoraConfig, r: int, alpha: float) -> LoraSettings:

@@ -132,7 +132,7 @@ def excluded(
     """Whether a path is excluded by name, or lies in a module that is trained whole."""
     if exclude_modules and named(path, exclude_modules):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save or ())
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in modules_to_save or ())
 
 
 def in_layers(path: str, layers: int | Iterable[int] | None, pattern: str | Iterable[str] | None) -> bool:

@@ -269,6 +269,27 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, t
     assert seen == {"done", "killed"}
 
 
+def test_what_a_killed_save_left_is_cleared_away_an_hour_later(llama, saved):
+    old, young = (saved.parent / f".adapter.saving-{kind}" for kind in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / CONFIG).write_text("{}")
+    os.utime(old, (0, 0))
+    save_adapter(shake(attach(llama(), ALL)), saved)
+    assert {p.name for p in saved.parent.iterdir()} == {"adapter", young.name}
+
+
+def test_a_link_to_the_folder_stays_a_link(llama, saved):
+    link = saved.parent / "latest"
+    link.symlink_to(saved)
+    model = shake(attach(llama(), ALL), seed=2)
+    save_adapter(model, link)
+    assert link.is_symlink()
+    again = llama()
+    load_adapter(again, saved)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 def test_a_file_in_the_folders_place_is_an_error(llama, tmp_path):
     (tmp_path / "a").write_text("mine")
     with pytest.raises(NotADirectoryError, match="is a file"):
