@@ -47,6 +47,14 @@ class _FusedLora(nn.Module):
 class FusedLoraLinear(_FusedLora, lora.Linear):
     """PEFT's lora.Linear, over a dense or an NF4 layer."""
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if isinstance(self.get_base_layer(), NF4Linear):
+            raise ValueError(
+                "merge: PEFT adds to the weight itself, and this one is in NF4; save the adapter, load it "
+                "with peft_engine.load_adapter and fold it with peft_engine.merge_"
+            )
+        super().merge(safe_merge, adapter_names)
+
 
 FUSED: dict[type, type] = {lora.Linear: FusedLoraLinear}
 

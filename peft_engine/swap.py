@@ -5,6 +5,7 @@ names, hooks and references stay, and nothing but the class says that a layer is
 optimising once, and copies and pickles of an optimised model are optimised.
 """
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -43,24 +44,33 @@ def optimize(model: torch.nn.Module) -> Report:
             if _is_peft_layer(module) is adapters and _unreplaced(module):
                 fused, _, _ = _fused_class(module)
                 if fused is not None and type(module) is not fused:
-                    module.__class__ = fused
+                    _set_class(module, fused)
     if _HEADS:
         from peft_engine import heads
 
-        heads.attach_head(_transformers_model(model))
+        heads.attach_head(model)
     return explain(model)
 
 
 def unoptimize(model: ModelType) -> ModelType:
-    """The model with its layers as they were before `optimize`; adapters stay."""
-    for module in model.modules():
-        if _is_stand_in(module):
-            module.__dict__.pop("_nf4", None)
-            module.__class__ = _stood_for(module)
+    """The model with its layers as they were before `optimize`; adapters stay.
+
+    Raises ValueError, with nothing changed, for a fused layer whose forward was replaced since.
+    """
+    stand_ins = {name: module for name, module in model.named_modules() if _is_stand_in(module)}
+    replaced = [name for name, module in stand_ins.items() if not _unreplaced(module)]
+    if replaced:
+        raise ValueError(
+            f"unoptimize: the forward of {replaced[0]} was replaced after optimize and calls the fused one; "
+            "undo that first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+        )
+    for module in stand_ins.values():
+        module.__dict__.pop("_nf4", None)
+        _set_class(module, _stood_for(module))
     if _HEADS:
         from peft_engine import heads
 
-        heads.detach_head(_transformers_model(model))
+        heads.detach_head(model)
     return model
 
 
@@ -103,7 +113,14 @@ def _is_bnb_linear(module: torch.nn.Module) -> bool:
 
 
 def _unreplaced(module: torch.nn.Module) -> bool:
-    return "forward" not in module.__dict__
+    """Whether a call runs the class's forward; accelerate, taking a hook off, leaves that one bound."""
+    own = module.__dict__.get("forward")
+    return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
+def _set_class(module: torch.nn.Module, kind: type) -> None:
+    module.__dict__.pop("forward", None)
+    module.__class__ = kind
 
 
 def _is_stand_in(module: torch.nn.Module) -> bool:
@@ -115,11 +132,6 @@ def _stood_for(module: torch.nn.Module) -> type:
     if not _is_stand_in(module):
         return type(module)
     return next(c for c in type(module).__mro__ if not c.__module__.startswith("peft_engine."))
-
-
-def _transformers_model(model: Any) -> torch.nn.Module:
-    peft = sys.modules.get("peft")
-    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def _refuse_repacked(model: torch.nn.Module) -> None:
@@ -139,7 +151,13 @@ def _refuse_repacked(model: torch.nn.Module) -> None:
 
 def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
     inside = None  # the adapter layer whose parts follow: its line speaks for them
+    head = _head(model)
     for name, module in model.named_modules():
+        if head is not None and module is head:
+            line = _head_line(name, model, head)
+            yield line
+            if line.fused or _is_plain_linear(head):
+                continue
         if inside is not None and name.startswith(inside):
             continue
         if _is_peft_layer(module):
@@ -151,6 +169,26 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
             yield _our_line(name, module)
         else:
             yield from _model_line(name, module)
+
+
+def _head(model: Any) -> torch.nn.Module | None:
+    """The output head, for which the loss is an op of its own."""
+    get = getattr(model, "get_output_embeddings", None) if _HEADS else None
+    return get() if callable(get) else None
+
+
+def _head_line(name: str, model: torch.nn.Module, head: torch.nn.Module) -> LayerReport:
+    from peft_engine import heads
+
+    line = dataclasses.replace(heads.describe_head(model), name=name)
+    if line.fused and type(head) is torch.nn.Linear:  # it could be, and is not
+        line = dataclasses.replace(line, backend="transformers", fused=False, reason=NOT_YET)
+    return line
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    """A dense linear layer without an adapter, the fused head among them."""
+    return type(module) is torch.nn.Linear or type(module).__module__ == "peft_engine.heads"
 
 
 def _line(name: str, module: torch.nn.Module, op: str, backend: str, fused: bool, reason: str) -> LayerReport:

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import transformers
 
 import peft_engine as pe
 from peft_engine import native
@@ -213,6 +212,57 @@ def test_merge_and_unload_and_unmerge_give_what_peft_gives(make, base):
     assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in merged.modules())
 
 
+def test_merging_into_an_nf4_layer_is_refused_with_the_way_out(make):
+    model = make("nf4")
+    pe.optimize(model)
+    before = _step(model)
+    with pytest.raises(ValueError, match=r"in NF4; .* peft_engine\.merge_"):
+        model.merge_adapter()
+    _same_step(_step(model), before)
+
+
+def test_evaluation_between_steps_leaves_gradients_as_they_are(make, base):
+    model = make(base)
+    pe.optimize(model)
+    before = _step(model)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=IDS)
+        with model.disable_adapter():
+            model(input_ids=IDS)
+    model.train()
+    after = _step(model)
+    assert torch.equal(after[0], before[0])
+    assert all(torch.equal(after[1][name], grad) for name, grad in before[1].items())
+
+
+def test_a_forward_replaced_on_the_instance_is_left_alone(make):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make("dense")
+    first, second, *_ = _peft_layers(model)
+    expected = _step(model)
+    hooks.add_hook_to_module(first, hooks.ModelHook())
+    report = pe.optimize(model)
+    assert type(first) is peft.tuners.lora.Linear
+    assert ["replaced" in line.reason for line in _lora_lines(report)[:2]] == [True, False]
+    hooks.add_hook_to_module(second, hooks.ModelHook())
+    _same_step(_step(model), expected)
+    with pytest.raises(ValueError, match=r"unoptimize: the forward of .* was replaced"):
+        pe.unoptimize(model)
+    hooks.remove_hook_from_module(model, recurse=True)
+    pe.unoptimize(model)
+    assert type(second) is peft.tuners.lora.Linear
+
+
+def test_fused_layers_compile_without_a_graph_break(make, base):
+    model = make(base)
+    pe.optimize(model)
+    layer = next(_peft_layers(model))
+    x = torch.randn(3, 64, requires_grad=True)
+    expected = layer(x)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+
+
 def test_modules_to_save_are_trained_and_saved(make, base, tmp_path):
     model = make(base, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     twin = copy.deepcopy(model)
@@ -340,42 +390,3 @@ def test_a_trained_base_weight_keeps_peft_forward(make):
     report = pe.optimize(model)
     assert all("trained" in line.reason for line in _lora_lines(report))
     _same_step(_step(model), before)
-
-
-def test_training_steps_follow_peft_loss_by_loss(make, base):
-    model = make(base)
-    twin = copy.deepcopy(model)
-    pe.optimize(model)
-    losses = {}
-    for m in (model, twin):
-        optimizer = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2)
-        losses[m] = []
-        for _ in range(8):
-            loss = m(input_ids=IDS, labels=IDS).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[m].append(loss.item())
-    assert losses[twin][-1] < losses[twin][0] - 0.1
-    assert losses[model] == pytest.approx(losses[twin], abs=1e-4)
-
-
-def test_hf_trainer_trains_saves_and_resumes_an_optimised_model(make, base, tmp_path):
-    rows = [{"input_ids": IDS[i % 2], "labels": IDS[i % 2]} for i in range(8)]
-
-    def train(model, steps, resume=None):
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
-            logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-            lr_scheduler_type="constant",
-        )  # fmt: skip
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
-        trainer.train(resume_from_checkpoint=resume)
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-    whole, again = make(base), make(base)
-    pe.optimize(whole)
-    losses = train(whole, 4)
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    pe.optimize(again)
-    assert train(again, 4, resume=str(tmp_path / "checkpoint-2"))[2:] == losses[2:]
