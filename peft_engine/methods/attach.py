@@ -91,6 +91,7 @@ class active:
                 require(self._model, name, "active")
         if mixed:
             _refuse_routed(self._model)
+            copies.check_apart(self._model, _apart(self._model))
         if attached(self._model):
             activate(self._model, wanted)
 

@@ -1,6 +1,7 @@
 """LoRA on a model: what attach, detach and active promise, and that PEFT agrees."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -188,25 +189,25 @@ def test_only_the_active_adapters_are_trainable(tiny_llama):
 
 @pytest.mark.parametrize("nf4", [False, True])
 def test_a_mixed_batch_gives_each_row_its_adapters_output_and_gradient(tiny_llama, nf4):
-    names = ["b", None, "a", "c"]
+    names = ["b", None, "a", "b", "c", None, "a"]
+    ids = torch.arange(42).view(7, 6)
     model = tiny_llama(attention_bias=True)
     model = three(quantized(model) if nf4 else model)
-    alone, gradients = [], {}
+    alone = []
     for i, name in enumerate(names):
         with active(model, name):
-            logits = model(IDS[i : i + 1]).logits
+            logits = model(ids[i : i + 1]).logits
             alone.append(logits.detach())
             if name is not None:
                 logits.square().mean().backward()
-                gradients |= {(name, path): t.grad for path, t in tensors(model, name).items()}
-                for t in tensors(model, name).values():
-                    t.grad = None
+    gradients = {(name, path): t.grad.clone() for name in "abc" for path, t in tensors(model, name).items()}
+    model.zero_grad()
     with active(model, names):
-        logits = model(IDS).logits
+        logits = model(ids).logits
         torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-5, atol=1e-5)
         sum(row.square().mean() for row in logits).backward()
-    for (name, path), gradient in gradients.items():
-        torch.testing.assert_close(tensors(model, name)[path].grad, gradient, rtol=1e-4, atol=1e-6)
+        for (name, path), gradient in gradients.items():
+            torch.testing.assert_close(tensors(model, name)[path].grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_generate_expands_names_to_the_beams_of_each_prompt(tiny_llama):
@@ -247,6 +248,15 @@ def test_detach_of_one_adapter_leaves_the_others(tiny_llama):
     assert_same(before, snapshot(model))
     with pytest.raises(ValueError, match="no adapter 'a'"):
         detach(model, "a")
+
+
+def test_a_pickled_model_computes_the_same(tiny_llama):
+    model = three(quantized(tiny_llama(attention_bias=True)))
+    with active(model, ["a", None, "b", "c"]):
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    assert all(torch.equal(t, tensors(model, "b")[path]) for path, t in tensors(twin, "b").items())
+    detach(twin)
 
 
 def test_a_copy_of_the_model_has_adapters_of_its_own(tiny_llama):

@@ -120,6 +120,15 @@ def test_a_mixed_batch_through_routed_experts_is_refused():
         active(model, ["a", None])
 
 
+def test_a_mixed_batch_through_a_replaced_forward_is_refused_and_nothing_switches(tiny_llama):
+    model = attach(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "a")
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(ValueError, match="lm_head has its forward replaced"):
+        active(model, ["a", None])
+    assert model.peft_engine_active == "a"
+    assert model.model.layers[0].self_attn.q_proj.active_adapter == "a"
+
+
 def test_a_transposed_layer_is_refused_by_name():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
@@ -134,7 +143,7 @@ def test_a_peft_model_is_sent_to_optimize(tiny_llama):
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="the adapters of this model are PEFT's"):
         detach(model, "default")
-    with pytest.raises(TypeError, match="must be a peft_engine.LoraConfig.*got peft"):
+    with pytest.raises(TypeError, match=r"must be a peft_engine.LoraConfig.*got peft"):
         attach(tiny_llama(), peft.LoraConfig())
     for whole in (model, model.base_model.model):
         with pytest.raises(ValueError, match="PEFT's adapters already"):
