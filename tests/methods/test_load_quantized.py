@@ -139,7 +139,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-model = load_quantized(sys.argv[2])
+model = load_quantized(sys.argv[2], dtype=torch.float16)  # a cast: what is read is copied, not mapped
 stop.set()
 thread.join()
 held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
