@@ -95,7 +95,7 @@ def _fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         from peft_engine import bnb_layers
 
         return bnb_layers.fused_class(module)
-    if _LAYERS:
+    if _LAYERS and "transformers" in sys.modules:
         from peft_engine import layers
 
         return layers.fused_class(module)
@@ -152,6 +152,8 @@ def _refuse_repacked(model: torch.nn.Module) -> None:
 def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
     inside = None  # the adapter layer whose parts follow: its line speaks for them
     head = _head(model)
+    # The embedding comes first and has the dtype of the activations, which adapters in float32 have not.
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, module in model.named_modules():
         if head is not None and module is head:
             line = _head_line(name, model, head)
@@ -168,7 +170,7 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif isinstance(module, (NF4Linear, LoraLinear)):
             yield _our_line(name, module)
         else:
-            yield from _model_line(name, module)
+            yield from _model_line(name, module, dtype)
 
 
 def _head(model: Any) -> torch.nn.Module | None:
@@ -194,6 +196,13 @@ def _is_plain_linear(module: torch.nn.Module) -> bool:
 def _line(name: str, module: torch.nn.Module, op: str, backend: str, fused: bool, reason: str) -> LayerReport:
     kind = _stood_for(module)
     return LayerReport(name, op, backend, fused, reason, f"{kind.__module__.split('.')[0]}.{kind.__name__}")
+
+
+def _ran(name: str, module: torch.nn.Module, op: str, backend: str, reason: str) -> LayerReport:
+    """A line for a layer that calls an op, with the backend that dispatch chooses."""
+    fused = backend != "reference"
+    reason = reason or ("" if fused else "plain torch; this backend is pinned")
+    return _line(name, module, op, backend, fused, reason)
 
 
 def _own(name: str, module: torch.nn.Module, op: str, reason: str) -> LayerReport:
@@ -230,11 +239,7 @@ def _product_line(
         choice = LORA_LINEAR.choose(call)
     except BackendError as error:
         return _line(name, module, "lora_linear", "none", False, str(error))
-    fused = choice.backend != "reference"
-    reason = choice.reason or ("" if fused else "plain torch; this backend is pinned")
-    if fused:  # backends for other devices say nothing about this one
-        reason = "; ".join(f"{b}: {why}" for b, why in choice.refused.items() if "not built" not in why)
-    return _line(name, module, "lora_linear", choice.backend, fused, reason)
+    return _ran(name, module, "lora_linear", choice.backend, choice.reason)
 
 
 def _our_line(name: str, module: Any) -> LayerReport:
@@ -271,12 +276,18 @@ def _peft_line(name: str, module: Any) -> LayerReport:
     return _product_line(name, module, weight, dtype, adapter)
 
 
-def _model_line(name: str, module: torch.nn.Module) -> Iterator[LayerReport]:
+def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
     if isinstance(module, torch.nn.Linear):
-        yield _own(name, module, "linear", "a dense weight without an adapter: torch's product is as fast")
+        plain = type(module) is torch.nn.Linear
+        why = "a dense weight without an adapter: torch's product is as fast"
+        yield _own(name, module, "linear", why if plain else f"no kernel for {type(module).__name__}")
         return
-    _, op, _ = _fused_class(module)
-    if op:
+    if _is_stand_in(module):
+        from peft_engine import layers
+
+        op, backend, why = layers.running(module, dtype)
+        yield _ran(name, module, op, backend, why) if backend else _own(name, module, op, why)
+    elif _fused_class(module)[1]:
         yield _not_fused(name, module)
 
 
