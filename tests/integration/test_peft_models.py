@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import peft_engine as pe
-from peft_engine import native
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the peers extra)")
@@ -21,9 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
-def _reference_backend():
-    with pe.force_backend("reference"):
-        yield
+def _each_backend(backend):
+    """Every test runs with the reference and with the CPU kernels."""
 
 
 @pytest.fixture(params=["dense", "nf4", "bnb"])
@@ -65,19 +63,16 @@ def test_every_lora_layer_is_fused_with_the_same_output_and_gradients(make, base
     _same_step(_step(model), before)
 
 
-def test_report_names_the_backend_that_dispatch_chooses(make, base):
+def test_report_names_the_backend_that_dispatch_chooses(make, base, backend):
     model = make(base)
     plain = pe.explain(model)
     assert len(_lora_lines(plain)) == LINEARS and plain.fused_count == 0
     assert all("optimize(model)" in line.reason for line in _lora_lines(plain))
-    pinned = pe.optimize(model)
-    assert {line.backend for line in _lora_lines(pinned)} == {"reference"}
-    if native.load_error() is None:
-        with pe.force_backend("cpu"):
-            chosen = pe.explain(model)
-        lines = _lora_lines(chosen)
-        assert len(lines) == LINEARS and all(line.fused and line.backend == "cpu" for line in lines)
-        assert f"{LINEARS} x peft.Linear" in str(chosen)
+    report = pe.optimize(model)
+    lines = _lora_lines(report)
+    assert len(lines) == LINEARS
+    assert {(line.backend, line.fused) for line in lines} == {(backend, backend == "cpu")}
+    assert f"{LINEARS} x peft.Linear" in str(report)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,9 +17,8 @@ IDS = torch.arange(24).reshape(2, 12) % 101
 
 
 @pytest.fixture(autouse=True)
-def _reference_backend():
-    with pe.force_backend("reference"):
-        yield
+def _each_backend(backend):
+    """Every test runs with the reference and with the CPU kernels."""
 
 
 @pytest.fixture(params=["dense", "nf4", "bnb"])
