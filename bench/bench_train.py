@@ -90,6 +90,7 @@ def finetune(settings: measure.Settings) -> Iterator[measure.Row]:
         models = {name: make(path) for name, make in peers.MODELS.items()}
         adams = {name: peers.optimizer(model) for name, model in models.items()}
         samples: dict[str, list[float]] = {name: [] for name in models}
+        done: dict[str, list[float]] = {name: [0.0, 0.0] for name in models}
         for turn in range(steps + 1):
             group = rows[turn * size : (turn + 1) * size]
             tokens = sum(len(d.input_ids) for d in group)
@@ -97,11 +98,15 @@ def finetune(settings: measure.Settings) -> Iterator[measure.Row]:
                 batch = peers.packed(group) if name == OURS else peers.padded(group)
                 started = time.perf_counter()
                 peers.step(models[name], adams[name], batch)
+                seconds = time.perf_counter() - started
                 if turn:  # the first warms up
-                    samples[name].append(tokens / (time.perf_counter() - started))
+                    samples[name].append(tokens / seconds)
+                    done[name] = [done[name][0] + tokens, done[name][1] + seconds]
         for name, rates in samples.items():
             note = "packed" if name == OURS else "padded"
-            yield measure.row(f"batches of {size} rows", name, "without padding", "tokens/s", rates, note)
+            case = f"batches of {size} rows"
+            yield measure.row(case, name, "each batch", "tokens/s", rates, note)
+            yield measure.row(case, name, "all together", "tokens/s", [done[name][0] / done[name][1]], note)
 
 
 # --- memory ----------------------------------------------------------------------------------------------

@@ -182,13 +182,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run every stage anew")
     parser.add_argument("--max-steps", type=int, help="stop training early, to try things out")
     arguments = parser.parse_args(argv)
-    out = arguments.output
+    out = arguments.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if arguments.again:
         for kept in out.glob("*.json"):
             kept.unlink()
     extra = [] if arguments.max_steps is None else [f"--max-steps={arguments.max_steps}"]
-    commands = stages(arguments.model, arguments.data, out, extra)
+    model = arguments.model.resolve()
+    commands = stages(model, arguments.data.resolve(), out, extra)
     fingerprint = source_fingerprint()
     print("QLoRA demo: evaluate, train one pass, evaluate; about 12 minutes on 2 cores", flush=True)
     answers = {name: run_stage(name, command, out, fingerprint) for name, command in commands.items()}
