@@ -252,12 +252,12 @@ def _names(name: str, value: Any) -> list[str] | str | None:
 # Fields of PEFT's file that say nothing about the adapter's maths; any value is taken.
 INERT = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "megatron_core", "runtime_config", "qalora_group_size",
+    "inference_mode", "megatron_core", "runtime_config", "qalora_group_size", "eva_config",
 )  # fmt: skip
 # Switches and settings of methods that are not offered: the file may hold them at the values that mean "off".
 SWITCHES = ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying")
 SETTINGS = (
-    "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config",
+    "megatron_config", "trainable_token_indices", "loftq_config", "corda_config",
     "lora_ga_config", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
     "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
@@ -265,6 +265,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(SWITCHES, (False, None)),
     **dict.fromkeys(SETTINGS, (None, {}, [])),
 }
+# Ways to start that PEFT has besides INITS: those that leave the base alone, and those that change it.
+STARTS = ("eva", "orthogonal", "mica")
+BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PEFT_VERSION = (0, 21)  # the newest whose fields are known here
 
 
@@ -298,6 +301,15 @@ def from_file(fields: Any, where: str) -> LoraConfig:
         if name in fields and fields[name] not in off:
             raise ValueError(f"{where}: {name}={fields[name]!r} is not supported; only {off[0]!r} is")
     given = {name: fields[name] for name in known if fields.get(name) is not None}
+    init = given.get("init_lora_weights")
+    if isinstance(init, str) and init in STARTS:
+        given["init_lora_weights"] = True  # A and B are in the file: how they started is past
+    elif isinstance(init, str) and init.startswith(BASE_CHANGERS):
+        raise ValueError(
+            f"{where}: init_lora_weights={init!r} took the adapter's start out of the base's weights, so "
+            "that it fits that changed base only; convert it to plain LoRA with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     try:
         return LoraConfig(**given)
     except (TypeError, ValueError) as error:

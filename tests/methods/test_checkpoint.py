@@ -1,6 +1,7 @@
 """Adapters on disk: PEFT's format both ways, every key landing, and nothing lost when a write fails."""
 
 import errno
+import json
 import os
 import resource
 import warnings
@@ -47,6 +48,7 @@ def test_peft_reads_what_we_save_and_we_read_what_peft_saves(llama, tmp_path, se
     ours = save_adapter(model, tmp_path / "ours")
     logits = model(IDS).logits
 
+    assert json.loads((ours / CONFIG).read_text())["inference_mode"] is True
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         theirs = peft.PeftModel.from_pretrained(llama(attention_bias=True), ours).eval()

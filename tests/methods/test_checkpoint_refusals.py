@@ -38,6 +38,17 @@ def test_a_method_that_is_not_offered_is_named(llama, saved, changes):
     refused(llama(), saved, f"{next(iter(changes))}=.* is not supported")
 
 
+def test_how_the_adapter_started_matters_only_when_it_changed_the_base(llama, saved):
+    for start in ("eva", "orthogonal", "gaussian", False):
+        edit_config(saved, init_lora_weights=start)
+        load_adapter(llama(), saved)
+    for start in ("pissa", "pissa_niter_4", "olora", "loftq"):
+        edit_config(saved, init_lora_weights=start)
+        refused(llama(), saved, f"'{start}' took the adapter's start out of the base's weights")
+    edit_config(saved, init_lora_weights="magic")
+    refused(llama(), saved, "init_lora_weights must be one of")
+
+
 def test_pefts_fields_that_say_nothing_are_taken(llama, saved):
     edit_config(
         saved,

@@ -110,6 +110,7 @@ def test_a_seed_gives_the_adapter_that_peft_gives(tiny_llama, init):
         dict(target_modules=r"model\.layers\.\d\.(self_attn|mlp)\.(q|up)_proj"),
         dict(target_modules=["q_proj", "lm_head"]),
         dict(target_modules=["self_attn.q_proj"]),
+        dict(target_modules=["q_proj", "model.layers.0.mlp.up_proj"], layers_to_transform=[1]),
         dict(target_modules="all-linear", modules_to_save=["q_proj"]),
     ],
 )
@@ -348,8 +349,17 @@ def test_after_a_step_every_tensor_had_a_gradient_or_is_named(tiny_llama):
     hidden = model.model.layers[0](model.model.embed_tokens(IDS), position_embeddings=_positions(model))
     hidden.sum().backward()
     missing = adapters_without_gradient(model)
-    assert len(missing) == 14
+    assert len(missing) == 14  # A and B of seven layers
     assert all(path.startswith("model.layers.1.") for path in missing)
+
+
+def test_a_gradient_of_nothing_but_zeros_counts_as_none(tiny_llama):
+    model = attach(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    (0 * model(IDS).logits).sum().backward()
+    missing = adapters_without_gradient(model)
+    assert missing == [f"model.layers.{i}.self_attn.q_proj.lora_B.default" for i in (0, 1)] + [
+        "lm_head.weight (of default)"
+    ]
 
 
 def _positions(model):

@@ -48,6 +48,8 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(settings, message):
             r"rank 65 is above what model.layers.0.self_attn.q_proj .* 64",
         ),
         (dict(rank_pattern={"k_proj": 33}, target_modules=["k_proj"]), "rank 33 is above .*k_proj"),
+        (dict(target_modules=["_proj"]), "'_proj' match no module"),
+        (dict(target_modules=["k_proj"], rank_pattern={"k": 2}), "rank_pattern: 'k' decides no"),
         (dict(target_modules=["q_prj"]), "'q_prj' match no module.*q_proj"),
         (dict(target_modules=["q_proj", "query"]), "'query' match no module"),
         (dict(target_modules=".*nothing"), "targets nothing"),
@@ -63,6 +65,10 @@ def test_a_config_that_does_not_fit_the_model_is_refused_and_nothing_changes(tin
     with pytest.raises((TypeError, ValueError), match=message):
         attach(model, LoraConfig(**settings))
     assert state(model) == before
+
+
+def test_the_rank_may_be_all_that_the_layer_holds(tiny_llama):
+    attach(tiny_llama(), LoraConfig(r=64, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 32}))
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "values", "__base__", 3])
