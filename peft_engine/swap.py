@@ -164,7 +164,7 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
             continue
         if _is_peft_layer(module):
             inside = f"{name}." if name else ""
-            yield _peft_line(name, module)
+            yield _peft_line(name, module, dtype)
         elif _is_bnb_linear(module):
             yield _bnb_line(name, module)
         elif isinstance(module, (NF4Linear, LoraLinear)):
@@ -259,7 +259,7 @@ def _bnb_line(name: str, module: Any) -> LayerReport:
     return _product_line(name, module, module.nf4, module.compute_dtype or module.nf4.dtype, None)
 
 
-def _peft_line(name: str, module: Any) -> LayerReport:
+def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
     from peft_engine import peft_layers
 
     if not _is_stand_in(module):
@@ -271,6 +271,10 @@ def _peft_line(name: str, module: Any) -> LayerReport:
     if why is not None and (not alone or type(base) is torch.nn.Linear):
         return _own(name, module, "lora_linear", why)
     weight = peft_layers.base_weight(base)
+    if isinstance(weight, NF4Tensor) and not alone:
+        why = peft_layers.narrowed(given, base.compute_dtype)
+        if why is not None:
+            return _own(name, module, "lora_linear", why)
     dtype = (base.compute_dtype or weight.dtype) if isinstance(weight, NF4Tensor) else weight.dtype
     adapter = None if alone else module.lora_A[names[0]].weight
     return _product_line(name, module, weight, dtype, adapter)

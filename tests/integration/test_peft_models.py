@@ -75,42 +75,59 @@ def test_report_names_the_backend_that_dispatch_chooses(make, base, backend):
     assert f"{LINEARS} x peft.Linear" in str(report)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_error_against_float64_is_within_twice_peft_own(make, base, dtype):
-    dtype = DTYPES[dtype]
-    model = make(base, dtype)
+def _outputs(model, dtype, autocast=None):
+    """What PEFT's layers give for random inputs, what ours give, and the exact products, by layer."""
     layers = list(_peft_layers(model))
     inputs = [torch.randn(3, 5, layer.in_features).to(dtype) for layer in layers]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", autocast, enabled=autocast is not None):
         theirs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
         pe.optimize(model)
-        for layer, x, own in zip(layers, inputs, theirs, strict=True):
-            mine = layer(x)
-            assert mine.dtype == own.dtype == dtype
-            below = layer.get_base_layer()
-            weight = below.weight if base == "dense" else below.nf4.dequantize()
-            a, b = (m["a0"].weight.double() for m in (layer.lora_A, layer.lora_B))
-            exact = x.double() @ (weight.double() + layer.scaling["a0"] * b @ a).T
-            unit = torch.finfo(dtype).eps * exact.abs().max()
-            assert (mine - exact).abs().max() <= 2 * (own - exact).abs().max() + unit
-            assert (mine - exact).norm() <= 2 * (own - exact).norm() + unit
+        ours = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    exact = []
+    for layer, x in zip(layers, inputs, strict=True):
+        base = layer.get_base_layer()
+        weight = base.nf4.dequantize() if hasattr(base, "nf4") else base.weight
+        a, b = (m["a0"].weight.detach().double() for m in (layer.lora_A, layer.lora_B))
+        exact.append(x.double() @ (weight.detach().double() + layer.scaling["a0"] * b @ a).T)
+    return theirs, ours, exact
 
 
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
-def test_under_autocast_dtype_and_error_are_peft_own(make, base, given):
-    model = make(base, given)
-    layer = next(_peft_layers(model))
-    x = torch.randn(3, 5, 64).to(given)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        own = layer(x)
-        pe.optimize(model)
-        mine = layer(x)
-    assert mine.dtype == own.dtype
-    below = layer.get_base_layer()
-    weight = below.weight if base == "dense" else below.nf4.dequantize()
-    a, b = (m["a0"].weight.double() for m in (layer.lora_A, layer.lora_B))
-    exact = x.double() @ (weight.double() + layer.scaling["a0"] * b @ a).T
-    assert (mine - exact).norm() <= 2 * (own - exact).norm()
+def _at_most_twice(theirs, ours, exact):
+    for own, mine, truth in zip(theirs, ours, exact, strict=True):
+        assert mine.dtype == own.dtype
+        unit = torch.finfo(mine.dtype).eps * truth.abs().max()
+        assert (mine - truth).abs().max() <= 2 * (own - truth).abs().max() + unit
+        assert (mine - truth).norm() <= 2 * (own - truth).norm() + unit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_against_float64_is_within_twice_peft_own(make, base, dtype):
+    _at_most_twice(*_outputs(make(base, DTYPES[dtype]), DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_autocast_dtype_and_error_are_peft_own(make, base, dtype):
+    _at_most_twice(*_outputs(make(base, DTYPES[dtype]), DTYPES[dtype], torch.bfloat16))
+
+
+def test_adapters_in_bfloat16_work_over_any_base(make, base):
+    model = make(base, torch.bfloat16)
+    for layer in _peft_layers(model):
+        layer.lora_A.bfloat16()
+        layer.lora_B.bfloat16()
+    _at_most_twice(*_outputs(model, torch.bfloat16))
+
+
+def test_inputs_wider_than_compute_dtype_keep_their_precision_and_the_report_says_how(make):
+    model = make("bnb", torch.bfloat16)
+    assert not any("inputs are" in line.reason for line in pe.optimize(model).layers)
+    pe.unoptimize(model)
+    model = peft.prepare_model_for_kbit_training(model)  # embedding and norms in float32
+    _at_most_twice(*_outputs(model, torch.float32))
+    lines = _lora_lines(pe.explain(model))
+    assert all(
+        "inputs are torch.float32 and compute_dtype is torch.bfloat16" in line.reason for line in lines
+    )
 
 
 def test_optimize_is_a_no_op_the_second_time_and_unoptimize_restores_peft(make, base):
@@ -256,6 +273,19 @@ def test_fused_layers_compile_without_a_graph_break(make, base):
     x = torch.randn(3, 64, requires_grad=True)
     expected = layer(x)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_a_model_repacked_by_bitsandbytes_is_refused_with_the_way_out(make):
+    model = make("bnb")
+    weight = next(_peft_layers(model)).get_base_layer().weight
+    repack = bnb.functional._convert_weight_packed_for_cpu  # its evaluation does so where AVX512-BF16 is
+    weight.data, weight.quant_state = repack(weight.data, weight.quant_state)
+    with pytest.raises(
+        ValueError, match=r"q_proj.base_layer \(1 of 14 layers\) was repacked .* load the model"
+    ):
+        pe.optimize(model)
+    assert not any(type(m).__module__.startswith("peft_engine") for m in model.modules())
+    assert "repacked" in _lora_lines(pe.explain(model))[0].reason
 
 
 def test_modules_to_save_are_trained_and_saved(make, base, tmp_path):
