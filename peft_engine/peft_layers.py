@@ -138,16 +138,16 @@ def own_reason(layer: Any, names: list[str]) -> str | None:
 def narrowed(given: torch.dtype, compute_dtype: torch.dtype | None) -> str | None:
     """Why inputs of dtype `given` over a 4-bit base keep PEFT's forward, or None.
 
-    One product in compute_dtype would round what the adapter adds, which PEFT keeps in the input's dtype. This is
-    what prepare_model_for_kbit_training leads to: the norms, and so the inputs, are float32.
+    One product in compute_dtype would round what the adapter adds, which PEFT keeps in the input's dtype.
+    prepare_model_for_kbit_training leads to this: the norms, and so the inputs, are float32.
     """
     if given == compute_dtype or compute_dtype is None:
         return None
     if torch.promote_types(given, compute_dtype) == compute_dtype:
         return None
     return (
-        f"inputs are {given} and compute_dtype is {compute_dtype}: the base's product is fused, the adapter's "
-        "runs in PEFT at the input's precision; where compute_dtype is the input's dtype, both are one"
+        f"inputs are {given} and compute_dtype is {compute_dtype}: the base's product is fused, the "
+        "adapter's runs in PEFT at the input's precision; where compute_dtype is the input's dtype, both are one"
     )
 
 
