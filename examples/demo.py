@@ -44,7 +44,7 @@ def stages(model: Path, data: Path, out: Path, extra: list[str]) -> dict[str, li
 
 
 def fingerprint_of(data: Path, commands: dict[str, list[str]]) -> str:
-    """Changes with the engine, its settings, the data and the commands: no stage is taken from another run."""
+    """Changes with the engine, its settings, the data, the commands: no stage comes from another run."""
     sources = [*ROOT.glob("peft_engine/**/*.py"), *ROOT.glob("csrc/**/*.*"), *data.glob("*.jsonl")]
     digest = hashlib.sha256(repr(commands).encode())
     for file in sorted([*sources, Path(__file__)]):
