@@ -147,7 +147,7 @@ def narrowed(given: torch.dtype, compute_dtype: torch.dtype | None) -> str | Non
         return None
     return (
         f"inputs are {given} and compute_dtype is {compute_dtype}: the base's product is fused, the "
-        "adapter's runs in PEFT at the input's precision; where compute_dtype is the input's dtype, both are one"
+        "adapter's runs in PEFT at the input's precision; with a compute_dtype as wide, both are one"
     )
 
 
