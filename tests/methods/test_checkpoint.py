@@ -230,8 +230,22 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(llama, saved, crowded):
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("config", [ALL, LoraConfig(r=2, target_modules=["q_proj"])])
-def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, tmp_path, config, monkeypatch):
+def test_a_full_disk_leaves_no_folder_where_there_was_none(llama, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_adapter(shake(attach(llama(), ALL)), tmp_path / "a" / "b")
+    assert not list((tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "crowded"), [(ALL, False), (LoraConfig(r=2, target_modules=["q_proj"]), False), (ALL, True)]
+)
+def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(
+    llama, tmp_path, config, crowded, monkeypatch
+):
     """Each call that reaches the disk is in turn the last that happens."""
     old, new = (shake(attach(llama(), c), seed=s) for s, c in enumerate((ALL, config)))
     contents = [
@@ -253,6 +267,8 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, t
     seen = set()
     for at in range(20):
         folder = save_adapter(old, tmp_path / f"at{at}")
+        if crowded:
+            (folder / "run.json").write_text("{}")
         calls = 0
         with monkeypatch.context() as patch:
             for name in ("fsync", "rename", "replace", "mkdir"):
@@ -264,7 +280,7 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, t
                 seen.add("done")
             except KeyboardInterrupt:
                 seen.add("killed")
-        found = {p.name: p.read_bytes() for p in folder.iterdir()}
+        found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
         assert found in contents
         if "done" in seen:
             break

@@ -211,6 +211,21 @@ def test_a_mixed_batch_gives_each_row_its_adapters_output_and_gradient(tiny_llam
             torch.testing.assert_close(tensors(model, name)[path].grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_mixed_batch_leaves_nothing_behind(tiny_llama):
+    model = tiny_llama(attention_bias=True)
+    before = snapshot(model)
+    head = model.lm_head.weight
+    three(model)
+    with active(model, ["b", None, "a", "b"]):
+        model(IDS)
+        assert model.lm_head.weight is head
+    assert "forward" not in model.lm_head.__dict__
+    active(model, ["b", None, "a", "b"])
+    model(IDS)
+    detach(model)
+    assert_same(before, snapshot(model))
+
+
 def test_generate_expands_names_to_the_beams_of_each_prompt(tiny_llama):
     model = three(tiny_llama(attention_bias=True))
     settings = dict(max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0)
