@@ -38,6 +38,10 @@ def optimize(model: torch.nn.Module) -> Report:
     Raises ValueError, with nothing changed, when bitsandbytes has repacked weights at an evaluation.
     """
     _refuse_repacked(model)
+    if _HEADS:
+        from peft_engine import heads
+
+        heads.detach_head(model)  # an adapter may have come around the head since it was joined with its loss
     # bitsandbytes' layers first: whether PEFT's layer around one can be fused depends on it.
     for adapters in (False, True):
         for module in model.modules():
@@ -46,8 +50,6 @@ def optimize(model: torch.nn.Module) -> Report:
                 if fused is not None and type(module) is not fused:
                     _set_class(module, fused)
     if _HEADS:
-        from peft_engine import heads
-
         heads.attach_head(model)
     return explain(model)
 
@@ -183,6 +185,10 @@ def _head_line(name: str, model: torch.nn.Module, head: torch.nn.Module) -> Laye
     from peft_engine import heads
 
     line = dataclasses.replace(heads.describe_head(model), name=name)
+    if _is_stand_in(head):  # a fused adapter around the head: name the class that the model had
+        kind = _kind(head)
+        reason = line.reason.replace(type(head).__name__, kind)
+        line = dataclasses.replace(line, kind=kind, reason=reason)
     if line.fused and type(head) is torch.nn.Linear:  # it could be, and is not
         line = dataclasses.replace(line, backend="transformers", fused=False, reason=NOT_YET)
     return line
@@ -194,8 +200,13 @@ def _is_plain_linear(module: torch.nn.Module) -> bool:
 
 
 def _line(name: str, module: torch.nn.Module, op: str, backend: str, fused: bool, reason: str) -> LayerReport:
+    return LayerReport(name, op, backend, fused, reason, _kind(module))
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """The class as the model had it, with its package."""
     kind = _stood_for(module)
-    return LayerReport(name, op, backend, fused, reason, f"{kind.__module__.split('.')[0]}.{kind.__name__}")
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
 
 
 def _ran(name: str, module: torch.nn.Module, op: str, backend: str, reason: str) -> LayerReport:
