@@ -92,9 +92,7 @@ class LoraConfig:
             raise TypeError(f"LoraConfig: use_rslora must be True or False, got {self.use_rslora!r}")
         if self.bias not in BIASES:
             raise ValueError(f"LoraConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
-        if not any(
-            self.init_lora_weights is i or self.init_lora_weights == i for i in INITS if type(i) is bool or i
-        ):
+        if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
             raise ValueError(
                 f"LoraConfig: init_lora_weights must be one of {INITS}, got {self.init_lora_weights!r}"
             )

@@ -179,13 +179,29 @@ def test_active_switches_at_once_and_with_restores(tiny_llama):
     assert model.peft_engine_active == "c"
 
 
-def test_only_the_active_adapters_are_trainable(tiny_llama):
+def test_attach_freezes_the_adapters_before_it_and_active_frees_those_it_names(tiny_llama):
+    def trainable(model):
+        return {id(p) for p in model.parameters() if p.requires_grad}
+
+    def parts(model, names):
+        return {id(t) for name in names for t in tensors(model, name).values()}
+
     model = three(tiny_llama(attention_bias=True))
+    assert trainable(model) == parts(model, "c")
     with active(model, ["a", None, "b"]):
-        trainable = {id(p) for p in model.parameters() if p.requires_grad}
-        assert trainable == {id(t) for name in "ab" for t in tensors(model, name).values()}
+        assert trainable(model) == parts(model, "abc")
+
+
+def test_a_backward_after_the_switch_reaches_the_adapters_that_ran(tiny_llama):
+    model = three(tiny_llama(attention_bias=True))
+    with active(model, "a"):
+        first = model(IDS, labels=IDS).loss
+    with active(model, ["b", None, "b", "b"]):
+        second = model(IDS, labels=IDS).loss
     with active(model, None):
-        assert not any(p.requires_grad for p in model.parameters())
+        (first + second).backward()
+    assert all(t.grad is not None for name in "ab" for t in tensors(model, name).values())
+    assert all(t.grad is None for t in tensors(model, "c").values())
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -372,9 +388,8 @@ def test_a_gradient_of_nothing_but_zeros_counts_as_none(tiny_llama):
     model = attach(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     (0 * model(IDS).logits).sum().backward()
     missing = adapters_without_gradient(model)
-    assert missing == [f"model.layers.{i}.self_attn.q_proj.lora_B.default" for i in (0, 1)] + [
-        "lm_head.weight (of default)"
-    ]
+    paths = [*(f"model.layers.{i}.self_attn.q_proj.lora_B.weight" for i in (0, 1)), "lm_head.weight"]
+    assert missing == [f"{path} of 'default'" for path in paths]
 
 
 def _positions(model):
