@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from texts import reviews, tiny_tokenizer, write_jsonl
+from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine.cli import main
 
@@ -21,18 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A folder with a tiny Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=128,
-        initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
