@@ -271,18 +271,18 @@ def test_bytes_of_extreme_weights_are_bitsandbytes(bnb, backend, w, double_quant
 def test_values_at_and_beside_each_threshold_go_where_bitsandbytes_puts_them(bnb, backend):
     middle = (nf4.CODE[1:] + nf4.CODE[:-1]) / 2
     up, down = (torch.nextafter(middle, torch.tensor(s)) for s in (2.0, -2.0))
-    w = torch.zeros(3, 64)
-    w[:, :15], w[:, 63] = torch.stack((down, middle, up)), 1.0
-    for scale in (1.0, 0.7, 3e-5):
-        assert_bnb_bytes(bnb, w * scale, 64, False)
-        assert_bnb_bytes(bnb, (w * scale).reshape(-1)[:-1], 128, False)  # a short last block is divided
+    w = torch.cat((down, middle, up, torch.ones(1)))
+    for scale in (1.0, 0.7, 3e-5, *torch.rand(50).tolist()):
+        full = torch.nn.functional.pad(w * scale, (0, 64 - w.numel()))
+        assert_bnb_bytes(bnb, full, 64, False)
+        assert_bnb_bytes(bnb, full[:-1], 64, False)  # a short last block is divided, a full one multiplied
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantised_values_are_bitsandbytes(bnb, backend, dtype, double_quant):
-    w = weight((48, 192), dtype)
+    w = weight((120, 640), dtype)  # more than the reference takes at a time
     packed, state = bnb.functional.quantize_4bit(w, compress_statistics=double_quant, quant_type="nf4")
     expected = bnb.functional.dequantize_4bit(packed, state)
     assert torch.equal(nf4_quantize(w, double_quant=double_quant).dequantize(), expected)
