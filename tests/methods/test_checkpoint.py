@@ -209,7 +209,9 @@ def test_other_files_in_the_folder_stay(llama, saved):
     save_adapter(model, saved)
     assert {p.name for p in saved.iterdir()} == {"run.json", "checkpoint-5", CONFIG, WEIGHTS}
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
-    load_adapter(llama(), saved)
+    again = llama()
+    load_adapter(again, saved)
+    assert again.peft_engine_adapters["default"].r == 3
 
 
 @pytest.mark.parametrize("crowded", [False, True])
@@ -283,6 +285,7 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(
         found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
         assert found in contents
         if "done" in seen:
+            assert found == contents[1]
             break
     assert seen == {"done", "killed"}
 
