@@ -201,6 +201,16 @@ def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> l
     else:
         _refuse_experts(model, wanted, who)
         chosen = [p for p, m in model.named_modules() if p and _own(p) and named(p, wanted)]
+    if strict and config.exclude_modules:
+        names = (
+            [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        )
+        for name in names:
+            pattern = name if isinstance(config.exclude_modules, str) else [name]
+            if not any(named(path, pattern) for path, _ in model.named_modules()):
+                raise ValueError(
+                    f"{who}: exclude_modules {name!r} matches no module{near_modules(name, model)}"
+                )
     kept = [p for p in chosen if not excluded(p, config.exclude_modules, config.modules_to_save)]
     if isinstance(wanted, list):
         used = [name for name in wanted if any(named(path, [name]) for path in chosen)]

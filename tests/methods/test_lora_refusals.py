@@ -55,6 +55,14 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(settings, message):
         (dict(target_modules=".*nothing"), "targets nothing"),
         (dict(target_modules="all-linear", exclude_modules=".*"), "all 14 that match are excluded"),
         (dict(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), "rank_pattern: 'k_proj' decides no"),
+        (
+            dict(target_modules="all-linear", exclude_modules=["up_prj"]),
+            "'up_prj' matches no.*near it: up_proj",
+        ),
+        (
+            dict(target_modules="all-linear", exclude_modules="up_proj"),
+            "exclude_modules 'up_proj' matches no",
+        ),
         (dict(target_modules=["embed_tokens"]), "embed_tokens is Embedding"),
         (dict(target_modules=["q_proj"], modules_to_save=["lm_hed"]), "'lm_hed'.*near it: lm_head"),
     ],
