@@ -1,0 +1,91 @@
+"""SwiGLU's product (Shazeer 2020, arXiv 2002.05202).
+
+    y = gate s up,  s = sigmoid(gate)
+    dgate = dy up s (1 + gate (1 - s))        dup = dy gate s
+
+Everything in float32, rounded once. Saved for the backward: gate and up.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from peft_engine import dispatch, native
+from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
+
+
+class SwigluCall(NamedTuple):
+    """What dispatch needs to know of a call."""
+
+    device: str
+    dtype: torch.dtype
+
+
+SWIGLU = dispatch.Op("swiglu")
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, of their common shape and dtype (float32, bfloat16 or float16).
+
+    Both may be strided; halves of one wider last dimension (Phi-3's gate_up) are read in place.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            f"swiglu: gate and up must have one shape, dtype and device, got {tuple(gate.shape)} {gate.dtype} "
+            f"on {gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}"
+        )
+    if gate.dtype not in DTYPES:
+        raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {gate.dtype}")
+    return SWIGLU.choose(SwigluCall(gate.device.type, gate.dtype)).run(gate, up)
+
+
+def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """swiglu in plain torch."""
+    return F.silu(gate) * up
+
+
+native.library.define("swiglu_forward(Tensor gate, Tensor up) -> Tensor")
+native.library.define("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("peft_engine::swiglu_forward")
+def _(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("peft_engine::swiglu_backward")
+def _(dy, gate, up):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.ops.peft_engine.swiglu_forward(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy):
+        return torch.ops.peft_engine.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """(rows, n) with stride 1 along n: a view where the layout allows it."""
+    if t.dim() == 0:
+        return t.reshape(1, 1)
+    rows = t.reshape(t.numel() // max(t.shape[-1], 1), t.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _cpu(gate, up) -> torch.Tensor:
+    shape = gate.shape
+    gate, up = _rows(gate), _rows(up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _Swiglu.apply(gate, up).view(shape)
+    return torch.ops.peft_engine.swiglu_forward(gate, up).view(shape)
+
+
+SWIGLU.register("cpu", _cpu, refuse_unless_cpu)
+SWIGLU.register("reference", reference)
