@@ -1,7 +1,7 @@
 """Modules: NF4Linear, a linear layer whose frozen weight is held in NF4.
 
-Its tensors are bitsandbytes': `weight` holds the packed bytes, and the state dict has the keys of bitsandbytes'
-Linear4bit (`weight.absmax`, `weight.quant_state.bitsandbytes__nf4`, ...), so files go both ways.
+Its tensors are bitsandbytes': `weight` holds the packed bytes, and the state dict has the keys of Linear4bit
+(`weight.absmax`, `weight.quant_state.bitsandbytes__nf4`, ...), so files go both ways.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,27 @@ from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor, nf4_quantize
 
 _SCALES = ("absmax", "nested_absmax", "offset")
+# What follows `weight` in the keys of one layer in a file.
+STORED = (
+    "",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+)
 
 
 class NF4Linear(torch.nn.Linear):
     """y = x W^T + bias with W (out_features, in_features) frozen in NF4.
 
     weight          Parameter, uint8 (ceil(out_features * in_features / 2), 1), never trained
-    absmax          buffer, uint8 when double-quantised, else float32; with nested_absmax and offset, or None for both
+    absmax          buffer, uint8 when double-quantised, else float32
+    nested_absmax   buffer, float32, or None; with it offset, a float32 scalar
     bias            Parameter or None, as the dense layer had it
     compute_dtype   dtype of the product; None (the default) takes the input's
 
-    A cast (`.to(torch.bfloat16)`, `.half()`) reaches the bias only: the packed weight and its scales are data.
+    A cast (`.to(torch.bfloat16)`, `.half()`) reaches the bias only: what holds the weight stays as it is.
     """
 
     absmax: torch.Tensor
@@ -45,9 +55,9 @@ class NF4Linear(torch.nn.Linear):
         blocksize: int = 64,
         double_quant: bool = True,
     ):
-        """A layer initialised as torch.nn.Linear, quantised; `dtype` is that of the bias and of `dequantize()`."""
+        """A layer as torch initialises it, quantised; `dtype`: of the bias and of `dequantize()`."""
         super().__init__(in_features, out_features, bias, device, dtype)
-        hold(self, nf4_quantize(self.weight, blocksize=blocksize, double_quant=double_quant))
+        self._hold(nf4_quantize(self.weight, blocksize=blocksize, double_quant=double_quant))
 
     @classmethod
     def from_linear(
@@ -55,7 +65,7 @@ class NF4Linear(torch.nn.Linear):
     ) -> "NF4Linear":
         """A new layer with the weight of `linear` quantised, on its device, sharing its bias Parameter.
 
-        Raises TypeError for what is not a plain nn.Linear or has a weight that is not float32, bfloat16 or float16.
+        Raises TypeError for another class, and for a weight that is not float32, bfloat16 or float16.
         """
         if type(linear) is not torch.nn.Linear:
             raise TypeError(f"NF4Linear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
@@ -96,14 +106,23 @@ class NF4Linear(torch.nn.Linear):
         return lora_linear(input.to(dtype), self.nf4, None, None, 1.0, bias=self.bias).to(input.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight as a dense tensor (out_features, in_features) of `dtype` (that before quantising when None)."""
+        """The weight, dense (out_features, in_features), of `dtype` (None: the one it was quantised from)."""
         return self.nf4.dequantize(dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={self.nested_absmax is not None}, "
-            f"dtype={str(self.weight_dtype).removeprefix('torch.')}"
-        )
+        dtype, nested = str(self.weight_dtype).removeprefix("torch."), self.nested_absmax is not None
+        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={nested}, dtype={dtype}"
+
+    def _hold(self, q: NF4Tensor) -> None:
+        """Takes the tensors of `q` in place of the weight there is."""
+        packed = q.packed
+        if not isinstance(packed, torch.nn.Parameter):
+            packed = torch.nn.Parameter(packed, requires_grad=False)
+        self.weight = packed
+        for name in _SCALES:
+            self.register_buffer(name, getattr(q, name), persistent=False)
+        self.blocksize, self.weight_dtype = q.blocksize, q.dtype
+        self._nf4 = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_nf4"}
@@ -134,6 +153,8 @@ class NF4Linear(torch.nn.Linear):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if strict:
+            unexpected_keys += [k for k in stored if k.removeprefix(key) not in STORED]
         if not stored:
             missing_keys.append(key)
             return
@@ -143,22 +164,18 @@ class NF4Linear(torch.nn.Linear):
             error_msgs.append(str(error))
             return
         if local_metadata.get("assign_to_params_buffers", False):
-            hold(self, q)
+            self._hold(q)
             return
         with torch.no_grad():
             self.weight.copy_(q.packed)
-        scales = [
-            t if t is None else t.to(self.weight.device, copy=True)
-            for t in (q.absmax, q.nested_absmax, q.offset)
-        ]
-        hold(self, NF4Tensor(self.weight, *scales, q.shape, q.blocksize, q.dtype))
+        self._hold(q.to(self.weight.device, packed=self.weight))
 
 
 def _read(stored: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> NF4Tensor:
     if key in stored and len(stored) == 1 and stored[key].is_floating_point():
         raise ValueError(
-            f"NF4Linear: {key} is a dense weight ({stored[key].dtype}), expected NF4; load it into the dense model "
-            "and quantise then, or use load_quantized"
+            f"NF4Linear: {key} is a dense weight ({stored[key].dtype}), expected NF4; load it into the dense "
+            "model and quantise then, or use load_quantized"
         )
     q = NF4Tensor.from_bnb_state_dict(stored, key)
     if q.shape != shape:
@@ -166,21 +183,9 @@ def _read(stored: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> 
     return q
 
 
-def hold(module: torch.nn.Linear, q: NF4Tensor) -> None:
-    """Puts the tensors of `q` into `module`, in place of the weight it has."""
-    packed = q.packed
-    if not isinstance(packed, torch.nn.Parameter):
-        packed = torch.nn.Parameter(packed, requires_grad=False)
-    module.weight = packed
-    for name in _SCALES:
-        module.register_buffer(name, getattr(q, name), persistent=False)
-    module.blocksize, module.weight_dtype = q.blocksize, q.dtype
-    module._nf4 = None
-
-
 def become_nf4(linear: torch.nn.Linear, q: NF4Tensor) -> NF4Linear:
-    """`linear` itself, turned into an NF4Linear that holds `q`: its hooks, its bias and all references to it stay."""
+    """`linear` itself, turned into an NF4Linear that holds `q`: hooks, bias and references to it stay."""
     linear.__class__ = NF4Linear
-    hold(linear, q)
     assert isinstance(linear, NF4Linear)
+    linear._hold(q)
     return linear

@@ -1,11 +1,12 @@
 """NF4: 4-bit NormalFloat with one scale per block (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
 
-A weight is cut, row-major, into blocks of `blocksize` values. Block b keeps absmax[b] = max |w|; each value keeps the
-index of the nearest entry of the 16-entry table CODE to w / absmax[b]. Two indices fill a byte, the first in the high
-nibble. Dequantised: w[i] = CODE[index[i]] * absmax[i // blocksize].
+A weight is cut, row-major, into blocks of `blocksize` values. Block b keeps absmax[b] = max |w|; each value
+keeps the index of the nearest entry of the 16-entry table CODE to w / absmax[b]. Two indices fill a byte, the
+first in the high nibble. Dequantised: w[i] = CODE[index[i]] * absmax[i // blocksize].
 
-Double quantisation stores absmax in 8 bits: the mean (`offset`) is taken off, blocks of 256 share a `nested_absmax`,
-and each value is the index of the nearest entry of the 256-entry table ABSMAX_CODE.
+Double quantisation stores absmax in 8 bits: the mean (`offset`) is taken off, blocks of 256 share a
+`nested_absmax`, and each value is the index of an entry of the 256-entry table ABSMAX_CODE near
+absmax / nested_absmax.
 
 The bytes are those of bitsandbytes 0.50 for the same input.
 """
@@ -36,7 +37,7 @@ CODE = torch.tensor(CODE_VALUES, dtype=torch.float32)
 
 
 def _absmax_code() -> torch.Tensor:
-    """The signed dynamic 8-bit data type (Dettmers et al. 2021, arXiv 2110.02861): 256 values in [-1, 1], sorted.
+    """The signed dynamic 8-bit type (Dettmers et al. 2021, arXiv 2110.02861): 256 values in [-1, 1], sorted.
 
     Seven exponents 10^-6 .. 10^0; the smaller the exponent, the fewer bits are left for the fraction.
     """
@@ -52,7 +53,7 @@ def _absmax_code() -> torch.Tensor:
 ABSMAX_CODE = _absmax_code()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NF4Tensor:
     """A weight in NF4.
 
@@ -87,20 +88,21 @@ class NF4Tensor:
             raise ValueError("NF4Tensor: packed must be contiguous; call .contiguous() on it")
         if self.absmax.numel() != blocks:
             raise ValueError(
-                f"NF4Tensor: a weight of shape {self.shape} in blocks of {self.blocksize} has {blocks} scales, "
-                f"got {self.absmax.numel()}; was it packed with another block size?"
+                f"NF4Tensor: a weight of shape {self.shape} in blocks of {self.blocksize} has {blocks} "
+                f"scales, got {self.absmax.numel()}; was it packed with another block size?"
             )
         if (self.absmax.dtype == torch.uint8) != (self.nested_absmax is not None):
+            given = "None" if self.nested_absmax is None else "given"
             raise ValueError(
                 "NF4Tensor: absmax in uint8 needs nested_absmax and offset, absmax in float32 takes neither; "
-                f"got {self.absmax.dtype} and nested_absmax {'given' if self.nested_absmax is not None else 'None'}"
+                f"got {self.absmax.dtype} and nested_absmax {given}"
             )
         if self.nested_absmax is not None and (
             self.offset is None or self.nested_absmax.numel() != -(-blocks // NESTED_BLOCKSIZE)
         ):
             raise ValueError(
-                f"NF4Tensor: {blocks} double-quantised scales need {-(-blocks // NESTED_BLOCKSIZE)} values in "
-                f"nested_absmax and an offset, got {self.nested_absmax.numel()} and {self.offset}"
+                f"NF4Tensor: {blocks} double-quantised scales need {-(-blocks // NESTED_BLOCKSIZE)} values "
+                f"in nested_absmax and an offset, got {self.nested_absmax.numel()} and {self.offset}"
             )
 
     @property
@@ -112,6 +114,14 @@ class NF4Tensor:
         """Bytes held: packed weight, scales, and the scales of the scales."""
         parts = (self.packed, self.absmax, self.nested_absmax, self.offset)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def to(self, device: torch.device, packed: torch.Tensor | None = None) -> "NF4Tensor":
+        """A copy on `device`; `packed`, when given, already holds the packed bytes there."""
+        packed = self.packed.to(device, copy=True) if packed is None else packed
+        absmax = self.absmax.to(device, copy=True)
+        nested = None if self.nested_absmax is None else self.nested_absmax.to(device, copy=True)
+        offset = None if self.offset is None else self.offset.to(device, copy=True)
+        return NF4Tensor(packed, absmax, nested, offset, self.shape, self.blocksize, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as a dense tensor of `dtype` (its own when None)."""
@@ -143,7 +153,7 @@ class NF4Tensor:
 
     @classmethod
     def from_bnb_state_dict(cls, tensors: dict[str, torch.Tensor], prefix: str = "weight") -> "NF4Tensor":
-        """Reads what `to_bnb_state_dict` or bitsandbytes wrote; ValueError names what is missing or not NF4."""
+        """Reads what `to_bnb_state_dict` or bitsandbytes wrote; ValueError says what is amiss."""
         kinds = [k for k in tensors if k.startswith(f"{prefix}.quant_state.bitsandbytes__")]
         key = f"{prefix}.quant_state.bitsandbytes__nf4"
         if key not in kinds:
@@ -200,7 +210,7 @@ def nf4_quantize(weight: torch.Tensor, *, blocksize: int = 64, double_quant: boo
     """Quantises a tensor of any shape to NF4.
 
     weight: float32, bfloat16 or float16; blocksize: 64, 128, ... 4096; the last block may be short.
-    Raises TypeError for another dtype, ValueError for another block size.
+    Raises TypeError for another dtype, ValueError for another block size and for NaN or inf in the weight.
     """
     if weight.dtype not in DTYPES:
         raise TypeError(f"nf4_quantize: weight must be float32, bfloat16 or float16, got {weight.dtype}")
@@ -210,6 +220,8 @@ def nf4_quantize(weight: torch.Tensor, *, blocksize: int = 64, double_quant: boo
     flat = weight.reshape(-1)
     run = QUANTIZE.choose(Nf4Call(weight.device.type, weight.dtype, blocksize)).run
     packed, absmax = run(flat, blocksize)
+    if not absmax.is_meta and not absmax.isfinite().all():
+        raise ValueError("nf4_quantize: weight holds NaN or inf, which NF4 cannot; is the checkpoint whole?")
     nested_absmax = offset = None
     if double_quant:
         offset = absmax.mean() if absmax.numel() else torch.zeros((), device=absmax.device)
@@ -220,7 +232,7 @@ def nf4_quantize(weight: torch.Tensor, *, blocksize: int = 64, double_quant: boo
 def nf4_dequantize(
     q: NF4Tensor, *, out: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The dense tensor q stands for, of shape q.shape and `dtype` (q's own when None), written to `out` when given.
+    """The dense tensor q stands for, of shape q.shape and `dtype` (None: q's own), written to `out` if given.
 
     Each value is CODE[index] * absmax in float32, rounded once to `dtype`.
     """
@@ -244,7 +256,7 @@ def nf4_dequantize(
     return out
 
 
-# --- reference -------------------------------------------------------------------------------------------------------
+# --- reference ----------------------------------------------------------------------------------------------
 
 
 def resolve_absmax(q: NF4Tensor) -> torch.Tensor:
@@ -255,17 +267,25 @@ def resolve_absmax(q: NF4Tensor) -> torch.Tensor:
     return values * q.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: values.numel()] + q.offset
 
 
-def reference_dequantize(q: NF4Tensor, dtype: torch.dtype) -> torch.Tensor:
+def reference_dequantize(q: NF4Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """nf4_dequantize in plain torch; float64 gives the exact value of the stored bytes."""
-    numel = math.prod(q.shape)
-    flat = q.packed.reshape(-1)
-    index = torch.stack((flat >> 4, flat & 15), dim=1).reshape(-1)[:numel].long()
+    out = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = resolve_absmax(q).to(wide).repeat_interleave(q.blocksize)[:numel]
-    return (CODE.to(q.device, wide)[index] * scale).to(dtype).reshape(q.shape)
+    code, absmax = CODE.to(q.device, wide), resolve_absmax(q).to(wide)
+    packed, flat = q.packed.reshape(-1), out.view(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        values = flat[start : start + _CHUNK]
+        n = values.numel()
+        bytes_ = packed[start // 2 : (start + n + 1) // 2]
+        index = torch.stack((bytes_ >> 4, bytes_ & 15), dim=1).reshape(-1)[:n]
+        scale = absmax[start // q.blocksize : -(-(start + n) // q.blocksize)].repeat_interleave(q.blocksize)[
+            :n
+        ]
+        values.copy_(code[index.int()] * scale)
+    return out
 
 
-# Values a pass of the reference takes at a time: a multiple of every block size, and bounds the memory it needs.
+# Values the reference takes at a time: a multiple of every block size; bounds the memory it needs.
 _CHUNK = 1 << 20
 
 
@@ -282,8 +302,8 @@ def reference_quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor
 
 
 def _quantize_chunk(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full blocks are multiplied by 1 / absmax and a short last one is divided by it, as bitsandbytes does: the two
-    can differ in the last bit."""
+    """Full blocks are multiplied by 1 / absmax and a short last one is divided by it, as bitsandbytes does:
+    the two can differ in the last bit."""
     full = flat.numel() // blocksize * blocksize
     blocks, tail = flat[:full].reshape(-1, blocksize), flat[full:]
     absmax = blocks.abs().amax(dim=1) if full else flat.new_zeros(0)
@@ -299,11 +319,13 @@ def _quantize_chunk(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, t
     return index[::2] << 4 | index[1::2], absmax
 
 
-# --- double quantisation ---------------------------------------------------------------------------------------------
+# --- double quantisation ------------------------------------------------------------------------------------
 
-# bitsandbytes does not search ABSMAX_CODE for the nearest entry: it rounds the scaled value to one of 65,536 evenly
-# spaced points of [-1, 1] and takes the entry nearest to that point. A value within half a step (1.5e-5) of a midpoint
-# may go to the further entry, and the entries next to zero are never used: 0 becomes 2.1e-5. What is not a number (0 / 0, a block of zeros) takes the first point. Found by bisecting all 255 thresholds.
+# bitsandbytes does not search ABSMAX_CODE for the nearest entry: it rounds the scaled value to one of 65,536
+# evenly spaced points of [-1, 1] and takes the entry nearest to that point. A value within half a step of a
+# midpoint (1.5e-5) may go to the further entry, and the entries next to zero are never used: 0 becomes
+# 2.1e-5. What is not a number (0 / 0, in a block of zeros) takes the first point. Found by bisecting all 255
+# thresholds.
 _ABSMAX_POINTS = 1 << 16
 _HALF_RANGE = (_ABSMAX_POINTS - 1) / 2
 
@@ -325,7 +347,7 @@ def _quantize_absmax(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return _absmax_points(centred.device)[point.reshape(-1)[:n]], nested_absmax
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
+# --- backends -----------------------------------------------------------------------------------------------
 
 native.library.define("nf4_quantize(Tensor weight, int blocksize) -> (Tensor, Tensor)")
 native.library.define(
@@ -363,4 +385,4 @@ QUANTIZE.register(
 )
 QUANTIZE.register("reference", reference_quantize)
 DEQUANTIZE.register("cpu", _cpu_dequantize, refuse_unless_cpu)
-DEQUANTIZE.register("reference", lambda q, out: out.copy_(reference_dequantize(q, out.dtype)))
+DEQUANTIZE.register("reference", lambda q, out: reference_dequantize(q, out.dtype, out))

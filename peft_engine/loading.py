@@ -1,0 +1,250 @@
+"""How load_quantized reads a checkpoint: transformers' own loader, with our quantiser plugged in.
+
+transformers builds the skeleton without memory, maps the names in the files to the model's, reads one tensor
+at a time if it quantises on the way, ties weights and builds the buffers that no file holds. What is ours
+is here: which weights are quantised, and how the bytes of one that is quantised already are read.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from peft_engine.nn import STORED, become_nf4
+from peft_engine.ops.nf4 import NF4Tensor, nf4_quantize
+from peft_engine.quantize import check_weight, select_linears, write_config
+
+METHOD = "peft_engine_nf4"
+HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code",
+)  # fmt: skip
+REFUSED_ARGUMENTS = {
+    "gguf_file": "GGUF weights are not read here; load with from_pretrained and "
+    "quantization_config=GgufConfig(dequantize=True), then quantize_ the model",
+    "quantization_config": "blocksize, double_quant and skip_modules say what is wanted",
+    "state_dict": "the weights are read from the files; load with from_pretrained, then quantize_ the model",
+}
+
+
+def load(
+    path: str,
+    blocksize: int,
+    double_quant: bool,
+    skip_modules: Iterable[str] | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """What load_quantized says."""
+    for name, why in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"load_quantized: {name} is not taken: {why}")
+    arguments = dict(arguments)
+    config = arguments.pop("config", None) or read_config(path, arguments)
+    stored = _is_stored(path, config)
+    if stored:
+        del config.quantization_config
+    settings = _Settings(stored, blocksize, double_quant, skip_modules)
+    wants_info = arguments.pop("output_loading_info", False)
+    try:
+        model, info = _model_class(config).from_pretrained(
+            path,
+            config=config,
+            quantization_config=settings,
+            output_loading_info=True,
+            **(arguments | {"use_safetensors": True}),
+        )
+    except _Stop as stop:
+        raise stop.error from None
+    for what in ("missing_keys", "unexpected_keys"):
+        if info[what]:
+            names = sorted(info[what])
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"load_quantized: {path}: {what.replace('_', ' ')} for {type(model).__name__}: "
+                f"{', '.join(names[:5])}{more}; is the checkpoint whole, and of this model?"
+            )
+    return (model, info) if wants_info else model
+
+
+def read_config(path: str, arguments: dict[str, Any]) -> Any:
+    """The model's config; OSError that says where was looked, and what else may be given."""
+    if Path(path).is_dir() and not (Path(path, arguments.get("subfolder") or "") / "config.json").is_file():
+        raise OSError(
+            f"load_quantized: the folder {path} has no config.json; is it a model saved by save_pretrained?"
+        )
+    try:
+        hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+        return transformers.AutoConfig.from_pretrained(path, **hub)
+    except OSError as error:
+        raise OSError(
+            f"load_quantized: {path!r} is no folder here, and as a name on the hub it could not be had (hub "
+            "unreachable, HF_HUB_OFFLINE set, a private model, or no such name); give the path of a local "
+            "folder with config.json and *.safetensors instead"
+        ) from error
+
+
+def _is_stored(path: str, config: Any) -> bool:
+    """Whether the checkpoint is in NF4 already; ValueError when it is quantised in another way."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4":
+        return True
+    kind = stored.get("bnb_4bit_quant_type") if stored.get("load_in_4bit") else stored.get("quant_method")
+    raise ValueError(
+        f"load_quantized: {path} is quantised already, in {kind!r}; only bitsandbytes' NF4 is read as it is: "
+        "start from the dense checkpoint"
+    )
+
+
+def _model_class(config: Any) -> Any:
+    names = getattr(config, "architectures", None) or []
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    return found[0] if found else transformers.AutoModelForCausalLM
+
+
+class _Stop(BaseException):
+    """Carries an error of ours out of transformers' loader, which logs an Exception and reads on."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+class _Settings(QuantizationConfigMixin):
+    """What load_quantized was asked for."""
+
+    def __init__(self, stored: bool, blocksize: int, double_quant: bool, skip_modules: Iterable[str] | None):
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.stored = stored
+        self.blocksize = blocksize
+        self.double_quant = double_quant
+        self.skip_modules = skip_modules
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    """Quantises the linears of a model while transformers loads it.
+
+    A layer stays a plain nn.Linear that holds packed bytes until all is read, because transformers builds
+    anew every buffer that is not in the file; its scales wait in `ready`.
+    """
+
+    quantization_config: _Settings
+
+    def __init__(self, quantization_config: _Settings, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.stored
+        self.ready: dict[str, NF4Tensor] = {}
+        self.chosen: set[str] = set()
+
+    def __deepcopy__(self, memo: dict) -> "_Quantizer":
+        return self  # transformers copies the converters for each weight; all must fill the one `ready`
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        settings = self.quantization_config
+        if not settings.stored:
+            self.chosen = set(select_linears(model, settings.skip_modules, "load_quantized")[0])
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        name, _, end = param_name.rpartition(".")
+        return end == "weight" and name in (self.ready if self.quantization_config.stored else self.chosen)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.quantization_config.stored:
+            return []
+        return [WeightConverter([f"weight{end}" for end in STORED], "weight", [_Read(self)])]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ValueError('load_quantized: device_map must name one device, such as "cpu" or "cuda:0"')
+        if not self.ready:
+            raise ValueError("load_quantized: the checkpoint holds no weight in NF4")
+        for name, q in self.ready.items():
+            linear = model.get_submodule(name)
+            become_nf4(linear, dataclasses.replace(q, packed=linear.weight))
+        _unmark(self, model)
+        dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+        first = next(iter(self.ready.values()))
+        write_config(model, dense, first.dtype, first.nested_absmax is not None)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _unmark(quantizer: _Quantizer, model: Any) -> None:
+    """Takes off transformers' marks of a quantised model: they forbid casts and training, ours allow both."""
+    quantizer.remove_quantization_config(model)
+    del model.is_quantized
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_is_quantized", False):
+            del config._is_quantized
+    # The converter that reads NF4 is no part of the model: saving would try to revert it.
+    model._weight_conversions = [
+        step
+        for step in model._weight_conversions
+        if not any(isinstance(op, _Read) for op in getattr(step, "operations", ()))
+    ]
+
+
+class _Quantize(ConversionOps):
+    """One dense weight to packed bytes."""
+
+    def __init__(self, hf_quantizer: _Quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        settings, out = self.hf_quantizer.quantization_config, {}
+        for key, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = key.removesuffix(".weight")
+            try:
+                check_weight(weight, name, "load_quantized")
+                q = nf4_quantize(weight, blocksize=settings.blocksize, double_quant=settings.double_quant)
+            except (ValueError, TypeError) as error:
+                raise _Stop(error) from None
+            self.hf_quantizer.ready[name] = q
+            out[key] = q.packed
+        return out
+
+
+class _Read(ConversionOps):
+    """The stored tensors of one weight to packed bytes; a dense weight passes, cast to the model's dtype."""
+
+    def __init__(self, hf_quantizer: _Quantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        stored = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        weight = stored.get("weight")
+        old = model.get_parameter_or_buffer(full_layer_name)
+        if weight is not None and len(stored) == 1 and weight.is_floating_point():
+            return {"weight": weight.to(old.dtype)}
+        try:
+            q = NF4Tensor.from_bnb_state_dict(stored)
+            if q.shape != tuple(old.shape):
+                raise ValueError(f"expected shape {tuple(old.shape)}, got {q.shape}; is it of another model?")
+        except ValueError as error:
+            raise _Stop(ValueError(f"load_quantized: {full_layer_name}: {error}")) from None
+        self.hf_quantizer.ready[full_layer_name.removesuffix(".weight")] = q
+        return {"weight": q.packed}

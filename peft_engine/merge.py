@@ -1,0 +1,146 @@
+"""Folds an adapter into its base: W + s B A, accumulated in float32, layer by layer."""
+
+import dataclasses
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from peft_engine.methods import copies
+from peft_engine.methods.attach import attached, detach, lora_layers, require, tensors, unwrap
+from peft_engine.methods.lora import LAYERS
+from peft_engine.nn import NF4Linear
+from peft_engine.ops.nf4 import nf4_quantize
+
+ModelType = TypeVar("ModelType", bound=nn.Module)
+
+
+def merge_(
+    model: ModelType, name: str = "default", *, requantize: bool = False, untie: bool = False
+) -> ModelType:
+    """Folds adapter `name` into the model's own weights, in place, takes it off, and returns the model.
+
+    A dense weight keeps its dtype: W + s B A is summed in float32 and rounded once. An NF4 layer becomes a
+    dense layer of the dtype it was quantised from; requantize=True keeps it in NF4, and the new weight is
+    rounded to it. Copied biases and modules become the base's. Other adapters stay attached, over the changed
+    base. untie: a weight that the adapter changes and that another module shares (an output head tied to the
+    embedding) becomes the changed module's own, and the config says so; without it such a merge is refused.
+    Raises ValueError, nothing changed, for a name that is not attached, for NaN or inf in the adapter or a
+    merged weight, and for a tied weight.
+    """
+    base = unwrap(model)
+    require(base, name, "merge_")
+    broken = [path for path, t in tensors(base, name).items() if not torch.isfinite(t).all()]
+    if broken:
+        raise ValueError(f"merge_: adapter {name!r} holds NaN or inf in {', '.join(broken[:5])}")
+    layers = {path: layer for path, layer in lora_layers(base) if name in layer.lora}
+    copied = copies.of(base, name)
+    tied = _tied(base, [*(f"{path}.weight" for path in layers), *copied])
+    if tied and not untie:
+        raise ValueError(
+            f"merge_: {', '.join(tied)} is tied to another module, which the merge would change too; pass "
+            "untie=True to give it a weight of its own"
+        )
+    for path, layer in layers.items():
+        if not torch.isfinite(merged_weight(layer, name).to(_dtype(layer))).all():
+            raise ValueError(
+                f"merge_: the merged weight of {path} overflows {_dtype(layer)}; load the base in a wider "
+                "dtype"
+            )
+
+    trainable: Any = base.peft_engine_trainable
+    for path, layer in layers.items():
+        _fold(layer, name, requantize, own=f"{path}.weight" in tied)
+    values = {path: parameter.detach() for path, parameter in copied.items()}
+    detach(base, name)
+    for path, value in values.items():
+        module, leaf = copies.owner(base, path)
+        _set_base(module, leaf, nn.Parameter(value, requires_grad=not attached(base) and path in trainable))
+    if tied:
+        _config_untied(base)
+    _config_quantized(base)
+    return model
+
+
+def merged_weight(layer: Any, name: str) -> torch.Tensor:
+    """W + s B A of one layer, float32 (out_features, in_features)."""
+    with torch.no_grad():
+        weight = layer.dequantize(torch.float32) if isinstance(layer, NF4Linear) else layer.weight.float()
+        a, b = layer.lora_A[name].float(), layer.lora_B[name].float()
+        return torch.addmm(weight, b, a, alpha=layer.lora[name].scaling)
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    return layer.weight_dtype if isinstance(layer, NF4Linear) else layer.weight.dtype
+
+
+def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
+    """Puts the merged weight into a layer that still has the adapter; `own`: in a Parameter of its own."""
+    weight, dtype = merged_weight(layer, name), _dtype(layer)
+    if not isinstance(layer, NF4Linear):
+        if own:
+            layer.weight = nn.Parameter(weight.to(dtype), requires_grad=layer.weight.requires_grad)
+        else:
+            layer.weight.data.copy_(weight)
+    elif requantize:
+        old = layer.nf4
+        new = nf4_quantize(weight, blocksize=old.blocksize, double_quant=old.nested_absmax is not None)
+        layer._hold(dataclasses.replace(new, dtype=dtype))
+    else:
+        for buffer in ("absmax", "nested_absmax", "offset"):
+            del layer._buffers[buffer]
+            layer._non_persistent_buffers_set.discard(buffer)
+        for attribute in ("blocksize", "weight_dtype", "compute_dtype", "_nf4"):
+            layer.__dict__.pop(attribute, None)
+        setattr(layer, "__class__", LAYERS[nn.Linear])  # noqa: B010 (mypy takes the plain form for a narrowing)
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+
+
+def _set_base(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
+    """Makes `parameter` the base's; it is in place too when no adapter's copy is."""
+    old = copies.base_of(module, leaf)
+    held: Any = module._modules.get(copies.CHILD)
+    if held is not None and leaf in held[copies.BASE]:
+        held[copies.BASE][leaf] = parameter
+    if module._parameters[leaf] is old:
+        module._parameters[leaf] = parameter
+
+
+def _tied(model: nn.Module, paths: list[str]) -> list[str]:
+    """Those of `paths` whose base parameter another module has too."""
+    owners = Counter(
+        id(copies.base_of(module, leaf))
+        for path, module in model.named_modules()
+        if copies.CHILD not in path
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    )
+    return [path for path in paths if owners[id(copies.base_of(*copies.owner(model, path)))] > 1]
+
+
+def _config_untied(model: nn.Module) -> None:
+    """Tells transformers that nothing is tied any more, or saving and loading would tie it again."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None and hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = False
+    if getattr(model, "all_tied_weights_keys", None):
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def _config_quantized(model: nn.Module) -> None:
+    """Takes the layers that became dense out of the config's description of the quantisation."""
+    config = getattr(model, "config", None)
+    described = getattr(config, "quantization_config", None)
+    if not isinstance(described, dict) or config is None:
+        return
+    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not any(isinstance(m, NF4Linear) for _, m in linears):
+        del config.quantization_config
+        return
+    dense = [path for path, m in linears if not isinstance(m, NF4Linear)]
+    described["llm_int8_skip_modules"] = sorted({*(described.get("llm_int8_skip_modules") or ()), *dense})
+
+
+__all__ = ["merge_", "merged_weight"]

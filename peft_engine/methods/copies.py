@@ -1,0 +1,208 @@
+"""Parameters an adapter trains in a copy of its own: biases, and whole modules (`modules_to_save`).
+
+The module stays the object it is. While an adapter is active its Parameters stand in the module's place for
+the base's, which wait in a child named CHILD, where `.to`, `deepcopy` and `parameters` reach them.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+CHILD = "peft_engine_copies"
+BASE = "__base__"
+
+
+def root_paths(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, list[str]]:
+    """For each name of modules_to_save, the paths that end with it (PEFT's rule), without what is inside."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and CHILD not in path]
+    found = {name: [path for path in paths if path.endswith(name)] for name in modules_to_save}
+    outer = {path for group in found.values() for path in group}
+    return {
+        name: [p for p in group if not any(p != o and p.startswith(f"{o}.") for o in outer)]
+        for name, group in found.items()
+    }
+
+
+def whole(model: nn.Module, roots: Iterable[str]) -> list[str]:
+    """The paths of all parameters in the modules at `roots`; TypeError where one cannot be trained."""
+    out: list[str] = []
+    for root in roots:
+        module = model.get_submodule(root)
+        for path, parameter in module.named_parameters(root, remove_duplicate=False):
+            if ".lora_A." in path or ".lora_B." in path:
+                raise ValueError(
+                    f"attach: modules_to_save: {root} holds the adapter tensor {path}; a module is adapted "
+                    "or trained whole, the same for all adapters of a model"
+                )
+            if CHILD in path:
+                continue
+            if not parameter.is_floating_point():
+                raise TypeError(
+                    f"attach: modules_to_save: {path} is quantised ({parameter.dtype}) and cannot be "
+                    f"trained; leave the module dense: quantize_(model, skip_modules=[{root!r}])"
+                )
+            out.append(path)
+        state = {key for key in module.state_dict() if CHILD not in key}
+        held = state - {key for key, _ in module.named_parameters(remove_duplicate=False)}
+        if held:
+            raise TypeError(
+                f"attach: modules_to_save: {root} holds buffers ({', '.join(sorted(held)[:3])}), and an "
+                "adapter's copy has parameters only; name the parts of it that have none"
+            )
+    return out
+
+
+def owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module a parameter's path belongs to, and the parameter's name there."""
+    parent, _, leaf = path.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def base_of(module: nn.Module, leaf: str) -> nn.Parameter:
+    """The base's parameter, whichever adapter is active."""
+    held = module._modules.get(CHILD)
+    if held is not None and leaf in held[BASE]:  # type: ignore[operator, index]
+        return held[BASE][leaf]  # type: ignore[index]
+    return module._parameters[leaf]  # type: ignore[return-value]
+
+
+def put(
+    model: nn.Module, name: str, paths: Iterable[str], values: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Gives adapter `name` its own copy of each parameter, equal to the base's or to `values`."""
+    for path in paths:
+        module, leaf = owner(model, path)
+        held: Any = module._modules.get(CHILD)
+        if held is None:
+            held = module._modules[CHILD] = nn.ModuleDict({BASE: nn.ParameterDict()})
+        base = base_of(module, leaf)
+        held[BASE][leaf] = base
+        if name not in held:
+            held[name] = nn.ParameterDict()
+        value = (
+            base.detach().clone() if values is None else values[path].to(base.device, base.dtype, copy=True)
+        )
+        held[name][leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def take(model: nn.Module, name: str) -> None:
+    """Removes the copies of adapter `name`, which must not be active; a module without any is as it was."""
+    for module in owners(model):
+        held: Any = module._modules[CHILD]
+        if name in held:
+            del held[name]
+        kept = {leaf for key, copies in held.items() if key != BASE for leaf in copies}
+        if not kept:
+            del module._modules[CHILD]
+            continue
+        for leaf in [leaf for leaf in held[BASE] if leaf not in kept]:
+            del held[BASE][leaf]
+
+
+def owners(model: nn.Module) -> list[nn.Module]:
+    """The modules of which some adapter has copies."""
+    return [module for module in model.modules() if CHILD in module._modules]
+
+
+def has(module: nn.Module, name: str | None) -> bool:
+    """Whether adapter `name` has a copy of one of the module's own parameters."""
+    held = module._modules.get(CHILD)
+    return held is not None and name is not None and name in held  # type: ignore[operator]
+
+
+def value(module: nn.Module, leaf: str, name: str | None) -> torch.Tensor | None:
+    """The module's parameter as adapter `name` has it: its copy, or else the base's."""
+    held: Any = module._modules.get(CHILD)
+    if held is None or leaf not in held[BASE]:
+        return getattr(module, leaf)
+    return held[name][leaf] if name in held and leaf in held[name] else held[BASE][leaf]
+
+
+def of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The copies of adapter `name`, by the paths of the parameters they stand for."""
+    out: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        held: Any = module._modules.get(CHILD)
+        if held is not None and name in held:
+            out |= {f"{path}.{leaf}".removeprefix("."): copy for leaf, copy in held[name].items()}
+    return out
+
+
+def install(module: nn.Module, name: str | None) -> None:
+    """Puts the copies of adapter `name`, or the base's parameters where it has none, into the modules."""
+    for part in owners(module):
+        held: Any = part._modules[CHILD]
+        mine = dict(held[name].items()) if name is not None and name in held else {}
+        for leaf, base in held[BASE].items():
+            part._parameters[leaf] = mine.get(leaf, base)
+
+
+def activate(model: nn.Module, which: str | tuple[str | None, ...] | None, roots: Iterable[str]) -> None:
+    """Puts one adapter's copies in place; for a mixed batch, sets each root to run its rows apart."""
+    install(model, None if isinstance(which, tuple) else which)
+    for root in roots:
+        module = model.get_submodule(root)
+        own = module.__dict__.get("forward")
+        if own is not None and getattr(own, "func", None) is not _mixed_forward:
+            if isinstance(which, tuple):
+                raise ValueError(
+                    f"active: {root} has its forward replaced and cannot run a mixed batch; activate one"
+                )
+            continue
+        module.__dict__.pop("forward", None)
+        if isinstance(which, tuple):
+            module.__dict__["forward"] = functools.partial(_mixed_forward, module, which)
+
+
+def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | None, list[int]]:
+    """The rows of each adapter when each of `names` stands for rows / len(names) rows in turn."""
+    if rows % len(names):
+        raise ValueError(
+            f"{who}: {len(names)} adapter names are active, one for each row of the batch, but the input has "
+            f"{rows} rows; give one name per row, or one name for all"
+        )
+    each = rows // len(names)
+    groups: dict[str | None, list[int]] = {}
+    for i, name in enumerate(names):
+        groups.setdefault(name, []).extend(range(i * each, (i + 1) * each))
+    return groups
+
+
+def _mixed_forward(
+    module: nn.Module, names: tuple[str | None, ...], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """The module's forward, run once for the rows of each adapter with its own parameters in place."""
+    who = f"active: {type(module).__name__}"
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim()]
+    if not tensors:
+        raise TypeError(
+            f"{who}: a mixed batch needs a tensor with a row per adapter name; activate one adapter instead"
+        )
+    rows = tensors[0].shape[0]
+    out: torch.Tensor | None = None
+    for name, group in row_groups(names, rows, who).items():
+        index = torch.tensor(group, device=tensors[0].device)
+
+        def pick(a: Any, index: torch.Tensor = index) -> Any:
+            return (
+                a.index_select(0, index)
+                if isinstance(a, torch.Tensor) and a.dim() and a.shape[0] == rows
+                else a
+            )
+
+        install(module, name)
+        try:
+            part = type(module).forward(module, *map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
+        finally:
+            install(module, None)
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(
+                f"{who}: returns {type(part).__name__}, which a mixed batch cannot put together; activate one"
+            )
+        out = part.new_empty(rows, *part.shape[1:]) if out is None else out
+        out = out.index_copy(0, index, part)
+    assert out is not None
+    return out

@@ -1,0 +1,298 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W^T + b + s (drop(x) A^T) B^T, W frozen, A (r, K), B (N, r).
+
+s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (Kalajdzievski 2023, arXiv 2312.03732). QLoRA is
+the same adapter over a weight in NF4. This file: the config, the two layers, and how A and B start.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_engine.methods import copies
+from peft_engine.nn import NF4Linear
+from peft_engine.ops.lora_linear import lora_linear
+from peft_engine.ops.nf4 import NF4Tensor
+
+BIASES = ("none", "all", "lora_only")
+INITS = (True, False, "gaussian")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter's settings, with PEFT's field names, defaults and meanings.
+
+    r, lora_alpha        rank, and numerator of the scaling
+    target_modules       names (a layer's path, or the end of it), one regular expression for the whole path,
+                         or "all-linear" (every linear layer but the output head); None: PEFT's choice
+    exclude_modules      names or one regular expression: what they match is left out
+    rank_pattern         regular expression for the end of a path: the rank there; alpha_pattern alike
+    bias                 "none", "all" or "lora_only" (of the adapted layers): biases to train, in a copy
+    modules_to_save      names of modules to train whole, in a copy
+    init_lora_weights    True: A kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r, B zero;
+                         False: both random, so that the adapter changes the model at once
+    layers_to_transform  indices of the layers to adapt, when target_modules is a list
+    layers_pattern       the name of the list that the index is in
+    task_type            PEFT's word for the task ("CAUSAL_LM"), written to the file
+
+    Raises TypeError or ValueError that names the field.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        _integer("r", self.r)
+        for pattern, r in _mapping("rank_pattern", self.rank_pattern).items():
+            _integer(f"rank_pattern[{pattern!r}]", r)
+        _number("lora_alpha", self.lora_alpha)
+        for pattern, alpha in _mapping("alpha_pattern", self.alpha_pattern).items():
+            _number(f"alpha_pattern[{pattern!r}]", alpha)
+        _number("lora_dropout", self.lora_dropout)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"LoraConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(
+                f"LoraConfig: modules_to_save must be a list of names, got {self.modules_to_save!r}"
+            )
+        if self.target_modules == []:
+            raise ValueError("LoraConfig: target_modules is empty; name the layers, or leave it out")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            object.__setattr__(self, "target_modules", "all-linear")
+        elif isinstance(self.target_modules, str):
+            _regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _regex("exclude_modules", self.exclude_modules)
+        if type(self.use_rslora) is not bool:
+            raise TypeError(f"LoraConfig: use_rslora must be True or False, got {self.use_rslora!r}")
+        if self.bias not in BIASES:
+            raise ValueError(f"LoraConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        if not any(
+            self.init_lora_weights is i or self.init_lora_weights == i for i in INITS if type(i) is bool or i
+        ):
+            raise ValueError(
+                f"LoraConfig: init_lora_weights must be one of {INITS}, got {self.init_lora_weights!r}"
+            )
+        if self.layers_to_transform is not None:
+            if isinstance(self.target_modules, str):
+                raise ValueError("LoraConfig: layers_to_transform needs target_modules to be a list of names")
+            for i in (
+                [self.layers_to_transform]
+                if isinstance(self.layers_to_transform, int)
+                else self.layers_to_transform
+            ):
+                if type(i) is not int or i < 0:
+                    raise ValueError(f"LoraConfig: layers_to_transform must hold indices from 0, got {i!r}")
+        elif self.layers_pattern:
+            raise ValueError("LoraConfig: layers_pattern has a meaning only with layers_to_transform")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What one adapter does in one layer: its rank, the factor s, and the dropout in training."""
+
+    r: int
+    scaling: float
+    dropout: float
+
+
+class _Lora(nn.Module):
+    """What both layers hold besides the base's: A and B of each adapter by name, and which is active."""
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora: dict[str, LoraSettings]
+    active_adapter: str | tuple[str | None, ...] | None
+
+
+class LoraLinear(_Lora, nn.Linear):
+    """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _forward(self, input, self.weight)
+
+
+class LoraNF4Linear(_Lora, NF4Linear):
+    """An NF4 layer with adapters (QLoRA)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = self.compute_dtype
+        if dtype is None or dtype == input.dtype:
+            return _forward(self, input, self.nf4)
+        return _forward(self, input.to(dtype), self.nf4).to(input.dtype)
+
+
+LAYERS: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: LoraLinear, NF4Linear: LoraNF4Linear}
+BASES = {adapted: base for base, adapted in LAYERS.items()}
+
+
+def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> torch.Tensor:
+    active = layer.active_adapter
+    if not isinstance(active, tuple):
+        return _product(layer, x, weight, active, layer.bias)
+    groups = copies.row_groups(active, x.shape[0], "active")
+    # Two adapters that this layer knows nothing of are one group: the base alone.
+    known: dict[str | None, list[int]] = {}
+    for name, rows in groups.items():
+        known.setdefault(name if name in layer.lora or copies.has(layer, name) else None, []).extend(rows)
+    if len(known) == 1:
+        name = next(iter(known))
+        return _product(layer, x, weight, name, copies.value(layer, "bias", name))
+    parts = []
+    for name, rows in known.items():
+        part = x.index_select(0, torch.tensor(rows, device=x.device))
+        parts.append(_product(layer, part, weight, name, copies.value(layer, "bias", name)))
+    order = torch.tensor([row for rows in known.values() for row in rows], device=x.device)
+    return torch.cat(parts).index_select(0, order.argsort())
+
+
+def _product(
+    layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor, name: str | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    settings = None if name is None else layer.lora.get(name)
+    if settings is None:
+        return lora_linear(x, weight, None, None, 1.0, bias=bias)
+    p = settings.dropout if layer.training else 0.0
+    # A seed from torch's generator: checkpointing restores the generator, so the second forward drops the
+    # same.
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
+    return lora_linear(
+        x, weight, layer.lora_A[name], layer.lora_B[name], settings.scaling, bias=bias, dropout_p=p, seed=seed
+    )
+
+
+def settings_for(config: LoraConfig, r: int, alpha: float) -> LoraSettings:
+    """The settings of a layer of rank r."""
+    return LoraSettings(r, alpha / (math.sqrt(r) if config.use_rslora else r), config.lora_dropout)
+
+
+def initial(
+    in_features: int, out_features: int, r: int, init: bool | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in_features) and B (out_features, r), float32 on the CPU.
+
+    Draws from torch's generator as PEFT does, so that a seed gives PEFT's adapter: PEFT builds two nn.Linear,
+    each of which draws its weight, and then draws A again.
+    """
+    a, b = torch.empty(r, in_features, dtype=torch.float32), torch.empty(out_features, r, dtype=torch.float32)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    if init is False:
+        return a, b
+    if init == "gaussian":
+        nn.init.normal_(a, std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, nn.init.zeros_(b)
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _integer(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"LoraConfig: {name} must be an integer of at least 1, got {value!r}")
+
+
+def _number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(f"LoraConfig: {name} must be a finite number, got {value!r}")
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"LoraConfig: {name} must map regular expressions to numbers, got {value!r}")
+    for pattern in value:
+        _regex(name, pattern)
+    return value
+
+
+def _regex(name: str, value: Any) -> None:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"LoraConfig: {name}: {value!r} is not a regular expression: {error}") from None
+
+
+def _names(name: str, value: Any) -> list[str] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Iterable) or not all(isinstance(v, str) and v for v in value):
+        raise TypeError(f"LoraConfig: {name} must be a list of names, got {value!r}")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+# --- PEFT's adapter_config.json -----------------------------------------------------------------------------
+
+# Fields of PEFT's file that say nothing about the adapter's maths; any value is taken.
+INERT = (
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "megatron_core", "runtime_config", "qalora_group_size",
+)  # fmt: skip
+# Switches and settings of methods that are not offered: the file may hold them at the values that mean "off".
+SWITCHES = ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying")
+SETTINGS = (
+    "megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+)  # fmt: skip
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(SWITCHES, (False, None)),
+    **dict.fromkeys(SETTINGS, (None, {}, [])),
+}
+PEFT_VERSION = (0, 21)  # the newest whose fields are known here
+
+
+def to_file(config: LoraConfig, base_model: str | None) -> dict[str, Any]:
+    """The contents of PEFT's adapter_config.json."""
+    return {
+        **dataclasses.asdict(config),
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "use_dora": False,
+    }
+
+
+def from_file(fields: Any, where: str) -> LoraConfig:
+    """The config in an adapter_config.json; ValueError names what is unknown, unsupported or broken."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type must be 'LORA', got {fields.get('peft_type')!r}")
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    unknown = sorted(fields.keys() - known - set(INERT) - UNSUPPORTED.keys())
+    if unknown:
+        written = str(fields.get("peft_version") or "")
+        number = re.match(r"(\d+)\.(\d+)", written)
+        newer = number is not None and (int(number[1]), int(number[2])) > PEFT_VERSION
+        why = f"; it was written by PEFT {written}, newer than this version knows" if newer else ""
+        raise ValueError(f"{where}: unknown key {', '.join(map(repr, unknown))}{why}")
+    for name, off in UNSUPPORTED.items():
+        if name in fields and fields[name] not in off:
+            raise ValueError(f"{where}: {name}={fields[name]!r} is not supported; only {off[0]!r} is")
+    given = {name: fields[name] for name in known if fields.get(name) is not None}
+    try:
+        return LoraConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None

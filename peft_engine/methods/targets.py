@@ -1,0 +1,265 @@
+"""Which modules a config targets, by PEFT's rules.
+
+A list matches a module whose path is one of its entries or ends with "." + an entry; a string is a regular
+expression for the whole path; "all-linear" is every linear layer but the output head. `rank_pattern` and
+`alpha_pattern` are regular expressions for the end of the path, and the first that matches counts.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from peft_engine.methods import copies
+from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, LoraSettings, settings_for
+
+ALL_LINEAR = "all-linear"
+
+# PEFT's defaults: what target_modules=None means, by the model_type of the model's config.
+_DEFAULTS = {
+    (
+        "q_proj",
+        "v_proj",
+    ): "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+    ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
+    ("query_key_value",): "bloom gpt_neox falcon RefinedWeb RefinedWebModel chatglm",
+    ("q", "v"): "t5 mt5",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("in_proj",): "deberta",
+    ("query_proj", "value_proj"): "deberta-v2",
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("Wqkv",): "mpt",
+    ("qkv_proj",): "codegen",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+}
+DEFAULT_TARGETS = {kind: names for names, kinds in _DEFAULTS.items() for kind in kinds.split()}
+HEAD_NAMES = ("score", "classifier")  # heads of sequence classifiers, which "all-linear" leaves out
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on a model: the layers to adapt, and the parameters to copy, both by path."""
+
+    layers: dict[str, LoraSettings]
+    copied: list[str]
+
+
+def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: bool = True) -> Plan:
+    """What `config` means on `model`. strict: every name and pattern in it must match something."""
+    paths = _matching(model, config, who, strict)
+    if strict:
+        for which in ("rank_pattern", "alpha_pattern"):
+            used = {pattern_key(getattr(config, which), path) for path in paths}
+            idle = [pattern for pattern in getattr(config, which) if pattern not in used]
+            if idle:
+                raise ValueError(f"{who}: {which}: {', '.join(map(repr, idle))} decides no targeted layer")
+    layers = {}
+    for path in paths:
+        module: Any = model.get_submodule(path)
+        _check_layer(path, module, who)
+        r = pattern_value(config.rank_pattern, path, config.r)
+        most = min(module.in_features, module.out_features)
+        if r > most:
+            raise ValueError(
+                f"{who}: rank {r} is above what {path} ({module.out_features} x {module.in_features}) can "
+                f"hold, {most}; lower r, or set a smaller one for this layer in rank_pattern, or exclude it"
+            )
+        layers[path] = settings_for(config, r, pattern_value(config.alpha_pattern, path, config.lora_alpha))
+    found = copies.root_paths(model, config.modules_to_save or ())
+    for name, roots in found.items():
+        if not roots:
+            near = near_modules(name, model)
+            raise ValueError(f"{who}: modules_to_save names {name!r}, which no module has{near}")
+    roots = list(dict.fromkeys(path for group in found.values() for path in group))
+    copied = copies.whole(model, roots)
+    if config.bias != "none":
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            parent, _, leaf = path.rpartition(".")
+            mine = leaf == "bias" and copies.CHILD not in path and path not in copied
+            if mine and (config.bias == "all" or parent in layers) and parameter.is_floating_point():
+                copied.append(path)
+    return Plan(layers, copied)
+
+
+# --- the rules ----------------------------------------------------------------------------------------------
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" counts this module: a linear layer, or transformers' transposed one."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def default_targets(model: nn.Module) -> tuple[str, ...] | str:
+    """What target_modules=None stands for on this model."""
+    return DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""), ALL_LINEAR)
+
+
+def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
+    """The paths of every linear layer but the output head."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    if head is None and task_type == "SEQ_CLS":
+        head = next((h for h in (getattr(model, name, None) for name in HEAD_NAMES) if h is not None), None)
+    return [path for path, module in model.named_modules() if is_linear(module) and module is not head]
+
+
+def named(path: str, names: str | Iterable[str]) -> bool:
+    """Whether a module's path is meant by a regular expression, or by one name of a list."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def excluded(
+    path: str, exclude_modules: str | Iterable[str] | None, modules_to_save: Iterable[str] | None
+) -> bool:
+    """Whether a path is excluded by name, or lies in a module that is trained whole."""
+    if exclude_modules and named(path, exclude_modules):
+        return True
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save or ())
+
+
+def in_layers(path: str, layers: int | Iterable[int] | None, pattern: str | Iterable[str] | None) -> bool:
+    """Whether the first layer index in a path is in `layers`; `pattern` names the list it follows."""
+    if layers is None or layers == []:
+        return True
+    wanted = [layers] if isinstance(layers, int) else list(layers)
+    if not pattern:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+    else:
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", path))), None)
+    return found is not None and int(found[1]) in wanted
+
+
+def pattern_key(patterns: Iterable[str], path: str) -> str | None:
+    """The first pattern that matches the end of a path at a dot, or None."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), None)
+
+
+def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first pattern that matches a path."""
+    key = pattern_key(patterns, path)
+    return default if key is None else patterns[key]
+
+
+def near_names(wanted: Iterable[str], model: nn.Module) -> list[str]:
+    """Names of linear layers that look like the wanted ones; all of their last parts when none does."""
+    paths = [path for path, module in model.named_modules() if path and is_linear(module)]
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    near: list[str] = []
+    for name in wanted:
+        near += difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=3, cutoff=0.5)
+        if "." in name:
+            near += difflib.get_close_matches(name, paths, n=3, cutoff=0.7)
+    return list(dict.fromkeys(near)) or leaves
+
+
+def short_names(paths: Iterable[str], model: nn.Module) -> list[str]:
+    """A list that targets exactly `paths`: their last parts where these name nothing else, else the paths."""
+    wanted = set(paths)
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in wanted})
+    everything = {path for path, _ in model.named_modules() if path and named(path, leaves)}
+    return leaves if everything == wanted else sorted(wanted)
+
+
+def near_modules(wanted: str, model: nn.Module) -> str:
+    """The end of an error: "; near it: ..." with the names of modules that look like `wanted`, or nothing."""
+    leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in model.named_modules() if path})
+    near = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], leaves, n=3, cutoff=0.5)
+    return f"; near it: {', '.join(near)}" if near else ""
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> list[str]:
+    """The paths of the layers that a config targets; ValueError when a name matches nothing."""
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = list(found) if isinstance(found := default_targets(model), tuple) else found
+    if wanted == ALL_LINEAR:
+        if strict:
+            _refuse_experts(model, None, who)
+        chosen = all_linear(model, config.task_type)
+    else:
+        _refuse_experts(model, wanted, who)
+        chosen = [p for p, m in model.named_modules() if p and _own(p) and named(p, wanted)]
+    kept = [p for p in chosen if not excluded(p, config.exclude_modules, config.modules_to_save)]
+    if isinstance(wanted, list):
+        used = [name for name in wanted if any(named(path, [name]) for path in chosen)]
+        idle = [name for name in wanted if name not in used]
+        if idle and (strict or not used):
+            near = ", ".join(near_names(idle, model)) or "none"
+            raise ValueError(
+                f"{who}: target_modules {', '.join(map(repr, idle))} match no module; the model's linear "
+                f"layers with near names: {near}"
+            )
+        layers = config.layers_to_transform
+        kept = [p for p in kept if p in wanted or in_layers(p, layers, config.layers_pattern)]
+    if not kept:
+        left_out = f"all {len(chosen)} that match are excluded" if chosen else "no module's path matches"
+        near = ", ".join(near_names([wanted] if isinstance(wanted, str) else wanted, model)) or "none"
+        raise ValueError(
+            f"{who}: target_modules={config.target_modules!r} targets nothing: {left_out} (exclude_modules, "
+            f"modules_to_save and layers_to_transform count); linear layers: {near}"
+        )
+    return kept
+
+
+def _own(path: str) -> bool:
+    """Whether a module is the base's, and not one that an adapter put there."""
+    return copies.CHILD not in path and not {"lora_A", "lora_B"} & set(path.split("."))
+
+
+def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) -> None:
+    """ValueError for weights of experts held in one 3-D parameter, which no linear layer stands for."""
+    for path, parameter in model.named_parameters():
+        if parameter.dim() != 3 or "conv" in path.lower() or not _own(path):
+            continue
+        module = path.rpartition(".")[0]
+        if isinstance(model.get_submodule(module), nn.modules.conv._ConvNd):
+            continue
+        if wanted is None or named(path, wanted) or named(module, wanted):
+            raise ValueError(
+                f"{who}: {path} {tuple(parameter.shape)} holds expert weights in one 3-D parameter, which "
+                "LoRA over linear layers cannot adapt; name the linear layers in target_modules to leave it "
+                "out"
+            )
+
+
+def _check_layer(path: str, module: Any, who: str) -> None:
+    """TypeError for a target that no adapter can be put on, with the reason."""
+    if type(module) in LAYERS or type(module) in BASES:
+        if "forward" in module.__dict__:
+            raise TypeError(
+                f"{who}: {path} has its forward replaced (by a device map?); load the model on one device"
+            )
+        if copies.CHILD in module._modules and "weight" in module._modules[copies.CHILD][copies.BASE]:
+            raise TypeError(
+                f"{who}: {path} is trained whole by another adapter (modules_to_save); a module is adapted "
+                "or trained whole, the same for all adapters of a model"
+            )
+        if type(module) in (nn.Linear, LAYERS[nn.Linear]) and not module.weight.is_floating_point():
+            raise TypeError(
+                f"{who}: {path} has a weight of {module.weight.dtype}; only NF4 weights may be quantised"
+            )
+        return
+    kind = type(module)
+    library = kind.__module__.split(".")[0]
+    if kind.__name__ == "Conv1D" and library == "transformers":
+        why = "a transformers Conv1D, whose weight is stored transposed"
+    elif library == "bitsandbytes":
+        why = f"bitsandbytes' {kind.__name__}; load the checkpoint with load_quantized instead"
+    elif isinstance(module, nn.Linear):
+        why = f"{kind.__name__}, a subclass of nn.Linear whose forward may differ"
+    else:
+        why = kind.__name__
+    raise TypeError(
+        f"{who}: LoRA adapts nn.Linear and NF4Linear, but {path} is {why}; leave it out of target_modules"
+    )

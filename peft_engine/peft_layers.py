@@ -1,0 +1,190 @@
+"""Fused stand-ins for PEFT's LoRA layers over Linear and Linear4bit; imports PEFT, so only where it is used.
+
+y = W x + b + sum over the active adapters of s_i B_i A_i drop_i(x), in one call of ops.lora_linear. Several
+adapters are one of their summed rank: A = [A_1; A_2; ...], s B = [s_1 B_1, s_2 B_2, ...].
+
+PEFT's tensors stay where they are, so its own save, load, merge and switching work on. Whatever is not the
+plain case (a variant such as DoRA, a batch of mixed adapters, hooks on the inner layers, ...) runs PEFT's
+forward, and `own_reason` says why. One difference is meant: the adapter sees the input in the dtype of the
+product, where PEFT over a 4-bit layer hands it the input before the cast to compute_dtype.
+"""
+
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.lora import layer as lora
+from torch import nn
+
+from peft_engine.nn import NF4Linear
+from peft_engine.ops.lora_linear import lora_linear
+from peft_engine.ops.nf4 import DTYPES, NF4Tensor
+
+
+class _FusedLora(nn.Module):
+    """The forward of a LoRA layer through ops.lora_linear."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or x.dtype not in DTYPES or own_reason(self) is not None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        layer: Any = self
+        base = layer._modules["base_layer"]
+        weight, given = base_weight(base), x
+        if isinstance(weight, NF4Tensor):
+            dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.dtype_for(x)
+            x = x if dtype is None else x.to(dtype)
+        a, b, scaling, bias = _adapters(layer, active_names(layer), x.dtype)
+        p = _dropout(layer, active_names(layer)[0])
+        # A seed from torch's generator: checkpointing restores it, so that the second forward drops the same.
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
+        y = lora_linear(x, weight, a, b, scaling, bias=bias, dropout_p=p, seed=seed)
+        # bitsandbytes' layer gives back the input's dtype; ours does so where compute_dtype made it another.
+        keeps = isinstance(weight, NF4Tensor) and (not isinstance(base, NF4Linear) or x.dtype != given.dtype)
+        return y.to(given.dtype) if keeps else y
+
+
+class FusedLoraLinear(_FusedLora, lora.Linear):
+    """PEFT's lora.Linear, over a dense or an NF4 layer."""
+
+
+FUSED: dict[type, type] = {lora.Linear: FusedLoraLinear}
+
+# bitsandbytes' 4-bit layers, to the class with which their product is fused.
+BNB: dict[type, type] = {}
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    from peft_engine import bnb_layers
+
+    class FusedLoraLinear4bit(_FusedLora, Linear4bit):
+        """PEFT's lora.Linear4bit, over bitsandbytes' Linear4bit."""
+
+    FUSED[Linear4bit] = FusedLoraLinear4bit
+    BNB.update(bnb_layers.FUSED)
+
+
+def fused_class(layer: Any) -> tuple[type | None, str, str]:
+    """The class to give an adapter layer of PEFT, the op, and the reason when there is none."""
+    kind = type(layer)
+    if kind not in FUSED and kind not in FUSED.values():
+        method = kind.__module__.split(".")[-2]
+        return None, "lora_linear", f"no fused layer for PEFT's {method}.{kind.__name__}"
+    why = _unfit(layer)
+    base = layer._modules["base_layer"]
+    if why is None and type(base) in BNB:
+        why = bnb_layers.fused_class(base)[2] or None
+    if why is None and all(name in layer.lora_variant for name in layer.lora_A) and len(layer.lora_A):
+        why = _variant(layer, next(iter(layer.lora_A)))
+    return (FUSED.get(kind, kind) if why is None else None), "lora_linear", why or ""
+
+
+def active_names(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    held = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in held]
+
+
+def base_alone(layer: Any) -> bool:
+    """Whether the layer now computes its base's product only."""
+    return bool(layer.disable_adapters or layer.merged or not active_names(layer))
+
+
+def base_weight(base: Any) -> torch.Tensor | NF4Tensor:
+    """The weight of a base layer that is fit, as ops.lora_linear takes it."""
+    return base.weight if type(base) is nn.Linear else base.nf4
+
+
+def own_reason(layer: Any) -> str | None:
+    """Why the layer, as it is set now, runs PEFT's forward; None when it runs the fused one."""
+    if layer.disable_adapters:
+        return "the adapters are disabled: the base layer runs alone"
+    if layer.merged:
+        return "the adapters are merged: the base layer runs alone"
+    names = active_names(layer)
+    if not names:
+        return "none of its adapters is active: the base layer runs alone"
+    why = _unfit(layer)
+    if why is not None:
+        return why
+    inner = layer._modules
+    if type(inner["base_layer"]) in BNB:
+        return "its base layer is not a fused one; call peft_engine.optimize(model) again"
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's cast of the input is switched off"
+    for name in names:
+        if name in layer.lora_variant:
+            return _variant(layer, name)
+        for part in ("lora_A", "lora_B"):
+            module = inner[part]._modules[name]
+            if type(module) is not nn.Linear or _hooked(module):
+                return f"{part}.{name} is wrapped or has hooks, which the fused product would pass by"
+        if _hooked(inner["lora_dropout"]._modules[name]):
+            return f"lora_dropout.{name} has hooks, which the fused product would pass by"
+    if len(names) > 1 and any(_dropout(layer, name) > 0.0 for name in names):
+        return "several adapters are active with dropout, and each draws a mask of its own"
+    return None
+
+
+def _unfit(layer: Any) -> str | None:
+    """What keeps the layer from the fused forward, whichever adapter is active."""
+    base = layer._modules["base_layer"]
+    if layer.fan_in_fan_out or getattr(layer, "is_target_conv_1d_layer", False):
+        return "the weight is stored transposed (fan_in_fan_out)"
+    if type(base) is nn.Linear:
+        weight = base.weight
+        if weight.requires_grad:
+            return "the base weight is trained too; the kernels take it frozen"
+        if weight.dtype not in DTYPES:
+            return f"the base weight is {weight.dtype}; the kernels take float32, bfloat16 and float16"
+        if weight.device.type == "meta":
+            return "the base weight is on the meta device; load the weights first"
+    elif type(base) is not NF4Linear and type(base) not in (*BNB, *BNB.values()):
+        return f"its base layer is a {type(base).__name__}, which has no kernel"
+    if _hooked(base):
+        return "the base layer has hooks, which the fused product would pass by"
+    return None
+
+
+def _variant(layer: Any, name: str) -> str:
+    variant = type(layer.lora_variant[name]).__name__.removesuffix("Variant").removesuffix("Linear")
+    what = "DoRA, which needs the norm of W + s BA" if layer.use_dora.get(name) else variant
+    return f"adapter {name!r} is {what}; PEFT's own forward runs"
+
+
+def _hooked(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _dropout(layer: Any, name: str) -> float:
+    module = layer._modules["lora_dropout"]._modules[name]
+    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+
+def _adapters(
+    layer: Any, names: list[str], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None]:
+    """A, B, scaling and bias of the active adapters together; another dtype than `dtype` goes to float32."""
+    downs = [layer._modules["lora_A"]._modules[name].weight for name in names]
+    ups = [layer._modules["lora_B"]._modules[name] for name in names]
+    scales = [float(layer.scaling[name]) for name in names]
+    bias = layer._modules["base_layer"].bias
+    for up, scale in zip(ups, scales, strict=True):
+        if up.bias is not None:  # lora_bias
+            bias = scale * up.bias if bias is None else bias + scale * up.bias
+    if len(names) == 1:
+        a, b, scaling = downs[0], ups[0].weight, scales[0]
+    else:
+        # float32 for all: the scale must not cost a rounding of B to a short dtype
+        a = torch.cat([down.float() for down in downs])
+        b = torch.cat([scale * up.weight.float() for up, scale in zip(ups, scales, strict=True)], dim=1)
+        scaling = 1.0
+    if a.dtype != b.dtype or a.dtype != dtype:
+        a, b = a.float(), b.float()
+    return a, b, scaling, bias

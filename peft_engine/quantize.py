@@ -1,0 +1,213 @@
+"""NF4 quantisation of a model in place, and of a checkpoint as it is read (QLoRA, arXiv 2305.14314).
+
+Every plain nn.Linear becomes an NF4Linear, one layer at a time. The output head stays dense unless named
+otherwise, and so does a weight that is tied to another, as the head often is to the embedding. The model's
+config says in bitsandbytes' words what was done: what `save_pretrained` writes loads with transformers alone.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from peft_engine.nn import NF4Linear, become_nf4
+from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
+
+ModelType = TypeVar("ModelType", bound=torch.nn.Module)
+
+
+def quantize_(
+    model: ModelType,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    skip_modules: Iterable[str] | None = None,
+) -> ModelType:
+    """Turns each plain nn.Linear of `model` into an NF4Linear, in place, and returns the model.
+
+    The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
+    skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
+    ("down_proj"); it takes the place of the default, the output head. A tied weight stays dense always.
+    Raises ValueError before anything is changed: for a model with adapters or another quantisation, for
+    linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches nothing.
+    """
+    _check_blocksize("quantize_", blocksize)
+    chosen, dense = select_linears(model, skip_modules, "quantize_")
+    if not chosen:
+        raise ValueError("quantize_: the model has no nn.Linear left to quantise")
+    for name in chosen:
+        check_weight(model.get_parameter(f"{name}.weight".removeprefix(".")), name, "quantize_")
+    dtype = model.get_parameter(f"{chosen[0]}.weight".removeprefix(".")).dtype
+    for name in chosen:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        become_nf4(linear, nf4_quantize(linear.weight, blocksize=blocksize, double_quant=double_quant))
+    write_config(model, dense, dtype, double_quant)
+    return model
+
+
+def load_quantized(
+    path: str | Path,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    skip_modules: Iterable[str] | None = None,
+    **from_pretrained_arguments: Any,
+) -> Any:
+    """A transformers model whose linears are NF4, its checkpoint read shard by shard; in eval mode.
+
+    path: a folder with config.json and safetensors files, or a name on the hub. Each linear's weight is read,
+    cast to `dtype` (None: the checkpoint's own), quantised and placed before the next is read: the peak of
+    memory is the quantised model and its largest layer. A checkpoint whose weights are NF4 already, ours or
+    bitsandbytes', loads as it is; block size, double quantisation and skip_modules are then the file's.
+    skip_modules as in `quantize_`. The other arguments are those of transformers' `from_pretrained`; the
+    model's class is the one its config names. GGUF is refused.
+    Raises OSError when there is no such model or it has no safetensors, ValueError for what cannot be
+    quantised, for a weight that is missing, or holds NaN or inf.
+    """
+    _check_blocksize("load_quantized", blocksize)
+    from peft_engine.loading import load  # transformers' loader takes a second to import
+
+    return load(str(path), blocksize, double_quant, skip_modules, from_pretrained_arguments)
+
+
+def select_linears(
+    model: torch.nn.Module, skip_modules: Iterable[str] | None, caller: str
+) -> tuple[list[str], list[str]]:
+    """The names of the linears to quantise, and of those that stay dense. ValueError for what cannot be."""
+    if isinstance(skip_modules, str):
+        raise TypeError(f"{caller}: skip_modules must be a list of names, got the string {skip_modules!r}")
+    skip = _output_head(model) if skip_modules is None else list(skip_modules)
+    names = [name for name, _ in model.named_modules()]
+    for pattern in skip:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(
+                f"{caller}: skip_modules names {pattern!r}, which no module has{_near(pattern, names)}"
+            )
+    tied = _tied_weights(model)
+    chosen: list[str] = []
+    dense: list[str] = []
+    refused: list[str] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") or "lora_A" in module._modules:
+            raise ValueError(
+                f"{caller}: {name} has an adapter already; quantise first and attach then "
+                "(detach, or merge_and_unload of PEFT, takes adapters off)"
+            )
+        skipped = any(_matches(name, pattern) for pattern in skip)
+        why = _refusal(module)
+        if why is None and type(module) is torch.nn.Linear:
+            skipped = skipped or f"{name}.weight".removeprefix(".") in tied
+            (dense if skipped else chosen).append(name)
+        elif why is not None and skipped:
+            dense.append(name)
+        elif why is not None:
+            refused.append(f"{name or type(module).__name__} {why}")
+        elif isinstance(module, torch.nn.Linear) and not isinstance(module, NF4Linear):
+            dense.append(name)
+    if refused:
+        more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+        raise ValueError(
+            f"{caller}: cannot quantise {'; '.join(refused[:3])}{more}; "
+            "leave them dense by naming them in skip_modules, with the output head if it shall stay dense"
+        )
+    return chosen, dense
+
+
+def check_weight(weight: torch.Tensor, name: str, caller: str) -> None:
+    """TypeError or ValueError, with the layer's name, for a weight that has no NF4 form."""
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{caller}: {name}.weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{caller}: {name}.weight is on the meta device; load the weights first, or use load_quantized"
+        )
+    if weight.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(weight.detach())):
+        raise ValueError(
+            f"{caller}: {name}.weight holds NaN or inf; is the checkpoint whole, and its dtype wide enough?"
+        )
+
+
+def write_config(model: torch.nn.Module, dense: list[str], dtype: torch.dtype, double_quant: bool) -> None:
+    """Describes the quantisation in `model.config`, in the form of transformers' BitsAndBytesConfig."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    config.quantization_config = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": sorted(dense),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _check_blocksize(caller: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{caller}: blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the name, a module above it, or the end of either."""
+    return f".{pattern}." in f".{name}."
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    import difflib
+
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names} - {""})
+    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], ends, 3)
+    return f"; near it: {', '.join(near)}" if near else ""
+
+
+def _output_head(model: torch.nn.Module) -> list[str]:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def _tied_weights(model: torch.nn.Module) -> set[str]:
+    """Names of parameters that are one with another: by transformers' list, or by being one object."""
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    owners = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    shared = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if owners[id(parameter)] > 1
+    }
+    return shared | set(keys) | set(keys.values())
+
+
+def _refusal(module: torch.nn.Module) -> str | None:
+    """Why a module that computes a linear map cannot become an NF4Linear; None if it can or is none."""
+    kind = type(module)
+    origin = kind.__module__.split(".", 1)[0]
+    if origin == "bitsandbytes":
+        return f"is bitsandbytes' {kind.__name__}, quantised already (optimize takes it as it is)"
+    if kind.__name__ == "Conv1D" and origin == "transformers":
+        return "is a transformers Conv1D, whose weight is stored transposed"
+    if isinstance(module, torch.nn.Linear) and "forward" in module.__dict__:
+        return "has its forward replaced (by accelerate's dispatch?); load the model on one device"
+    known = (torch.nn.Linear, NF4Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if isinstance(module, torch.nn.Linear) and kind not in known:
+        return f"is a {kind.__name__}, a subclass of nn.Linear"
+    if not isinstance(module, torch.nn.modules.conv._ConvNd):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
+                return f"holds expert weights in one 3-D parameter, {name} {tuple(parameter.shape)}"
+    return None

@@ -1,0 +1,71 @@
+"""Fixtures for every test: no hub, two threads, a fixed seed; backends and instruction sets; a tiny Llama."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and bitsandbytes are imported: they read it once
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import transformers
+
+from peft_engine import dispatch, native
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each backend that CPU tensors can take, pinned."""
+    why = dispatch.available_backends()[request.param]
+    if why is not None:
+        pytest.skip(f"backend {request.param}: {why}")
+    with dispatch.force_backend(request.param):
+        yield request.param
+
+
+def _isas() -> list:
+    why = native.load_error()
+    if why is not None:
+        return [pytest.param("none", marks=pytest.mark.skip(reason=why))]
+    return list(native.supported_isas())
+
+
+@pytest.fixture(params=_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each instruction set this machine has, the cpu backend pinned."""
+    before = native.isa()
+    native.set_isa(request.param)
+    try:
+        with dispatch.force_backend("cpu"):
+            yield request.param
+    finally:
+        native.set_isa(before)
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., transformers.LlamaForCausalLM]:
+    """A factory: two Llama layers with random weights, hidden 64; keywords go to LlamaConfig."""
+
+    def make(dtype: torch.dtype = torch.float32, **changes) -> transformers.LlamaForCausalLM:
+        settings = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 101,
+            "max_position_embeddings": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        config = transformers.LlamaConfig(**(settings | changes))
+        return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+    return make

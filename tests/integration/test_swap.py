@@ -1,0 +1,105 @@
+"""optimize, unoptimize and explain on plain models, and on models of ours."""
+
+import copy
+import json
+import pickle
+
+import torch
+
+import peft_engine as pe
+from peft_engine import native, report, swap
+
+IDS = torch.arange(24).reshape(2, 12) % 101
+
+
+def _classes(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def _fused(reports):
+    return {layer.name for layer in reports.layers if layer.fused}
+
+
+def test_report_has_a_line_per_kind_and_plain_values():
+    layers = [report.LayerReport(f"l{i}", "lora_linear", "cpu", True, "", "peft.Linear") for i in range(3)]
+    layers.append(report.LayerReport("norm", "rms_norm", "torch", False, "no kernel", "transformers.Norm"))
+    made = report.Report(tuple(layers), "avx2")
+    assert (made.fused_count, made.total) == (3, 4)
+    head, *lines = str(made).splitlines()
+    assert "3 of 4" in head and "avx2" in head
+    assert len(lines) == 2
+    assert lines[0].split() == ["3", "x", "peft.Linear", "lora_linear", "cpu", "fused"]
+    assert lines[1].endswith("not fused: no kernel")
+    plain = json.loads(json.dumps(made.to_dict()))
+    assert plain["kinds"][0]["count"] == 3 and plain["fused_count"] == 3
+    assert [layer["name"] for layer in plain["layers"]] == ["l0", "l1", "l2", "norm"]
+
+
+def test_explain_changes_nothing_and_names_every_linear_layer(tiny_llama):
+    model = tiny_llama()
+    before = _classes(model)
+    made = pe.explain(model)
+    assert _classes(model) == before
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears <= {layer.name for layer in made.layers}
+    assert all(layer.reason for layer in made.layers if not layer.fused)
+
+
+def test_explain_says_the_instruction_set(tiny_llama):
+    why = native.load_error()
+    expected = native.isa() if why is None else why
+    assert pe.explain(tiny_llama()).cpu == expected
+    assert expected in str(pe.explain(tiny_llama())).splitlines()[0]
+
+
+def test_nf4_layers_are_fused_by_the_cpu_backend_and_not_by_the_reference():
+    with pe.force_backend("reference"):
+        model = torch.nn.Sequential(pe.nn.NF4Linear(64, 32), torch.nn.ReLU(), pe.nn.NF4Linear(32, 64))
+    if native.load_error() is None:
+        with pe.force_backend("cpu"):
+            assert _fused(pe.explain(model)) == {"0", "2"}
+    with pe.force_backend("reference"):
+        made = pe.explain(model)
+    assert [(layer.backend, layer.fused) for layer in made.layers] == [("reference", False)] * 2
+    assert all("pinned" in layer.reason for layer in made.layers)
+
+
+def test_without_the_library_each_layer_says_so(monkeypatch):
+    monkeypatch.setattr(native, "load_error", lambda: "the CPU kernels are not compiled")
+    monkeypatch.setattr(swap.LORA_LINEAR, "_cache", {})
+    with pe.force_backend("reference"):
+        model = torch.nn.Sequential(pe.nn.NF4Linear(64, 32))
+    made = pe.explain(model)
+    assert made.layers[0].backend == "reference" and not made.layers[0].fused
+    assert "cpu: the CPU kernels are not compiled" in made.layers[0].reason
+
+
+def test_a_module_under_two_names_is_handled_once():
+    with pe.force_backend("reference"):
+        shared = pe.nn.NF4Linear(64, 64)
+    model = torch.nn.ModuleDict({"a": shared, "b": shared})
+    assert [layer.name for layer in pe.optimize(model).layers] == ["a"]
+
+
+def test_optimize_twice_and_unoptimize_leave_the_model_as_it_was(tiny_llama):
+    model = tiny_llama()
+    before, keys = _classes(model), list(model.state_dict())
+    with pe.force_backend("reference"):
+        expected = model(input_ids=IDS).logits
+    first = pe.optimize(model)
+    assert list(model.state_dict()) == keys
+    assert pe.optimize(model) == first
+    assert pe.unoptimize(model) is model
+    assert _classes(model) == before
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_an_optimised_model_keeps_its_class_and_copies(tiny_llama):
+    model = tiny_llama()
+    pe.optimize(model)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    with pe.force_backend("reference"):
+        expected = model(input_ids=IDS).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert _classes(twin) == _classes(model)
+            assert torch.equal(twin(input_ids=IDS).logits, expected)

@@ -1,0 +1,128 @@
+"""What LoRA refuses: configs that make no sense, models they do not fit, names that cannot be."""
+
+import pytest
+import transformers
+from method_cases import ALL
+from torch import nn
+
+from peft_engine.methods import LoraConfig, attach
+from peft_engine.nn import NF4Linear
+
+
+def state(model: nn.Module) -> dict:
+    """What a refused call must leave alone."""
+    classes = {path: (type(module), set(module.__dict__)) for path, module in model.named_modules()}
+    flags = {path: (id(p), p.requires_grad) for path, p in model.named_parameters(remove_duplicate=False)}
+    return {"modules": classes, "parameters": flags}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(r=0), "r must be an integer of at least 1, got 0"),
+        (dict(r=2.5), "r must be an integer"),
+        (dict(r=True), "r must be an integer"),
+        (dict(rank_pattern={"q": 0}), r"rank_pattern\['q'\]"),
+        (dict(lora_alpha=float("nan")), "lora_alpha must be a finite number"),
+        (dict(lora_dropout=1.0), r"lora_dropout must be in \[0, 1\)"),
+        (dict(bias="some"), "bias must be one of none, all, lora_only"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights must be one of"),
+        (dict(target_modules=[]), "target_modules is empty"),
+        (dict(target_modules="(q_proj"), "not a regular expression"),
+        (dict(target_modules=[3]), "target_modules must be a list of names"),
+        (dict(modules_to_save="lm_head"), "modules_to_save must be a list"),
+        (dict(target_modules="all-linear", layers_to_transform=[0]), "needs target_modules to be a list"),
+        (dict(layers_pattern="layers"), "only with layers_to_transform"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_field(settings, message):
+    with pytest.raises((TypeError, ValueError), match=f"LoraConfig: .*{message}|LoraConfig: {message}"):
+        LoraConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            dict(r=65, target_modules="all-linear"),
+            r"rank 65 is above what model.layers.0.self_attn.q_proj .* 64",
+        ),
+        (dict(rank_pattern={"k_proj": 33}, target_modules=["k_proj"]), "rank 33 is above .*k_proj"),
+        (dict(target_modules=["q_prj"]), "'q_prj' match no module.*q_proj"),
+        (dict(target_modules=["q_proj", "query"]), "'query' match no module"),
+        (dict(target_modules=".*nothing"), "targets nothing"),
+        (dict(target_modules="all-linear", exclude_modules=".*"), "all 14 that match are excluded"),
+        (dict(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), "rank_pattern: 'k_proj' decides no"),
+        (dict(target_modules=["embed_tokens"]), "embed_tokens is Embedding"),
+        (dict(target_modules=["q_proj"], modules_to_save=["lm_hed"]), "'lm_hed'.*near it: lm_head"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_model_is_refused_and_nothing_changes(tiny_llama, settings, message):
+    model = tiny_llama()
+    before = state(model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(model, LoraConfig(**settings))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "values", "__base__", 3])
+def test_a_name_that_a_module_cannot_hold_is_refused(tiny_llama, name):
+    with pytest.raises(ValueError, match="cannot be an adapter's name"):
+        attach(tiny_llama(), ALL, name)
+
+
+def test_a_name_that_is_taken_is_refused(tiny_llama):
+    model = attach(tiny_llama(), ALL)
+    with pytest.raises(ValueError, match="'default' is attached already"):
+        attach(model, ALL)
+
+
+def test_a_module_is_adapted_or_trained_whole_but_not_both(tiny_llama):
+    model = attach(tiny_llama(), ALL, "a")
+    with pytest.raises(ValueError, match="adapted or trained whole"):
+        attach(model, LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["q_proj"]), "b")
+    model = attach(tiny_llama(), LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["q_proj"]), "b")
+    with pytest.raises(TypeError, match="adapted or trained whole"):
+        attach(model, ALL, "a")
+
+
+def test_a_whole_module_in_nf4_cannot_be_trained(tiny_llama):
+    model = tiny_llama()
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = NF4Linear.from_linear(attention.q_proj)
+    with pytest.raises(TypeError, match=r"layers\.1.*quantised .*skip_modules"):
+        attach(model, LoraConfig(target_modules=["k_proj"], modules_to_save=["q_proj"]))
+
+
+def test_experts_in_one_parameter_are_refused_by_name():
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=32,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    for targets in ("all-linear", ["q_proj", "experts"], ["gate_up_proj"], r".*\.experts.*"):
+        with pytest.raises(ValueError, match=r"experts\.(gate_up|down)_proj .* 3-D parameter"):
+            attach(model, LoraConfig(target_modules=targets))
+    attach(model, LoraConfig(target_modules=["q_proj"]))
+
+
+def test_a_transposed_layer_is_refused_by_name():
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
+    )
+    with pytest.raises(TypeError, match="c_attn is a transformers Conv1D"):
+        attach(model, LoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.peers
+def test_a_peft_model_is_sent_to_optimize(tiny_llama):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    for whole in (model, model.base_model.model):
+        with pytest.raises(ValueError, match="PEFT's adapters already"):
+            attach(whole, ALL)
