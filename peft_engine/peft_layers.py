@@ -25,16 +25,17 @@ class _FusedLora(nn.Module):
     """The forward of a LoRA layer through ops.lora_linear."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or x.dtype not in DTYPES or own_reason(self) is not None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
+        names = active_names(layer)
+        if args or kwargs or x.dtype not in DTYPES or own_reason(layer, names) is not None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = layer._modules["base_layer"]
         weight, given = base_weight(base), x
         if isinstance(weight, NF4Tensor):
             dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.dtype_for(x)
             x = x if dtype is None else x.to(dtype)
-        a, b, scaling, bias = _adapters(layer, active_names(layer), x.dtype)
-        p = _dropout(layer, active_names(layer)[0])
+        a, b, scaling, bias = _adapters(layer, names, x.dtype)
+        p = _dropout(layer, names[0])
         # A seed from torch's generator: checkpointing restores it, so that the second forward drops the same.
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
         y = lora_linear(x, weight, a, b, scaling, bias=bias, dropout_p=p, seed=seed)
@@ -92,16 +93,15 @@ def base_alone(layer: Any) -> bool:
 
 def base_weight(base: Any) -> torch.Tensor | NF4Tensor:
     """The weight of a base layer that is fit, as ops.lora_linear takes it."""
-    return base.weight if type(base) is nn.Linear else base.nf4
+    return _weight(base) if type(base) is nn.Linear else base.nf4
 
 
-def own_reason(layer: Any) -> str | None:
+def own_reason(layer: Any, names: list[str]) -> str | None:
     """Why the layer, as it is set now, runs PEFT's forward; None when it runs the fused one."""
     if layer.disable_adapters:
         return "the adapters are disabled: the base layer runs alone"
     if layer.merged:
         return "the adapters are merged: the base layer runs alone"
-    names = active_names(layer)
     if not names:
         return "none of its adapters is active: the base layer runs alone"
     why = _unfit(layer)
@@ -132,7 +132,7 @@ def _unfit(layer: Any) -> str | None:
     if layer.fan_in_fan_out or getattr(layer, "is_target_conv_1d_layer", False):
         return "the weight is stored transposed (fan_in_fan_out)"
     if type(base) is nn.Linear:
-        weight = base.weight
+        weight = _weight(base)
         if weight.requires_grad:
             return "the base weight is trained too; the kernels take it frozen"
         if weight.dtype not in DTYPES:
@@ -144,6 +144,10 @@ def _unfit(layer: Any) -> str | None:
     if _hooked(base):
         return "the base layer has hooks, which the fused product would pass by"
     return None
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    return linear._parameters["weight"]  # not through Module.__getattr__, which is felt at one token
 
 
 def _variant(layer: Any, name: str) -> str:
@@ -171,19 +175,20 @@ def _adapters(
     layer: Any, names: list[str], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None]:
     """A, B, scaling and bias of the active adapters together; another dtype than `dtype` goes to float32."""
-    downs = [layer._modules["lora_A"]._modules[name].weight for name in names]
-    ups = [layer._modules["lora_B"]._modules[name] for name in names]
+    inner = layer._modules
+    downs = [_weight(inner["lora_A"]._modules[name]) for name in names]
+    ups = [inner["lora_B"]._modules[name]._parameters for name in names]
     scales = [float(layer.scaling[name]) for name in names]
-    bias = layer._modules["base_layer"].bias
+    bias = inner["base_layer"]._parameters["bias"]
     for up, scale in zip(ups, scales, strict=True):
-        if up.bias is not None:  # lora_bias
-            bias = scale * up.bias if bias is None else bias + scale * up.bias
+        if up["bias"] is not None:  # lora_bias
+            bias = scale * up["bias"] if bias is None else bias + scale * up["bias"]
     if len(names) == 1:
-        a, b, scaling = downs[0], ups[0].weight, scales[0]
+        a, b, scaling = downs[0], ups[0]["weight"], scales[0]
     else:
         # float32 for all: the scale must not cost a rounding of B to a short dtype
         a = torch.cat([down.float() for down in downs])
-        b = torch.cat([scale * up.weight.float() for up, scale in zip(ups, scales, strict=True)], dim=1)
+        b = torch.cat([scale * up["weight"].float() for up, scale in zip(ups, scales, strict=True)], dim=1)
         scaling = 1.0
     if a.dtype != b.dtype or a.dtype != dtype:
         a, b = a.float(), b.float()

@@ -14,6 +14,7 @@ import torch
 
 from peft_engine import native
 from peft_engine.dispatch import BackendError
+from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
 from peft_engine.ops.nf4 import NF4Tensor
@@ -146,14 +147,10 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
             yield _peft_line(name, module)
         elif _is_bnb_linear(module):
             yield _bnb_line(name, module)
-        elif isinstance(module, NF4Linear) or _has_our_adapter(module):
+        elif isinstance(module, (NF4Linear, LoraLinear)):
             yield _our_line(name, module)
         else:
             yield from _model_line(name, module)
-
-
-def _has_our_adapter(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) and "lora_A" in module._modules
 
 
 def _line(name: str, module: torch.nn.Module, op: str, backend: str, fused: bool, reason: str) -> LayerReport:
@@ -225,13 +222,14 @@ def _peft_line(name: str, module: Any) -> LayerReport:
     if not _is_stand_in(module):
         return _not_fused(name, module)
     base = module.get_base_layer()
-    why = peft_layers.own_reason(module)
+    names = peft_layers.active_names(module)
+    why = peft_layers.own_reason(module, names)
     alone = peft_layers.base_alone(module)
     if why is not None and (not alone or type(base) is torch.nn.Linear):
         return _own(name, module, "lora_linear", why)
     weight = peft_layers.base_weight(base)
     dtype = (base.compute_dtype or weight.dtype) if isinstance(weight, NF4Tensor) else weight.dtype
-    adapter = None if alone else module.lora_A[peft_layers.active_names(module)[0]].weight
+    adapter = None if alone else module.lora_A[names[0]].weight
     return _product_line(name, module, weight, dtype, adapter)
 
 

@@ -32,49 +32,6 @@ def base(request):
     return request.param
 
 
-@pytest.fixture
-def make_base(tiny_llama, tmp_path):
-    """A factory of the same tiny Llama, dense, in our NF4 or in bitsandbytes' 4 bit, in training mode."""
-
-    def make(base, dtype=torch.float32, **quantization):
-        torch.manual_seed(0)
-        # 128: bitsandbytes' CPU kernel takes a wrong scale where in_features is no multiple of the block size
-        model = tiny_llama(dtype, intermediate_size=128)
-        if base == "nf4":
-            pe.quantize_(model)
-        elif base == "bnb":
-            model.save_pretrained(tmp_path / "dense")
-            settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | quantization
-            config = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings
-            )
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                tmp_path / "dense", quantization_config=config, dtype=dtype, device_map="cpu"
-            )
-        return model.train()
-
-    return make
-
-
-@pytest.fixture
-def make(make_base):
-    """A factory of a PeftModel over such a base, with adapters that do something."""
-
-    def build(base, dtype=torch.float32, *, adapters=1, **changes):
-        model = make_base(base, dtype)
-        config = peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | changes))
-        model = peft.get_peft_model(model, config, adapter_name="a0")
-        for i in range(1, adapters):
-            model.add_adapter(f"a{i}", config)
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter.data, std=0.2)
-        return model
-
-    return build
-
-
 def _step(model, ids=IDS):
     """Logits, and the gradient of every trained parameter by name."""
     torch.manual_seed(5)
@@ -143,6 +100,23 @@ def test_error_against_float64_is_within_twice_peft_own(make, base, dtype):
             unit = torch.finfo(dtype).eps * exact.abs().max()
             assert (mine - exact).abs().max() <= 2 * (own - exact).abs().max() + unit
             assert (mine - exact).norm() <= 2 * (own - exact).norm() + unit
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_under_autocast_dtype_and_error_are_peft_own(make, base, given):
+    model = make(base, given)
+    layer = next(_peft_layers(model))
+    x = torch.randn(3, 5, 64).to(given)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        own = layer(x)
+        pe.optimize(model)
+        mine = layer(x)
+    assert mine.dtype == own.dtype
+    below = layer.get_base_layer()
+    weight = below.weight if base == "dense" else below.nf4.dequantize()
+    a, b = (m["a0"].weight.double() for m in (layer.lora_A, layer.lora_B))
+    exact = x.double() @ (weight.double() + layer.scaling["a0"] * b @ a).T
+    assert (mine - exact).norm() <= 2 * (own - exact).norm()
 
 
 def test_optimize_is_a_no_op_the_second_time_and_unoptimize_restores_peft(make, base):
@@ -223,9 +197,8 @@ def test_adapters_added_deleted_and_weighted_after_optimize_work(make, base):
     assert pe.optimize(model).total == pe.explain(model).total
 
 
+@pytest.mark.parametrize("base", ["dense", "bnb"])  # into NF4Linear, pe.merge_ merges
 def test_merge_and_unload_and_unmerge_give_what_peft_gives(make, base):
-    if base == "nf4":
-        pytest.skip("PEFT cannot merge into an NF4Linear: pe.merge_ can")
     model = make(base)
     twin = copy.deepcopy(model)
     pe.optimize(model)
@@ -275,9 +248,8 @@ def test_lora_bias_is_scaled_as_in_peft(make):
     _same_step(mine, _step(twin))
 
 
+@pytest.mark.parametrize("base", ["dense", "bnb"])  # PEFT has no norm of an NF4Linear
 def test_dora_layers_run_peft_own_forward_and_the_report_says_why(make, base):
-    if base == "nf4":
-        pytest.skip("PEFT cannot put DoRA on an NF4Linear: it needs the weight's norm")
     model = make(base, use_dora=True)
     before = _step(model)
     report = pe.optimize(model)

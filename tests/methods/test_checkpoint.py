@@ -9,6 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import transformers
 from method_cases import ALL, IDS, edit_weights, refused, shake
 from torch import nn
 
@@ -63,6 +64,36 @@ def test_peft_reads_what_we_save_and_we_read_what_peft_saves(llama, tmp_path, se
     assert torch.equal(again(IDS).logits, logits)
     for path, tensor in tensors(model, "default").items():
         assert torch.equal(tensor, tensors(again, "default")[path])
+
+
+@pytest.mark.peers
+def test_a_classifier_and_its_head_go_both_ways(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=32,
+        num_labels=3,
+        pad_token_id=0,
+    )
+
+    def classifier():
+        torch.manual_seed(0)
+        return transformers.LlamaForSequenceClassification(config).eval()
+
+    model = attach(classifier(), LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    assert {path for path in tensors(model, "default") if "lora_" not in path} == {"score.weight"}
+    shake(model)
+    ours = save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(classifier(), ours).eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = classifier()
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_a_base_weight_in_the_file_must_be_the_models(llama, saved):

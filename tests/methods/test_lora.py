@@ -12,6 +12,7 @@ from peft_engine.methods import LoraConfig, active, adapters_without_gradient, a
 from peft_engine.methods.attach import tensors
 from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.nn import NF4Linear
+from peft_engine.ops.lora_linear import LORA_LINEAR
 
 
 def snapshot(model: nn.Module) -> tuple:
@@ -295,11 +296,37 @@ def test_checkpointing_drops_the_same_when_it_recomputes(reentrant):
 def test_a_layer_compiles_without_a_graph_break():
     for model in (layer(lora_dropout=0.3, init_lora_weights=False), layer(init_lora_weights=False)):
         x = torch.randn(8, 32, requires_grad=True)
+        LORA_LINEAR._cache.clear()  # nothing has run yet
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         compiled(x).sum().backward()
         model.eval()
         torch.testing.assert_close(compiled(x), model(x))
         torch._dynamo.reset()
+
+
+def test_a_mixed_batch_compiles_without_a_graph_break():
+    model = layer(init_lora_weights=False)
+    attach(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "b")
+    active(model, ["b", None, "default", "b"])
+    x = torch.randn(8, 32)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_model_has_the_gradients_of_a_plain_one(tiny_llama, reentrant):
+    model = attach(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2)).train()
+    shake(model)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([t.grad.clone() for t in tensors(model, "default").values()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_after_a_step_every_tensor_had_a_gradient_or_is_named(tiny_llama):

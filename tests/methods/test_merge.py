@@ -8,6 +8,7 @@ from torch import nn
 from peft_engine.checkpoint import merge_
 from peft_engine.methods import LoraConfig, active, attach, detach
 from peft_engine.nn import NF4Linear
+from peft_engine.quantize import quantize_
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -56,6 +57,23 @@ def test_an_nf4_layer_stays_nf4_only_when_asked(tiny_llama):
     expected = NF4Linear.from_linear(_linear(merged.detach()))
     assert torch.equal(layer.weight, expected.weight)
     assert torch.equal(layer.absmax, expected.absmax)
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_the_config_of_a_merged_model_tells_what_is_still_in_nf4(tiny_llama, tmp_path, some):
+    model = quantize_(tiny_llama())
+    config = LoraConfig(r=4, target_modules=["q_proj"]) if some else ALL
+    shake(attach(model, config))
+    expected = model(IDS).logits
+    merge_(model)
+    described = getattr(model.config, "quantization_config", None)
+    if some:
+        assert "model.layers.1.self_attn.q_proj" in described["llm_int8_skip_modules"]
+        return
+    assert described is None
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
