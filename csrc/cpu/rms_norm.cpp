@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps,
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, double offset, bool need_dx,
-                                             bool need_dw) {
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, double offset,
+                                             bool need_dx, bool need_dw) {
   const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;
   Tensor dx = need_dx ? torch::stable::empty_like(x) : pe::like(x, {0});
   Tensor dw = need_dw ? torch::stable::empty_like(weight) : pe::like(weight, {0});

@@ -29,8 +29,8 @@ inline void rms_norm_rows(const void* x, const void* w, void* y, float* rstd, Ty
     with_type(weight_type, [&](auto u) {
       using W = decltype(u);
       for (int64_t m = first; m < last; ++m)
-        rms_norm_row<T, W>(static_cast<const typename T::Value*>(x) + m * n, static_cast<const typename W::Value*>(w), offset,
-                           eps, n, static_cast<typename T::Value*>(y) + m * n, rstd + m);
+        rms_norm_row<T, W>(static_cast<const typename T::Value*>(x) + m * n, static_cast<const typename W::Value*>(w),
+                           offset, eps, n, static_cast<typename T::Value*>(y) + m * n, rstd + m);
     });
   });
 }
@@ -49,7 +49,8 @@ inline void rms_norm_backward_rows(const void* dy, const void* x, const void* w,
         auto* out = static_cast<typename T::Value*>(dx) + m * n;
         Floats dot[2] = {};
         for (int64_t i = 0; i < n; i += kWidth)
-          dot[i / kWidth & 1] += load<T>(grad + i, n - i) * (load<W>(weight + i, n - i) + offset) * load<T>(row + i, n - i);
+          dot[i / kWidth & 1] +=
+              load<T>(grad + i, n - i) * (load<W>(weight + i, n - i) + offset) * load<T>(row + i, n - i);
         const float scale = rstd[m], mean = sum(dot[0] + dot[1]) / n * scale * scale;
         for (int64_t i = 0; i < n; i += kWidth) {
           const Floats g = load<T>(grad + i, n - i) * (load<W>(weight + i, n - i) + offset);
@@ -62,8 +63,8 @@ inline void rms_norm_backward_rows(const void* dy, const void* x, const void* w,
 
 // dw[i] = sum over rows of dy * x * rstd, for the kWidth columns from i; in double across blocks of 64 rows, so that
 // the sum over many rows keeps its digits. Each column is summed by one thread in the order of rows.
-inline void rms_norm_weight_columns(const void* dy, const void* x, const float* rstd, void* dw, Type type, Type weight_type,
-                                    int64_t rows, int64_t n, int64_t first, int64_t last) {
+inline void rms_norm_weight_columns(const void* dy, const void* x, const float* rstd, void* dw, Type type,
+                                    Type weight_type, int64_t rows, int64_t n, int64_t first, int64_t last) {
   with_type(type, [&](auto t) {
     using T = decltype(t);
     with_type(weight_type, [&](auto u) {

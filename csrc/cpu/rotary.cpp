@@ -37,7 +37,8 @@ using torch::stable::Tensor;
 // q (B, T, Hq, D) and k (B, T, Hk, D) with stride 1 along D and any others; out contiguous.
 std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transposed) {
   const int64_t batch = q.size(0), tokens = q.size(1), head_dim = q.size(3), rotated = cos.size(2);
-  Tensor q_out = pe::like(q, {batch, tokens, q.size(2), head_dim}), k_out = pe::like(k, {batch, tokens, k.size(2), head_dim});
+  Tensor q_out = pe::like(q, {batch, tokens, q.size(2), head_dim}),
+         k_out = pe::like(k, {batch, tokens, k.size(2), head_dim});
   const pe::Type type = pe::type_of(q);
   const pe::Angles angles{cos.const_data_ptr(), sin.const_data_ptr(), cos.size(0) == 1 ? 0 : tokens * rotated};
   const pe::Heads qs{q.const_data_ptr(), q_out.mutable_data_ptr(), q.size(2), q.stride(0), q.stride(2), q.stride(1)};

@@ -3,8 +3,8 @@
 #include "cpu/vector.inl"
 
 // Tokens first .. last of the B x T tokens.
-inline void rotary_tokens(const Heads& x, const Angles& angles, Type type, int64_t tokens, int64_t head_dim, int64_t rotated,
-                          bool transposed, int64_t first, int64_t last) {
+inline void rotary_tokens(const Heads& x, const Angles& angles, Type type, int64_t tokens, int64_t head_dim,
+                          int64_t rotated, bool transposed, int64_t first, int64_t last) {
   with_type(type, [&](auto t) {
     using T = decltype(t);
     using Value = typename T::Value;

@@ -11,9 +11,12 @@ namespace pe {
 
 inline Type type_of(const torch::stable::Tensor& t) {
   switch (t.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return Type::f32;
-    case torch::headeronly::ScalarType::BFloat16: return Type::bf16;
-    default: return Type::f16;
+    case torch::headeronly::ScalarType::Float:
+      return Type::f32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Type::bf16;
+    default:
+      return Type::f16;
   }
 }
 

@@ -5,21 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_engine import dispatch, native
 from peft_engine.ops import rotary as module
 from peft_engine.ops.rotary import reference, rotary
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = native.supported_isas() if native.load_error() is None else ()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    with dispatch.force_backend("cpu"):
-        yield request.param
-    native.set_isa(before)
 
 
 def assert_twice_as_good(got, plain, exact, what=""):
@@ -124,8 +113,7 @@ def test_wrong_arguments_are_named():
         rotary(q, q, *angles(1, 3, 8, torch.bfloat16))
 
 
-@pytest.mark.skipif(not ISAS, reason="the CPU kernels are not compiled")
-def test_it_traces_whole():
+def test_it_traces_whole(isa):
     def turned(q, k):
         a, b = rotary(q, k, cos, sin)
         return a * 2, b

@@ -5,21 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_engine import dispatch, native
 from peft_engine.ops import swiglu as module
 from peft_engine.ops.swiglu import reference, swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = native.supported_isas() if native.load_error() is None else ()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = native.isa()
-    native.set_isa(request.param)
-    with dispatch.force_backend("cpu"):
-        yield request.param
-    native.set_isa(before)
 
 
 def assert_twice_as_good(got, plain, exact, what=""):
@@ -96,8 +85,7 @@ def test_wrong_arguments_are_named():
         swiglu(torch.randn(2, 8), torch.randn(2, 7))
 
 
-@pytest.mark.skipif(not ISAS, reason="the CPU kernels are not compiled")
-def test_it_traces_whole():
+def test_it_traces_whole(isa):
     compiled = torch.compile(lambda g, u: swiglu(g, u) * 2, fullgraph=True, backend="aot_eager")
     gate, up = (torch.randn(3, 16, requires_grad=True) for _ in range(2))
     y = compiled(gate, up)
