@@ -20,7 +20,7 @@ from transformers.models.smollm3 import modeling_smollm3 as smollm3
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.ops.attention import ATTENTION, AttentionCall, Intervals, attention, intervals_from_mask
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
-from peft_engine.ops.rotary import rotary
+from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import SWIGLU, SwigluCall, swiglu
 
 # --- RMSNorm ------------------------------------------------------------------------------------------------
@@ -31,10 +31,11 @@ class _RMSNorm:
     variance_epsilon: float
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # A float32 weight beside a half-precision input gives float32, as the layer's own product does.
-        if self.weight.dtype != hidden_states.dtype:
-            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
-        weight = self.weight if self.weight.dtype == hidden_states.dtype else self.weight.float()
+        weight = self.weight
+        if weight.dtype != hidden_states.dtype:
+            # A float32 weight beside a half-precision input gives float32, as the layer's own product does.
+            dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+            hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
         return rms_norm(hidden_states, weight, self.variance_epsilon)
 
 
@@ -78,12 +79,11 @@ class GemmaRMSNorm(gemma.GemmaRMSNorm):
 
 
 class _MLP:
-    gate_proj: torch.nn.Module
-    up_proj: torch.nn.Module
-    down_proj: torch.nn.Module
+    _modules: dict[str, Any]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        modules = self._modules
+        return modules["down_proj"](swiglu(modules["gate_proj"](x), modules["up_proj"](x)))
 
 
 class LlamaMLP(_MLP, llama.LlamaMLP):
@@ -124,7 +124,7 @@ class Phi3MLP(phi3.Phi3MLP):
 # --- attention ----------------------------------------------------------------------------------------------
 
 # Arguments that change what attention computes: with one of them the layer's own code runs.
-_SPECIAL = ("position_bias", "softcap", "cache", "is_causal", "output_attentions", "s_aux", "block_table")
+_SPECIAL = frozenset(("position_bias", "softcap", "cache", "is_causal", "s_aux"))
 
 
 class _Attention:
@@ -145,7 +145,8 @@ class _Attention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if _own_attention(self) or any(kwargs.get(name) not in (None, False) for name in _SPECIAL):
+        special = kwargs.keys() & _SPECIAL
+        if _own_attention(self) or any(kwargs[name] is not None for name in special):
             return super().forward(  # type: ignore[misc]
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -154,18 +155,19 @@ class _Attention:
                 **kwargs,
             )
         q, k, v = self._heads(hidden_states)
-        if getattr(self, "use_rope", True):
+        if self.__dict__.get("use_rope", True):
             q, k = _rotated(q, k, *position_embeddings)  # type: ignore[misc]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         out = _attend(q, k, v, attention_mask, self.scaling)
         return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None  # type: ignore[attr-defined]
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k and v of x (B, T, H), each (B, heads, T, head_dim)."""
+        """q, k and v of x (B, T, H), each (B, T, heads, head_dim)."""
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # type: ignore[attr-defined]
-        return q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
+        modules = self._modules  # a look-up of its own: Module.__getattr__ costs as much as a view
+        return modules["q_proj"](x).view(shape), modules["k_proj"](x).view(shape), modules["v_proj"](x).view(shape)
 
 
 class LlamaAttention(_Attention, llama.LlamaAttention):
@@ -186,7 +188,7 @@ class Qwen3Attention(_Attention, qwen3.Qwen3Attention):
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k = self.q_norm(self.q_proj(x).view(shape)), self.k_norm(self.k_proj(x).view(shape))
-        return q.transpose(1, 2), k.transpose(1, 2), self.v_proj(x).view(shape).transpose(1, 2)
+        return q, k, self.v_proj(x).view(shape)
 
 
 class SmolLM3Attention(_Attention, smollm3.SmolLM3Attention):
@@ -205,9 +207,9 @@ class Phi3Attention(_Attention, phi3.Phi3Attention):
     """Phi-3's attention, whose q, k and v are parts of one product, read in place; partial rotary."""
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         kv = self.num_key_value_heads
-        return heads.split((heads.shape[1] - 2 * kv, kv, kv), dim=1)
+        return heads.split((heads.shape[-2] - 2 * kv, kv, kv), dim=-2)
 
 
 def _own_attention(module: Any) -> str:
@@ -223,9 +225,9 @@ def _own_attention(module: Any) -> str:
 
 def _rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
     if q.dtype == cos.dtype:
-        return rotary(q, k, cos, sin)
+        return rotary_by_token(q, k, cos, sin)
     # Autocast: the angles have the precision of the hidden states, q and k that of the linears.
-    turned = rotary(q.to(cos.dtype), k.to(cos.dtype), cos, sin)
+    turned = rotary_by_token(q.to(cos.dtype), k.to(cos.dtype), cos, sin)
     return turned[0].to(q.dtype), turned[1].to(k.dtype)
 
 
@@ -233,13 +235,9 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Attention with the mask that transformers makes for sdpa: None is causal, or everything for one query."""
-    queries, group = q.shape[2], q.shape[1] // k.shape[1]
+    queries = q.shape[2]
     if queries == 1:
-        # The heads of a group are queries over the same keys: no key is repeated.
-        if group > 1 and (mask is None or mask.shape[1] == 1):
-            packed = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
-            return F.scaled_dot_product_attention(packed, k, v, mask, scale=scale).reshape(q.shape)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=group > 1)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if mask is None:
         if k.shape[2] > queries:  # a static cache before its first token: the later slots are empty
             k, v = k[:, :, :queries], v[:, :, :queries]
@@ -247,7 +245,7 @@ def _attend(
     intervals = _intervals(mask)
     if intervals is not None:
         return attention(q, k, v, intervals=intervals, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=group > 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _intervals(mask: torch.Tensor) -> Intervals | None:

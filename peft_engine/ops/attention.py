@@ -163,7 +163,7 @@ def _cpu(q, k, v, intervals, scale) -> torch.Tensor:
     first, last = (None, None) if intervals is None else intervals
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, first, last, scale)
-    return torch.ops.peft_engine.attention_forward(q, k, v, first, last, scale)[0]
+    return torch.ops.peft_engine.attention_forward.default(q, k, v, first, last, scale)[0]
 
 
 ATTENTION.register("cpu", _cpu, refuse_unless_cpu)

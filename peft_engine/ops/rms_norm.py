@@ -99,7 +99,7 @@ def _cpu(x, weight, eps, offset) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps, offset)
-    return torch.ops.peft_engine.rms_norm_forward(x, weight, eps, offset)[0]
+    return torch.ops.peft_engine.rms_norm_forward.default(x, weight, eps, offset)[0]
 
 
 RMS_NORM.register("cpu", _cpu, refuse_unless_cpu)

@@ -57,7 +57,8 @@ def rotary(
             f"rotary: q, k, cos and sin must have one dtype of float32, bfloat16, float16, "
             f"got {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}; cast them"
         )
-    return ROTARY.choose(RotaryCall(q.device.type, q.dtype)).run(q, k, cos, sin)
+    q, k = rotary_by_token(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -103,15 +104,24 @@ def _dense_heads(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def rotary_by_token(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rotary without its checks, over (B, T, H, D): for the layers, whose shapes are their config's."""
+    return ROTARY.choose(RotaryCall(q.device.type, q.dtype)).run(q, k, cos, sin)
+
+
 def _cpu(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k = _dense_heads(q.transpose(1, 2)), _dense_heads(k.transpose(1, 2))
-    cos, sin = cos.contiguous(), sin.contiguous()
+    q, k, cos, sin = _dense_heads(q), _dense_heads(k), cos.contiguous(), sin.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        q, k = _Rotary.apply(q, k, cos, sin)
-    else:
-        q, k = torch.ops.peft_engine.rotary(q, k, cos, sin, False)
+        return _Rotary.apply(q, k, cos, sin)
+    return torch.ops.peft_engine.rotary.default(q, k, cos, sin, False)
+
+
+def _reference_by_token(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = reference(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
 ROTARY.register("cpu", _cpu, refuse_unless_cpu)
-ROTARY.register("reference", reference)
+ROTARY.register("reference", _reference_by_token)

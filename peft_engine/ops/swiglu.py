@@ -30,14 +30,15 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Both may be strided; halves of one wider last dimension (Phi-3's gate_up) are read in place.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+    dtype, device = gate.dtype, gate.device
+    if gate.shape != up.shape or dtype != up.dtype or device != up.device:
         raise ValueError(
             f"swiglu: gate and up must have one shape, dtype and device, got {tuple(gate.shape)} {gate.dtype} "
             f"on {gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}"
         )
-    if gate.dtype not in DTYPES:
-        raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {gate.dtype}")
-    return SWIGLU.choose(SwigluCall(gate.device.type, gate.dtype)).run(gate, up)
+    if dtype not in DTYPES:
+        raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {dtype}")
+    return SWIGLU.choose(SwigluCall(device.type, dtype)).run(gate, up)
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -73,18 +74,17 @@ class _Swiglu(torch.autograd.Function):
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """(rows, n) with stride 1 along n: a view where the layout allows it."""
-    if t.dim() == 0:
-        return t.reshape(1, 1)
-    rows = t.reshape(t.numel() // max(t.shape[-1], 1), t.shape[-1])
+    rows = t.reshape(-1, t.shape[-1]) if t.numel() else t.reshape(0, 0)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _cpu(gate, up) -> torch.Tensor:
     shape = gate.shape
-    gate, up = _rows(gate), _rows(up)
+    if len(shape) != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
+        gate, up = (_rows(t if shape else t[None]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Swiglu.apply(gate, up).view(shape)
-    return torch.ops.peft_engine.swiglu_forward(gate, up).view(shape)
+    return torch.ops.peft_engine.swiglu_forward.default(gate, up).view(shape)
 
 
 SWIGLU.register("cpu", _cpu, refuse_unless_cpu)
