@@ -69,7 +69,7 @@ float* scratch(int64_t floats) {
 }
 
 AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& first,
-                        const std::optional<Tensor>& last, double scale, const Tensor& softmax) {
+                        const std::optional<Tensor>& last, double scale) {
   AttentionArgs x{};
   x.type = pe::type_of(q);
   x.heads = q.size(1), x.kv_heads = k.size(1), x.queries = q.size(2), x.keys = k.size(2), x.head_dim = q.size(3);
@@ -77,7 +77,6 @@ AttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, const
   x.first = first ? static_cast<const int32_t*>(first->const_data_ptr()) : nullptr;
   x.last = last ? static_cast<const int32_t*>(last->const_data_ptr()) : nullptr;
   x.q = heads4(q), x.k = heads4(k), x.v = heads4(v);
-  x.softmax = static_cast<float*>(softmax.data_ptr());
   return x;
 }
 
@@ -87,12 +86,10 @@ Tensor by_token(const Tensor& x) {
   return torch::stable::transpose(out, 1, 2);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> first,
+Tensor attention_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> first,
                                              std::optional<Tensor> last, double scale) {
   Tensor out = by_token(q);
-  Tensor softmax =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), 2}, torch::headeronly::ScalarType::Float);
-  AttentionArgs x = arguments(q, k, v, first, last, scale, softmax);
+  AttentionArgs x = arguments(q, k, v, first, last, scale);
   x.out = heads4(out);
   struct Task {
     Segment segment;
@@ -112,14 +109,14 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, std::
       PE_CALL(attention_forward_task)(x, t.segment, t.group, t.q0, t.q1, buffer);
     }
   });
-  return {out, softmax};
+  return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor softmax,
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v,
                                                       std::optional<Tensor> first, std::optional<Tensor> last,
                                                       double scale) {
   Tensor dq = by_token(q), dk = by_token(k), dv = by_token(v);
-  AttentionArgs x = arguments(q, k, v, first, last, scale, softmax);
+  AttentionArgs x = arguments(q, k, v, first, last, scale);
   x.dout = heads4(dout), x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
   const std::vector<Segment> all = segments(x, q.size(0));
   const int64_t width = pe::padded(x.head_dim);

@@ -20,7 +20,6 @@ struct AttentionArgs {
   const int32_t *first, *last;  // (B, queries) each, or both null: causal, the last query sees the last key
   Heads4 q, k, v, out;          // forward
   Heads4 dout, dq, dk, dv;      // backward
-  float* softmax;               // (B, heads, queries, 2): the largest score, and 1 / the sum of exp(score - largest)
 
   int64_t first_key(int64_t b, int64_t i) const { return first == nullptr ? 0 : first[b * queries + i]; }
   int64_t last_key(int64_t b, int64_t i) const {

@@ -129,6 +129,30 @@ inline Ints inside(int64_t at, int64_t first, int64_t last) {
 
 inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 
+// A row of scores to exp(score - largest) inside [first, last) and 0 outside; returns the sum. Both directions call it, so
+// that the probabilities of the backward are those of the forward to the bit.
+inline float exponentials(float* row, int64_t count, int64_t first, int64_t last) {
+  if (first >= last) {
+    for (int64_t j = 0; j < count; j += kWidth) store<F32>(row + j, Floats{});
+    return 1.0f;
+  }
+  Floats most = all(-__builtin_inff());
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Floats v = select(inside(j, first, last), load<F32>(row + j), all(-__builtin_inff()));
+    store<F32>(row + j, v);
+    most = v > most || v != v ? v : most;
+  }
+  float top = most[0];
+  for (int u = 1; u < kWidth; ++u) top = most[u] > top || most[u] != most[u] ? most[u] : top;
+  Floats total = {};
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Floats e = exponential(load<F32>(row + j) - top);
+    store<F32>(row + j, e);
+    total += e;
+  }
+  return sum(total);
+}
+
 // Queries q0 .. q1 of the segment, all query heads of key/value head g.
 template <class T>
 inline void forward_task(const AttentionArgs& x, const Segment& s, int64_t g, int64_t q0, int64_t q1, float* scratch) {
@@ -150,25 +174,7 @@ inline void forward_task(const AttentionArgs& x, const Segment& s, int64_t g, in
         float* row = scores + r * stride;
         const int64_t offset = s.k0 + seen.first, first = x.first_key(s.b, i + r) - offset,
                       last = x.last_key(s.b, i + r) - offset;
-        Floats most = all(-__builtin_inff());
-        for (int64_t j = 0; j < seen.count; j += kWidth) {
-          const Floats v = select(inside(j, first, last), load<F32>(row + j), all(-__builtin_inff()));
-          store<F32>(row + j, v);
-          most = v > most || v != v ? v : most;
-        }
-        float top = most[0];
-        for (int u = 1; u < kWidth; ++u) top = most[u] > top || most[u] != most[u] ? most[u] : top;
-        if (first >= last) top = 0.0f;
-        Floats total = {};
-        for (int64_t j = 0; j < seen.count; j += kWidth) {
-          const Floats p = exponential(load<F32>(row + j) - top);
-          store<F32>(row + j, p);
-          total += p;
-        }
-        totals[r] = sum(total);
-        float* kept = x.softmax + 2 * ((s.b * x.heads + h) * x.queries + i + r);
-        kept[0] = top;
-        kept[1] = totals[r] = first < last ? 1.0f / totals[r] : 0.0f;
+        totals[r] = 1.0f / exponentials(row, seen.count, first, last);
       }
       product(rows, width, seen.count, scores, stride, 1, values + seen.first * width, width, result, width, false);
       for (int64_t r = 0; r < rows; ++r) {
@@ -206,11 +212,10 @@ inline void backward_task(const AttentionArgs& x, const Segment& s, int64_t g, f
         float *row = scores + r * stride, *drow = dscores + r * stride;
         const int64_t offset = s.k0 + seen.first, first = x.first_key(s.b, i + r) - offset,
                       last = x.last_key(s.b, i + r) - offset;
-        const float* kept = x.softmax + 2 * ((s.b * x.heads + h) * x.queries + i + r);
+        const float scale = 1.0f / exponentials(row, seen.count, first, last);
         Floats total = {};
         for (int64_t j = 0; j < seen.count; j += kWidth) {
-          Floats p = exponential(load<F32>(row + j) - kept[0]) * kept[1];
-          p = select(inside(j, first, last), p, Floats{});
+          const Floats p = load<F32>(row + j) * scale;
           store<F32>(row + j, p);
           total += p * load<F32>(drow + j);
         }

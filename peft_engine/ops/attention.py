@@ -4,14 +4,14 @@
     dv = P^T dout      dP = dout v^T      dS = P (dP - sum(P dP)) scale      dq = dS k      dk = dS^T q
 
 Intervals are what decoders use: causal, documents packed in a row, left or right padding, sliding windows, a cache.
-A query whose interval is empty gives zeros. Saved for the backward: q, k, v, and of each row of S the largest and
-1 / sum(exp(S - largest)): two numbers, because one log-sum-exp loses digits where scores are large. S and P are never
-held as a whole, and keys that no query of a block sees cost nothing.
+A query whose interval is empty gives zeros. Saved for the backward: q, k and v; a block of S is computed again. S
+and P are never held as a whole, and keys that no query of a block sees cost nothing.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from peft_engine import dispatch, native
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
@@ -113,10 +113,10 @@ def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tenso
 
 
 native.library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? last, float scale) -> (Tensor, Tensor)"
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? last, float scale) -> Tensor"
 )
 native.library.define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor softmax, Tensor? first, Tensor? last,"
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? last,"
     " float scale) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -128,29 +128,26 @@ def _by_token(t: torch.Tensor) -> torch.Tensor:
 
 @torch.library.register_fake("peft_engine::attention_forward")
 def _(q, k, v, first, last, scale):
-    return _by_token(q), q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
+    return _by_token(q)
 
 
 @torch.library.register_fake("peft_engine::attention_backward")
-def _(dout, q, k, v, softmax, first, last, scale):
+def _(dout, q, k, v, first, last, scale):
     return _by_token(q), _by_token(k), _by_token(v)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, first, last, scale):
-        out, softmax = torch.ops.peft_engine.attention_forward(q, k, v, first, last, scale)
-        ctx.save_for_backward(q, k, v, softmax, first, last)
+        ctx.save_for_backward(q, k, v, first, last)
         ctx.scale = scale
-        return out
+        return _forward(q, k, v, first, last, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout):
-        q, k, v, softmax, first, last = ctx.saved_tensors
-        grads = torch.ops.peft_engine.attention_backward(
-            _dense(dout), q, k, v, softmax, first, last, ctx.scale
-        )
+        q, k, v, first, last = ctx.saved_tensors
+        grads = torch.ops.peft_engine.attention_backward(_dense(dout), q, k, v, first, last, ctx.scale)
         return *grads, None, None, None
 
 
@@ -158,12 +155,36 @@ def _dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+# Where torch's flash attention is used, from CPU times of one thread on Sapphire Rapids (AMX), bf16, 9 query and 3 key
+# heads of 64, causal; forward and backward in ms, torch's then ours:
+#     16 x 32 tokens 0.5 + 9.6, 1.0 + 2.0;  4 x 128 tokens 0.7 + 10.8, 1.8 + 3.8;  1 x 512 tokens 1.6 + 10.0, 5.0 + 10.7
+LONGEST = 384
+
+
+def _by_torch(q, k, first) -> bool:
+    """Causal in half precision: torch's forward is the faster at every length."""
+    return first is None and 0 < q.shape[2] == k.shape[2] and q.dtype != torch.float32 and q.numel() > 0
+
+
+def _torch(q, k, v, scale) -> torch.Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+
+
+def _forward(q, k, v, first, last, scale) -> torch.Tensor:
+    if _by_torch(q, k, first):
+        return _torch(q, k, v, scale)
+    return torch.ops.peft_engine.attention_forward.default(q, k, v, first, last, scale)
+
+
 def _cpu(q, k, v, intervals, scale) -> torch.Tensor:
-    q, k, v = _dense(q), _dense(k), _dense(v)
     first, last = (None, None) if intervals is None else intervals
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, first, last, scale)
-    return torch.ops.peft_engine.attention_forward.default(q, k, v, first, last, scale)[0]
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _forward(q, k, v, first, last, scale)
+    if k.shape[2] > LONGEST and _by_torch(q, k, first):
+        return _torch(q, k, v, scale)
+    return _Attention.apply(q, k, v, first, last, scale)
 
 
 ATTENTION.register("cpu", _cpu, refuse_unless_cpu)

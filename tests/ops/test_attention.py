@@ -129,8 +129,9 @@ def test_strides_do_not_change_the_answer(isa):
     assert torch.equal(attention(*parts), attention(*(t.contiguous() for t in parts)))
 
 
-def test_threads_do_not_change_the_answer(isa):
-    q, k, v = (heads(2, h, 300, 16, torch.float32) for h in (4, 2, 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_the_answer(isa, dtype):
+    q, k, v = (heads(2, h, 300, 16, dtype) for h in (4, 2, 2))
     before = torch.get_num_threads()
     answers = []
     for threads in (1, 2):
@@ -161,8 +162,15 @@ def test_gradient_of_the_reference_is_exact():
 
 def test_without_gradient_no_autograd_node_is_made(isa, monkeypatch):
     monkeypatch.setattr(module._Attention, "apply", None)
-    q = heads(1, 2, 3, 8, torch.float32)
-    assert attention(q, q, q).shape == q.shape
+    for dtype in DTYPES:
+        q = heads(1, 2, 3, 8, dtype)
+        assert attention(q, q, q).shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_are_within_twice_the_reference_error(isa, dtype):
+    length = module.LONGEST + 7
+    check(*(heads(1, h, length, 16, dtype) for h in (2, 1, 1)))
 
 
 def test_wrong_arguments_are_named():
