@@ -5,8 +5,7 @@ adapters are one of their summed rank: A = [A_1; A_2; ...], s B = [s_1 B_1, s_2 
 
 PEFT's tensors stay where they are, so its own save, load, merge and switching work on. Whatever is not the
 plain case (a variant such as DoRA, a batch of mixed adapters, hooks on the inner layers, ...) runs PEFT's
-forward, and `own_reason` says why. One difference is meant: the adapter sees the input in the dtype of the
-product, where PEFT over a 4-bit layer hands it the input before the cast to compute_dtype.
+forward over the fused base, and `own_reason` or `narrowed` says why.
 """
 
 from typing import Any
@@ -33,6 +32,8 @@ class _FusedLora(nn.Module):
         weight, given = base_weight(base), x
         if isinstance(weight, NF4Tensor):
             dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.dtype_for(x)
+            if narrowed(x.dtype, dtype) and not torch.is_autocast_enabled(x.device.type):
+                return super().forward(x)  # type: ignore[misc]
             x = x if dtype is None else x.to(dtype)
         a, b, scaling, bias = _adapters(layer, names, x.dtype)
         p = _dropout(layer, names[0])
@@ -46,6 +47,14 @@ class _FusedLora(nn.Module):
 
 class FusedLoraLinear(_FusedLora, lora.Linear):
     """PEFT's lora.Linear, over a dense or an NF4 layer."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if isinstance(self.get_base_layer(), NF4Linear):
+            raise ValueError(
+                "merge: PEFT adds to the weight itself, and this one is in NF4; save the adapter, load it "
+                "with peft_engine.load_adapter and fold it with peft_engine.merge_"
+            )
+        super().merge(safe_merge, adapter_names)
 
 
 FUSED: dict[type, type] = {lora.Linear: FusedLoraLinear}
@@ -124,6 +133,22 @@ def own_reason(layer: Any, names: list[str]) -> str | None:
     if len(names) > 1 and any(_dropout(layer, name) > 0.0 for name in names):
         return "several adapters are active with dropout, and each draws a mask of its own"
     return None
+
+
+def narrowed(given: torch.dtype, compute_dtype: torch.dtype | None) -> str | None:
+    """Why inputs of dtype `given` over a 4-bit base keep PEFT's forward, or None.
+
+    One product in compute_dtype would round what the adapter adds, which PEFT keeps in the input's dtype.
+    prepare_model_for_kbit_training leads to this: the norms, and so the inputs, are float32.
+    """
+    if given == compute_dtype or compute_dtype is None:
+        return None
+    if torch.promote_types(given, compute_dtype) == compute_dtype:
+        return None
+    return (
+        f"inputs are {given} and compute_dtype is {compute_dtype}: the base's product is fused, the "
+        "adapter's runs in PEFT at the input's precision; with a compute_dtype as wide, both are one"
+    )
 
 
 def _unfit(layer: Any) -> str | None:
