@@ -1,8 +1,11 @@
 """Fused layers of transformers' decoder models: RMSNorm, the SwiGLU MLP, and attention with rotary.
 
-Each is a subclass of the layer it stands for and adds no attribute, so that an instance becomes one by setting its
-class. The projections inside (q_proj, gate_proj, ...) may be any linears, adapted and quantised ones included.
+Each is a subclass of the layer it stands for and adds no attribute, so that an instance becomes one by
+setting its class. The projections inside (q_proj, gate_proj, ...) may be any, adapted and quantised ones too.
 """
+
+# mypy: disable-error-code="misc"
+# (the mixins come first in the order of resolution in order to override what the models declare)
 
 from typing import Any
 
@@ -128,6 +131,7 @@ _SPECIAL = frozenset(("position_bias", "softcap", "cache", "is_causal", "s_aux")
 
 
 class _Attention:
+    _modules: dict[str, Any]
     config: Any
     layer_idx: int
     head_dim: int
@@ -161,13 +165,18 @@ class _Attention:
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         out = _attend(q, k, v, attention_mask, self.scaling)
-        return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None  # type: ignore[attr-defined]
+        out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        return self._modules["o_proj"](out), None
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of x (B, T, H), each (B, T, heads, head_dim)."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         modules = self._modules  # a look-up of its own: Module.__getattr__ costs as much as a view
-        return modules["q_proj"](x).view(shape), modules["k_proj"](x).view(shape), modules["v_proj"](x).view(shape)
+        return (
+            modules["q_proj"](x).view(shape),
+            modules["k_proj"](x).view(shape),
+            modules["v_proj"](x).view(shape),
+        )
 
 
 class LlamaAttention(_Attention, llama.LlamaAttention):
@@ -208,7 +217,7 @@ class Phi3Attention(_Attention, phi3.Phi3Attention):
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        kv = self.num_key_value_heads
+        kv: int = self.num_key_value_heads  # type: ignore[assignment]
         return heads.split((heads.shape[-2] - 2 * kv, kv, kv), dim=-2)
 
 
@@ -234,7 +243,7 @@ def _rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Attention with the mask that transformers makes for sdpa: None is causal, or everything for one query."""
+    """Attention with the mask that transformers makes for sdpa; None is causal, and one query sees all."""
     queries = q.shape[2]
     if queries == 1:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -316,7 +325,7 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
 
 
 def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[str, str, str]:
-    """What runs in a module that has a fused class: the op, the backend ("" when its own code), and why not faster.
+    """What runs in a module that has a fused class: the op, the backend ("" when its own code), why no faster.
 
     dtype: of the activations; that of the module's first floating-point parameter when None.
     """

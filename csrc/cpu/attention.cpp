@@ -86,8 +86,8 @@ Tensor by_token(const Tensor& x) {
   return torch::stable::transpose(out, 1, 2);
 }
 
-Tensor attention_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> first,
-                                             std::optional<Tensor> last, double scale) {
+Tensor attention_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> first, std::optional<Tensor> last,
+                         double scale) {
   Tensor out = by_token(q);
   AttentionArgs x = arguments(q, k, v, first, last, scale);
   x.out = heads4(out);

@@ -3,9 +3,9 @@
     S = scale q k^T on first <= key < last, else -inf      P = softmax(S)      out = P v
     dv = P^T dout      dP = dout v^T      dS = P (dP - sum(P dP)) scale      dq = dS k      dk = dS^T q
 
-Intervals are what decoders use: causal, documents packed in a row, left or right padding, sliding windows, a cache.
-A query whose interval is empty gives zeros. Saved for the backward: q, k and v; a block of S is computed again. S
-and P are never held as a whole, and keys that no query of a block sees cost nothing.
+Intervals are what decoders use: causal, documents packed in a row, left or right padding, sliding windows, a
+cache. A query whose interval is empty gives zeros. Saved for the backward: q, k, v; blocks of S are computed
+again. S and P are never held as a whole, and keys that no query of a block sees cost nothing.
 """
 
 from typing import Any, NamedTuple
@@ -44,13 +44,13 @@ def attention(
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the keys each query sees; (B, Hq, Tq, D), a view of (B, Tq, Hq, D).
 
-    q (B, Hq, Tq, D), k and v (B, Hkv, Tk, D) of one dtype, any strides, Hq a multiple of Hkv; scale 1/sqrt(D) when
-    None. intervals None is causal, with the last query at the last key (Tq <= Tk). Gradients flow to q, k and v.
+    q (B, Hq, Tq, D), k and v (B, Hkv, Tk, D) of one dtype, any strides, Hq a multiple of Hkv; scale 1/sqrt(D)
+    when None. intervals None is causal, with the last query at the last key (Tq <= Tk). Gradients: q, k, v.
     """
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::3] != k.shape[::3]:
         raise ValueError(
-            "attention: q must be (batch, heads, queries, head_dim) and k, v both (batch, kv_heads, keys, head_dim), "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            "attention: q must be (batch, heads, queries, head_dim) and k, v both (batch, kv_heads, keys, "
+            f"head_dim), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -58,12 +58,14 @@ def attention(
         )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
-            f"attention: q, k, v must have one dtype of float32, bfloat16, float16, got {q.dtype}, {k.dtype}, {v.dtype}"
+            "attention: q, k, v must have one dtype of float32, bfloat16, float16, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if intervals is None:
         if q.shape[2] > k.shape[2]:
             raise ValueError(
-                f"attention: causal needs as many keys as queries, got {k.shape[2]} and {q.shape[2]}; give intervals"
+                f"attention: causal needs as many keys as queries, got {k.shape[2]} and {q.shape[2]}; "
+                "give intervals"
             )
     else:
         _check(intervals, q)
@@ -75,13 +77,13 @@ def _check(intervals: Intervals, q: torch.Tensor) -> None:
     for name, t in zip(("first", "last"), intervals, strict=True):
         if t.shape != (q.shape[0], q.shape[2]) or t.dtype != torch.int32 or not t.is_contiguous():
             raise ValueError(
-                f"attention: intervals.{name} must be int32, contiguous, (batch, queries)=({q.shape[0]}, {q.shape[2]}), "
-                f"got {t.dtype} {tuple(t.shape)}"
+                f"attention: intervals.{name} must be int32, contiguous, "
+                f"(batch, queries)=({q.shape[0]}, {q.shape[2]}), got {t.dtype} {tuple(t.shape)}"
             )
 
 
 def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:
-    """The intervals a boolean mask (B, 1, Tq, Tk) stands for; None when some row of it is not one interval."""
+    """The intervals a boolean mask (B, 1, Tq, Tk) stands for; None when a row is not one interval."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] == 0:
         return None
     rows = mask[:, 0].to(torch.uint8)
@@ -155,9 +157,11 @@ def _dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-# Where torch's flash attention is used, from CPU times of one thread on Sapphire Rapids (AMX), bf16, 9 query and 3 key
-# heads of 64, causal; forward and backward in ms, torch's then ours:
-#     16 x 32 tokens 0.5 + 9.6, 1.0 + 2.0;  4 x 128 tokens 0.7 + 10.8, 1.8 + 3.8;  1 x 512 tokens 1.6 + 10.0, 5.0 + 10.7
+# Longer causal rows in half precision are torch's, forward and backward. CPU times of one thread on Sapphire
+# Rapids (AMX), bf16, 9 query and 3 key heads of 64; forward + backward in ms, torch's then ours:
+#     16 x 32 tokens   0.5 + 9.6    1.0 + 2.0
+#     4 x 128 tokens   0.7 + 10.8   1.8 + 3.8
+#     1 x 512 tokens   1.6 + 10.0   5.0 + 10.7
 LONGEST = 384
 
 

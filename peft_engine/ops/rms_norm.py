@@ -61,8 +61,8 @@ native.library.define(
     "rms_norm_forward(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)"
 )
 native.library.define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool need_dx, bool need_dw)"
-    " -> (Tensor, Tensor)"
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset, bool need_dx,"
+    " bool need_dw) -> (Tensor, Tensor)"
 )
 
 

@@ -31,8 +31,8 @@ def rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and k rotated, as transformers' apply_rotary_pos_emb does.
 
-    q (B, Hq, T, D) and k (B, Hk, T, D), any strides (a view of (B, T, H, D) is read in place and written in the same
-    layout); cos and sin (B or 1, T, R) of q's dtype, R even and at most D. Gradients flow to q and k.
+    q (B, Hq, T, D) and k (B, Hk, T, D), any strides (a view of (B, T, H, D) is read in place and written in
+    the same layout); cos and sin (B or 1, T, R) of q's dtype, R even and at most D. Gradients: q and k.
     """
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(

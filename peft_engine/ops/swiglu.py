@@ -33,8 +33,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     dtype, device = gate.dtype, gate.device
     if gate.shape != up.shape or dtype != up.dtype or device != up.device:
         raise ValueError(
-            f"swiglu: gate and up must have one shape, dtype and device, got {tuple(gate.shape)} {gate.dtype} "
-            f"on {gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}"
+            f"swiglu: gate and up must have one shape, dtype and device, got {tuple(gate.shape)} "
+            f"{gate.dtype} on {gate.device} and {tuple(up.shape)} {up.dtype} on {up.device}"
         )
     if dtype not in DTYPES:
         raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {dtype}")

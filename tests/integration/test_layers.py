@@ -1,4 +1,4 @@
-"""Fused layers in models of each family against the family's own code: outputs, gradients, generation, packing."""
+"""Fused layers in models of each family against its own code: outputs, gradients, generation, packing."""
 
 import copy
 import pickle
@@ -78,8 +78,8 @@ def run(model, ids, **arguments):
 
 
 def check(family, dtype, ids, **arguments):
-    """By the rule of twice the own error, on the logits and on all gradients as one vector: through a whole model
-    errors of single tensors are a draw of rounding, and one in many is above twice another."""
+    """By the rule of twice the own error, on the logits and on all gradients as one vector: through a model
+    the errors of single tensors are a draw of rounding, and one in many is above twice another."""
     plain, fused = make(family, dtype), make(family, dtype)
     exact = copy.deepcopy(plain).double()
     assert set(fuse(fused)) == {"rms_norm", "swiglu", "attention"}
