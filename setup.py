@@ -1,4 +1,4 @@
-"""Builds the CPU library (csrc/) against torch's stable ABI; without torch or a compiler it installs without it.
+"""Builds the CPU library (csrc/) against torch's stable ABI; with no torch or compiler, installs without it.
 
 The library registers kernels with torch and is not a Python module: it lands beside the package as
 `peft_engine/_native.so`, and `peft_engine/native.py` loads it.
@@ -79,7 +79,15 @@ setup(
             depends=["setup.py", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hi]*"))],
             include_dirs=["csrc"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++20",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wno-unknown-pragmas",
+                "-Wno-maybe-uninitialized",
+                "-ffp-contract=off",
+            ],
             libraries=["torch", "torch_cpu", "c10"],
             language="c++",
         )

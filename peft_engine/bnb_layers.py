@@ -5,7 +5,7 @@ weight: bitsandbytes' own forward does so at the first evaluation on a CPU with 
 scales to bfloat16.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit, LinearNF4
@@ -25,7 +25,7 @@ class _Fused4bit(torch.nn.Linear):
     def nf4(self) -> NF4Tensor:
         """The weight as an NF4Tensor that shares bitsandbytes' tensors."""
         if getattr(self._parameters["weight"], "quant_state", None) is None:
-            fix_4bit_weight_quant_state_from_module(self)
+            fix_4bit_weight_quant_state_from_module(cast(Linear4bit, self))
         weight: Any = self._parameters["weight"]
         state = weight.quant_state
         held = self.__dict__.get("_nf4")

@@ -5,13 +5,9 @@ the tensors that the config means on this model. Every key lands or the load fai
 written beside its folder first, so that a full disk or a kill leaves what was there.
 """
 
-import ctypes
 import dataclasses
 import json
-import math
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from peft_engine.adapter_files import in_order, read_header, write_at_once
+from peft_engine.merge import merge_
 from peft_engine.methods import copies
 from peft_engine.methods.attach import check_name, install, require, tensors, unwrap
 from peft_engine.methods.lora import LoraConfig, from_file, to_file
@@ -30,8 +28,7 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorc
 PREFIX = "base_model.model."
 OURS = "peft_engine"  # the key of our entry in the safetensors metadata
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
-CONFIG_LIMIT, HEADER_LIMIT = 1 << 20, 100_000_000  # bytes; the second is safetensors' own
+CONFIG_LIMIT = 1 << 20  # bytes
 
 
 # --- saving -------------------------------------------------------------------------------------------------
@@ -53,9 +50,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     stored = {PREFIX + _stored(path, adapted): t.cpu().contiguous() for path, t in held.items()}
     fields = to_file(_explicit(base, config, adapted), _base_name(base))
     ours = {"name": name, "base_sample": _base_sample(base)}
-    data = safetensors.torch.save(stored, {"format": "pt", OURS: json.dumps(ours)})
+    data = in_order(safetensors.torch.save(stored, {"format": "pt", OURS: json.dumps(ours)}))
     text = json.dumps(fields, indent=2, sort_keys=True)
-    return _write(Path(directory), {CONFIG: text.encode(), WEIGHTS: data})
+    return write_at_once(Path(directory), {CONFIG: text.encode(), WEIGHTS: data})
 
 
 def _refuse_worthless(model: nn.Module, held: dict[str, torch.Tensor], name: str) -> None:
@@ -99,54 +96,6 @@ def _stored(path: str, adapted: set[str]) -> str:
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
-def _write(folder: Path, contents: dict[str, bytes]) -> Path:
-    """Puts the files into `folder` at once: a new folder beside it, fsync, rename."""
-    parent = folder.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"save_adapter: {folder} is a file; give a folder")
-    new = parent / f".{folder.absolute().name}.saving-{secrets.token_hex(4)}"
-    try:
-        new.mkdir()
-        for file, data in contents.items():
-            with open(new / file, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-        _sync(new)
-        if not folder.exists():
-            os.rename(new, folder)
-        elif {entry.name for entry in folder.iterdir()} <= contents.keys() and _exchange(new, folder):
-            pass
-        else:  # other files live there: one rename a file, and mostly only the weights have changed
-            for file, data in reversed(contents.items()):
-                if not (folder / file).is_file() or (folder / file).read_bytes() != data:
-                    os.replace(new / file, folder / file)
-            _sync(folder)
-        _sync(parent)
-    except OSError as error:
-        kept = "; what the folder held before is untouched" if folder.exists() else ""
-        raise OSError(error.errno, f"save_adapter: {folder}: {error.strerror or error}{kept}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders in one step (Linux' RENAME_EXCHANGE); False where the system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here = -100  # AT_FDCWD
-    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
-
-
 # --- loading ------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +114,7 @@ def load_adapter(
     where = f"load_adapter: {folder}"
     fields = _read_config(folder)
     config = from_file(fields, f"load_adapter: {folder / CONFIG}")
-    header, metadata = _read_header(folder / WEIGHTS)
+    header, metadata = read_header(folder / WEIGHTS)
     ours = _our_entry(metadata, where)
     name = name if name is not None else str(ours.get("name") or "default")
     check_name(base, name, "load_adapter")
@@ -183,7 +132,7 @@ def load_adapter(
         wanted[f"{path}.lora_B.weight"] = (layer.out_features, settings.r)
     for path in plan.copied:
         wanted[path] = tuple(copies.base_of(*copies.owner(base, path)).shape)
-    keys = _match(base, header, wanted, f"{where}: {bases}")
+    keys, repeated = _match(base, header, wanted, f"{where}: {bases}")
     if not any_base:
         _check_base(base, ours, f"{where}: {bases}")
 
@@ -194,6 +143,13 @@ def load_adapter(
             values[path] = file.get_tensor(key)
             if not torch.isfinite(values[path]).all():
                 broken.append(key)
+        for path, key in repeated.items():
+            parameter = base.get_parameter(path)
+            if not torch.equal(file.get_tensor(key).to(parameter.device, parameter.dtype), parameter):
+                raise ValueError(
+                    f"{where}: {bases}: {key} is a weight of the base, and this model's differs; was the "
+                    "vocabulary resized or the weight trained? List the module in modules_to_save"
+                )
     if broken:
         raise ValueError(f"{where}: NaN or inf in {_some(broken)}")
     install(base, config, name, plan, values)
@@ -227,49 +183,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shape of each tensor, and the metadata; ValueError for a file that is not what its header says."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        first = file.read(8)
-        if first[:4] == b"PK\x03\x04" or first[:1] == b"\x80":
-            raise ValueError(
-                f"load_adapter: {path} is a pickle under another name; only safetensors are read"
-            )
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            raise ValueError(f"load_adapter: {path} is no safetensors file, or is cut short")
-        text = file.read(length)
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
-        shapes, spans = {}, []
-        for key, entry in entries.items():
-            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-                raise ValueError(f"{key}: shape {shape} or offsets are no sizes")
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{key}: dtype must be one of {', '.join(DTYPES)}, got {entry['dtype']}")
-            if end - start != math.prod(shape) * DTYPES[entry["dtype"]]:
-                raise ValueError(f"{key}: {end - start} bytes do not hold shape {shape} of {entry['dtype']}")
-            shapes[key] = shape
-            spans.append((start, end))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"load_adapter: {path}: the header is broken: {error}") from None
-    at = 0
-    for start, end in sorted(spans):
-        if start != at:
-            raise ValueError(
-                f"load_adapter: {path}: the header is broken: tensors overlap or leave a gap at {start}"
-            )
-        at = end
-    if 8 + length + at != size:
-        raise ValueError(
-            f"load_adapter: {path}: the header tells of {8 + length + at} bytes, the file has {size}"
-        )
-    return shapes, metadata
-
-
 def _our_entry(metadata: Any, where: str) -> dict[str, Any]:
     try:
         ours = json.loads(metadata.get(OURS, "{}"))
@@ -294,14 +207,22 @@ def _canonical(key: str, model: nn.Module | None = None) -> str:
 
 def _match(
     model: nn.Module, header: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str
-) -> dict[str, str]:
-    """The file's key for each path; ValueError that lists every key that does not land."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The file's key for each path, and for each weight of the base that the file repeats.
+
+    PEFT's files repeat the embedding and the head when one is targeted. ValueError lists each key that does
+    not land.
+    """
     paths = {_canonical(path): path for path in wanted}
     found: dict[str, str] = {}
+    repeated: dict[str, str] = {}
     extra, double = [], []
+    heads = _embeddings(model)
     for key in header:
         path = paths.get(_canonical(key, model))
-        if path is None:
+        if path is None and header[key] == heads.get(_canonical(key, model)):
+            repeated[_canonical(key, model)] = key
+        elif path is None:
             extra.append(key)
         elif path in found:
             double.append(key)
@@ -325,7 +246,25 @@ def _match(
     ]  # fmt: skip
     if problems:
         raise ValueError(f"{where}; tensors {'; '.join(problems)}")
-    return found
+    return found, repeated
+
+
+def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of the input embedding and the output head, by path."""
+    own = {
+        id(weight)
+        for get in ("get_input_embeddings", "get_output_embeddings")
+        if (weight := _weight(model, get)) is not None
+    }
+    named = model.named_parameters(remove_duplicate=False)
+    return {path: tuple(p.shape) for path, p in named if id(p) in own and copies.CHILD not in path}
+
+
+def _weight(model: nn.Module, get: str) -> torch.Tensor | None:
+    try:
+        return getattr(getattr(model, get, lambda: None)(), "weight", None)
+    except NotImplementedError:
+        return None
 
 
 def _some(items: list[str], most: int = 20) -> str:
@@ -344,16 +283,13 @@ def _base_name(model: nn.Module) -> str | None:
 
 def _base_sample(model: nn.Module) -> list[float] | None:
     """256 values of the input embedding, which quantisation leaves alone: they tell one base from another."""
-    get = getattr(model, "get_input_embeddings", None)
     try:
-        embedding = None if get is None else get()
-    except NotImplementedError:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
         return None
-    if not isinstance(embedding, nn.Embedding):
+    if not isinstance(embedding, nn.Embedding) or embedding.weight.device.type == "meta":
         return None
     weight = copies.base_of(embedding, "weight").detach()
-    if weight.device.type == "meta":
-        return None
     rows = torch.linspace(0, min(weight.shape[0], 1024) - 1, 16).long()
     columns = torch.linspace(0, weight.shape[1] - 1, 16).long()
     return weight[rows.to(weight.device)][:, columns.to(weight.device)].float().flatten().tolist()
@@ -375,4 +311,4 @@ def _check_base(model: nn.Module, ours: dict[str, Any], where: str) -> None:
         )
 
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_adapter", "merge_", "save_adapter"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -57,18 +58,16 @@ def load(
             config=config,
             quantization_config=settings,
             output_loading_info=True,
-            **(arguments | {"use_safetensors": True}),
+            **(arguments | {"use_safetensors": True, "ignore_mismatched_sizes": True}),
         )
     except _Stop as stop:
         raise stop.error from None
-    for what in ("missing_keys", "unexpected_keys"):
-        if info[what]:
-            names = sorted(info[what])
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"load_quantized: {path}: {what.replace('_', ' ')} for {type(model).__name__}: "
-                f"{', '.join(names[:5])}{more}; is the checkpoint whole, and of this model?"
-            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_quantized: {path}: {_broken_file(path)} is no whole safetensors file ({error}); "
+            "was the download or the disk cut short?"
+        ) from None
+    _check_all_read(path, type(model).__name__, info)
     return (model, info) if wants_info else model
 
 
@@ -101,6 +100,36 @@ def _is_stored(path: str, config: Any) -> bool:
     raise ValueError(
         f"load_quantized: {path} is quantised already, in {kind!r}; only bitsandbytes' NF4 is read as it is: "
         "start from the dense checkpoint"
+    )
+
+
+def _check_all_read(path: str, model: str, info: dict[str, Any]) -> None:
+    """ValueError when the keys of the files and of the model are not the same, or a shape is not."""
+    for name, got, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(_shape_error(name, expected, got))
+    for what in ("missing_keys", "unexpected_keys"):
+        if info[what]:
+            names = sorted(info[what])
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(
+                f"load_quantized: {path}: {what.replace('_', ' ')} for {model}: {shown}; "
+                "is the checkpoint whole, and of this model?"
+            )
+
+
+def _broken_file(path: str) -> str:
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            safe_open(file, framework="pt")
+        except SafetensorError:
+            return file.name
+    return "a file of it"
+
+
+def _shape_error(name: str, expected: Iterable[int], got: Iterable[int]) -> str:
+    return (
+        f"load_quantized: {name}: config.json makes it {tuple(expected)}, the file holds {tuple(got)}; "
+        "are both of one model?"
     )
 
 
@@ -211,12 +240,17 @@ class _Quantize(ConversionOps):
     def __init__(self, hf_quantizer: _Quantizer):
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         settings, out = self.hf_quantizer.quantization_config, {}
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = key.removesuffix(".weight")
             try:
+                expected = model.get_parameter_or_buffer(key).shape
+                if weight.shape != expected:
+                    raise ValueError(_shape_error(key, expected, weight.shape))
                 check_weight(weight, name, "load_quantized")
                 q = nf4_quantize(weight, blocksize=settings.blocksize, double_quant=settings.double_quant)
             except (ValueError, TypeError) as error:
@@ -242,9 +276,9 @@ class _Read(ConversionOps):
             return {"weight": weight.to(old.dtype)}
         try:
             q = NF4Tensor.from_bnb_state_dict(stored)
-            if q.shape != tuple(old.shape):
-                raise ValueError(f"expected shape {tuple(old.shape)}, got {q.shape}; is it of another model?")
         except ValueError as error:
             raise _Stop(ValueError(f"load_quantized: {full_layer_name}: {error}")) from None
+        if q.shape != tuple(old.shape):
+            raise _Stop(ValueError(_shape_error(full_layer_name, old.shape, q.shape)))
         self.hf_quantizer.ready[full_layer_name.removesuffix(".weight")] = q
         return {"weight": q.packed}

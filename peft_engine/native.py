@@ -17,9 +17,14 @@ ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 library = torch.library.Library("peft_engine", "DEF")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # asked while torch.compile traces, which cannot trace the loading
 def load_error() -> str | None:
     """Loads the library once; None when it is usable, else why not and the mend."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     if not LIBRARY.exists():
         return (
             "the CPU kernels are not compiled (no C++ compiler when peft-engine was installed?); "

@@ -92,7 +92,7 @@ def base_alone(layer: Any) -> bool:
 
 def base_weight(base: Any) -> torch.Tensor | NF4Tensor:
     """The weight of a base layer that is fit, as ops.lora_linear takes it."""
-    return base._parameters["weight"] if type(base) is nn.Linear else base.nf4
+    return base.weight if type(base) is nn.Linear else base.nf4
 
 
 def own_reason(layer: Any) -> str | None:

@@ -29,7 +29,8 @@ def quantize_(
 
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
-    ("down_proj"); it takes the place of the default, the output head. A tied weight stays dense always.
+    ("down_proj"); it takes the place of the default, the output head (a classifier: its last layer). A tied
+    weight stays dense always.
     Raises ValueError before anything is changed: for a model with adapters or another quantisation, for
     linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches nothing.
     """
@@ -171,9 +172,14 @@ def _near(pattern: str, names: list[str]) -> str:
 
 
 def _output_head(model: torch.nn.Module) -> list[str]:
+    """The name of a language model's head, or of a transformers model's last layer, where classifiers are."""
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    return [name for name, module in model.named_modules() if head is not None and module is head]
+    if get is None:
+        return []
+    head = get()
+    if head is None:
+        return [[name for name, _ in model.named_parameters()][-1].rpartition(".")[0]]
+    return [name for name, module in model.named_modules() if module is head]
 
 
 def _tied_weights(model: torch.nn.Module) -> set[str]:

@@ -50,6 +50,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def bnb():
+    """bitsandbytes, for tests marked `peers`."""
+    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the `peers` extra)")
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., transformers.LlamaForCausalLM]:
     """A factory: two Llama layers with random weights, hidden 64; keywords go to LlamaConfig."""
 
@@ -66,6 +72,7 @@ def tiny_llama() -> Callable[..., transformers.LlamaForCausalLM]:
             "eos_token_id": 2,
         }
         config = transformers.LlamaConfig(**(settings | changes))
-        return transformers.LlamaForCausalLM(config).to(dtype).eval()
+        # Not .to(dtype): it rounds the rotary frequencies too, which from_pretrained keeps in float32.
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     return make

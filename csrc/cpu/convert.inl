@@ -57,6 +57,23 @@ inline uint16_t float_to_f16(float v) {
 #endif
 }
 
+#if PE_LEVEL >= 2
+// 16 floats rounded to bf16.
+inline __m256i round_bf16(__m512 v) {
+#if PE_LEVEL >= 3
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+  return _mm512_cvtepi32_epi16(rounded);
+#endif
+}
+
+inline __m512 widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+#endif
+
 // One element of a dense matrix, as float.
 inline float load_one(const void* data, Type type, int64_t i) {
   switch (type) {
@@ -83,7 +100,7 @@ inline void load_up_to_16(const void* data, Type type, int64_t i, int n, float* 
     v = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
   } else {
     const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + i);
-    v = type == Type::bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)) : _mm512_cvtph_ps(half);
+    v = type == Type::bf16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
   }
   _mm512_storeu_ps(out, v);
 #else
@@ -100,20 +117,7 @@ inline void store_up_to_16(void* data, Type type, int64_t i, int n, const float*
     _mm512_mask_storeu_ps(static_cast<float*>(data) + i, mask, v);
     return;
   }
-  __m256i half;
-  if (type == Type::bf16) {
-#if PE_LEVEL >= 3
-    half = (__m256i)_mm512_cvtneps_pbh(v);
-#else
-    const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
-    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
-    half = _mm512_cvtepi32_epi16(rounded);
-#endif
-  } else {
-    half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-  }
+  const __m256i half = type == Type::bf16 ? round_bf16(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
   _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + i, mask, half);
 #else
   for (int j = 0; j < n; ++j) store_one(data, type, i + j, in[j]);

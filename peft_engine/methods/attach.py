@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_engine.methods import copies
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
-from peft_engine.methods.targets import Plan, resolve
+from peft_engine.methods.targets import Plan, resolve, with_head
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 Which = str | tuple[str | None, ...] | None
@@ -22,12 +22,14 @@ def attach(model: ModelType, config: LoraConfig, name: str = "default") -> Model
     """Adds adapter `name` to `model`, in place: everything else is frozen, and the adapter is active.
 
     The adapter's tensors are float32 on the device of their layer; a copied bias or module keeps its dtype.
+    With task_type "SEQ_CLS" or "TOKEN_CLS" the classifier's head is trained whole, as PEFT does.
     Raises ValueError or TypeError before anything is changed: for a name that is taken, target modules that
     match nothing or are no linear layers, a rank above the layer's, a model that has another library's
     adapters.
     """
     base = unwrap(model)
     check_name(base, name, "attach")
+    config = with_head(base, config)
     install(base, config, name, resolve(base, config))
     return model
 
@@ -149,6 +151,8 @@ def require(model: nn.Module, name: str, who: str) -> LoraConfig:
     """The config of adapter `name`; ValueError that lists the attached ones when it is not."""
     adapters = attached(model)
     if name not in adapters:
+        if getattr(model, "peft_config", None) is not None:
+            raise ValueError(f"{who}: the adapters of this model are PEFT's; use its own methods")
         have = ", ".join(map(repr, adapters)) or "none"
         raise ValueError(f"{who}: no adapter {name!r} is attached; attached: {have}")
     return adapters[name]

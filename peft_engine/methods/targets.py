@@ -8,7 +8,7 @@ expression for the whole path; "all-linear" is every linear layer but the output
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -36,7 +36,9 @@ _DEFAULTS = {
     ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
 }
 DEFAULT_TARGETS = {kind: names for names, kinds in _DEFAULTS.items() for kind in kinds.split()}
-HEAD_NAMES = ("score", "classifier")  # heads of sequence classifiers, which "all-linear" leaves out
+# Heads of classifiers: "all-linear" leaves them out, and they are trained whole for HEAD_TASKS.
+HEAD_NAMES = ("score", "classifier")
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 T = TypeVar("T")
 
@@ -47,6 +49,15 @@ class Plan:
 
     layers: dict[str, LoraSettings]
     copied: list[str]
+
+
+def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config with the new head of a classifier trained whole, as PEFT does for such a task_type."""
+    if config.task_type not in HEAD_TASKS:
+        return config
+    heads = [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+    named = config.modules_to_save or []
+    return replace(config, modules_to_save=[*named, *(name for name in heads if name not in named)] or None)
 
 
 def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: bool = True) -> Plan:
@@ -72,7 +83,7 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
         layers[path] = settings_for(config, r, pattern_value(config.alpha_pattern, path, config.lora_alpha))
     found = copies.root_paths(model, config.modules_to_save or ())
     for name, roots in found.items():
-        if not roots:
+        if not roots and strict:
             near = near_modules(name, model)
             raise ValueError(f"{who}: modules_to_save names {name!r}, which no module has{near}")
     roots = list(dict.fromkeys(path for group in found.values() for path in group))
@@ -220,9 +231,9 @@ def _own(path: str) -> bool:
 def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) -> None:
     """ValueError for weights of experts held in one 3-D parameter, which no linear layer stands for."""
     for path, parameter in model.named_parameters():
-        if parameter.dim() != 3 or "conv" in path.lower() or not _own(path):
-            continue
         module = path.rpartition(".")[0]
+        if parameter.dim() != 3 or min(parameter.shape) < 2 or not _own(path):
+            continue
         if isinstance(model.get_submodule(module), nn.modules.conv._ConvNd):
             continue
         if wanted is None or named(path, wanted) or named(module, wanted):

@@ -286,7 +286,7 @@ def reference_dequantize(q: NF4Tensor, dtype: torch.dtype, out: torch.Tensor | N
 
 
 # Values the reference takes at a time: a multiple of every block size; bounds the memory it needs.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 def reference_quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:

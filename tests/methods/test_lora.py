@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from method_cases import ALL, IDS, quantized, shake
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,17 +12,7 @@ from peft_engine.methods import LoraConfig, active, adapters_without_gradient, a
 from peft_engine.methods.attach import tensors
 from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.nn import NF4Linear
-
-ALL = LoraConfig(r=4, target_modules="all-linear")
-IDS = torch.arange(24).view(4, 6)
-
-
-def shake(model: nn.Module, name: str = "default", seed: int = 1) -> None:
-    """Moves an adapter off its start, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in tensors(model, name).values():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+from peft_engine.ops.lora_linear import LORA_LINEAR
 
 
 def snapshot(model: nn.Module) -> tuple:
@@ -40,14 +31,6 @@ def assert_same(a: tuple, b: tuple) -> None:
     assert a[2].keys() == b[2].keys()
     assert all(torch.equal(a[2][key], b[2][key]) for key in a[2])
     assert a[3] == b[3]
-
-
-def quantized(model: nn.Module) -> nn.Module:
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and path != "lm_head":
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, NF4Linear.from_linear(module))
-    return model
 
 
 CONFIGS = [
@@ -313,11 +296,37 @@ def test_checkpointing_drops_the_same_when_it_recomputes(reentrant):
 def test_a_layer_compiles_without_a_graph_break():
     for model in (layer(lora_dropout=0.3, init_lora_weights=False), layer(init_lora_weights=False)):
         x = torch.randn(8, 32, requires_grad=True)
+        LORA_LINEAR._cache.clear()  # nothing has run yet
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         compiled(x).sum().backward()
         model.eval()
         torch.testing.assert_close(compiled(x), model(x))
         torch._dynamo.reset()
+
+
+def test_a_mixed_batch_compiles_without_a_graph_break():
+    model = layer(init_lora_weights=False)
+    attach(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "b")
+    active(model, ["b", None, "default", "b"])
+    x = torch.randn(8, 32)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_model_has_the_gradients_of_a_plain_one(tiny_llama, reentrant):
+    model = attach(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2)).train()
+    shake(model)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([t.grad.clone() for t in tensors(model, "default").values()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_after_a_step_every_tensor_had_a_gradient_or_is_named(tiny_llama):

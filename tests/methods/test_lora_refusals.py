@@ -2,12 +2,11 @@
 
 import pytest
 import transformers
+from method_cases import ALL
 from torch import nn
 
-from peft_engine.methods import LoraConfig, attach
+from peft_engine.methods import LoraConfig, active, attach, detach
 from peft_engine.nn import NF4Linear
-
-ALL = LoraConfig(r=4, target_modules="all-linear")
 
 
 def state(model: nn.Module) -> dict:
@@ -112,6 +111,15 @@ def test_experts_in_one_parameter_are_refused_by_name():
     attach(model, LoraConfig(target_modules=["q_proj"]))
 
 
+def test_a_mixed_batch_through_routed_experts_is_refused():
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})
+    model = nn.Sequential(model)
+    attach(model, LoraConfig(r=2, target_modules="all-linear"), "a")
+    active(model, "a")
+    with pytest.raises(ValueError, match=r"experts\.0 gets its rows from a router"):
+        active(model, ["a", None])
+
+
 def test_a_transposed_layer_is_refused_by_name():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
@@ -124,6 +132,8 @@ def test_a_transposed_layer_is_refused_by_name():
 def test_a_peft_model_is_sent_to_optimize(tiny_llama):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="the adapters of this model are PEFT's"):
+        detach(model, "default")
     for whole in (model, model.base_model.model):
         with pytest.raises(ValueError, match="PEFT's adapters already"):
             attach(whole, ALL)

@@ -122,7 +122,7 @@ def test_dequantised_values_are_as_close_to_float64_as_the_reference(backend, dt
             assert_as_good_as_the_reference(nan_filled(q, dtype), q)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(0, 40),
     columns=st.integers(0, 300),
@@ -210,11 +210,6 @@ def test_offsets_hold_beyond_two_to_the_31_elements():
 
 
 # --- bitsandbytes ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bnb():
-    return pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the `peers` extra)")
 
 
 def assert_bnb_bytes(bnb, w, blocksize, double_quant) -> None:

@@ -1,0 +1,113 @@
+"""The bytes of an adapter folder: written at once or not at all, a safetensors header read without trust."""
+
+import ctypes
+import json
+import math
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+
+
+def write_at_once(folder: Path, contents: dict[str, bytes]) -> Path:
+    """Puts the files into `folder` at once: a new folder beside it, fsync, rename."""
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"save_adapter: {folder} is a file; give a folder")
+    new = parent / f".{folder.absolute().name}.saving-{secrets.token_hex(4)}"
+    try:
+        new.mkdir()
+        for file, data in contents.items():
+            with open(new / file, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+        _sync(new)
+        if not folder.exists():
+            os.rename(new, folder)
+        elif {entry.name for entry in folder.iterdir()} <= contents.keys() and _exchange(new, folder):
+            pass
+        else:  # other files live there: one rename a file, and mostly only the weights have changed
+            for file, data in reversed(contents.items()):
+                if not (folder / file).is_file() or (folder / file).read_bytes() != data:
+                    os.replace(new / file, folder / file)
+            _sync(folder)
+        _sync(parent)
+    except OSError as error:
+        kept = "; what the folder held before is untouched" if folder.exists() else ""
+        raise OSError(error.errno, f"save_adapter: {folder}: {error.strerror or error}{kept}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders in one step (Linux' RENAME_EXCHANGE); False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here = -100  # AT_FDCWD
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of each tensor, and the metadata; ValueError for a file that is not what its header says."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(8)
+        if first[:4] == b"PK\x03\x04" or first[:1] == b"\x80":
+            raise ValueError(
+                f"load_adapter: {path} is a pickle under another name; only safetensors are read"
+            )
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise ValueError(f"load_adapter: {path} is no safetensors file, or is cut short")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        shapes, spans = {}, []
+        for key, entry in entries.items():
+            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                raise ValueError(f"{key}: shape {shape} or offsets are no sizes")
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{key}: dtype must be one of {', '.join(DTYPES)}, got {entry['dtype']}")
+            if end - start != math.prod(shape) * DTYPES[entry["dtype"]]:
+                raise ValueError(f"{key}: {end - start} bytes do not hold shape {shape} of {entry['dtype']}")
+            shapes[key] = shape
+            spans.append((start, end))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"load_adapter: {path}: the header is broken: {error}") from None
+    at = 0
+    for start, end in sorted(spans):
+        if start != at:
+            raise ValueError(
+                f"load_adapter: {path}: the header is broken: tensors overlap or leave a gap at {start}"
+            )
+        at = end
+    if 8 + length + at != size:
+        raise ValueError(
+            f"load_adapter: {path}: the header tells of {8 + length + at} bytes, the file has {size}"
+        )
+    return shapes, metadata
+
+
+def in_order(data: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes it in a random one."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[start:]

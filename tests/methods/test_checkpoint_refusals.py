@@ -1,0 +1,176 @@
+"""Adapter files that are not loaded: each with its reason, and the model left as it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from method_cases import edit_config, edit_weights, refused
+from torch import nn
+
+from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter
+from peft_engine.methods import detach
+
+
+def test_an_unknown_config_key_is_named(llama, saved):
+    edit_config(saved, lora_gamma=3, peft_version="0.21.2")
+    refused(llama(), saved, "adapter_config.json: unknown key 'lora_gamma'$")
+    edit_config(saved, peft_version="0.33.0")
+    refused(llama(), saved, "'lora_gamma'; it was written by PEFT 0.33.0, newer than")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(use_dora=True),
+        dict(layer_replication=[[0, 2]]),
+        dict(trainable_token_indices=[3]),
+        dict(lora_bias=True),
+    ],
+)
+def test_a_method_that_is_not_offered_is_named(llama, saved, changes):
+    edit_config(saved, **changes)
+    refused(llama(), saved, f"{next(iter(changes))}=.* is not supported")
+
+
+def test_pefts_fields_that_say_nothing_are_taken(llama, saved):
+    edit_config(
+        saved,
+        auto_mapping={"base_model_class": "Llama"},
+        peft_version="0.99.9",
+        inference_mode=False,
+        megatron_core="megatron.core",
+        loftq_config={},
+        eva_config=None,
+        revision="main",
+        qalora_group_size=32,
+    )
+    load_adapter(llama(), saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"r": 4}', "peft_type must be 'LORA', got None"),
+        ('{"peft_type": "IA3"}', "got 'IA3'"),
+        ('{"peft_type": "LORA", "r": "4"}', "r must be an integer"),
+        ('{"peft_type": "LORA", "r": 1e999}', "r must be an integer"),
+        ('{"peft_type": "LORA", "target_modules": {"a": 1}}', "targets nothing|match no module"),
+        ("[" * 100_000, "is no JSON"),
+        (" " * (1 << 21), "a config has at most"),
+    ],
+)
+def test_a_broken_config_is_refused(llama, saved, text, message):
+    (saved / CONFIG).write_text(text)
+    refused(llama(), saved, message)
+
+
+def test_a_pickle_is_refused(llama, saved):
+    torch.save({"a": torch.zeros(1)}, saved / WEIGHTS)
+    refused(llama(), saved, "is a pickle under another name")
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    refused(llama(), saved, "adapter_model.bin is a pickle.*safe_serialization")
+
+
+def test_missing_files_are_named(llama, saved, tmp_path):
+    refused(llama(), tmp_path / "none", "is no folder", FileNotFoundError)
+    (saved / CONFIG).unlink()
+    refused(llama(), saved, f"has no {CONFIG}", FileNotFoundError)
+    (saved / WEIGHTS).unlink()
+    refused(llama(), saved, f"has no {WEIGHTS}", FileNotFoundError)
+
+
+def test_every_key_that_does_not_land_is_listed(llama, saved):
+    def change(held):
+        held = dict(held)
+        first, second, third = list(held)[:3]
+        held["base_model.model.model.layers.7.q_proj.lora_A.weight"] = held.pop(first)
+        held[second] = held[second][:, :-1].contiguous()
+        held["module." + third] = held[third].clone()
+        change.names = first, second, third
+        return held
+
+    edit_weights(saved, change)
+    with pytest.raises(ValueError) as caught:
+        load_adapter(llama(), saved)
+    text = str(caught.value)
+    missing, shape, twice = change.names
+    assert f"1 missing: {missing}" in text
+    assert "1 with no place in the model: base_model.model.model.layers.7.q_proj.lora_A.weight" in text
+    assert "1 of another shape: " in text and f"{shape} must be (" in text
+    assert "1 there twice" in text and twice in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(llama, saved, value):
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    edit_weights(saved, lambda t: t | {key: t[key].index_fill(0, torch.tensor(3), value)})
+    refused(llama(), saved, f"NaN or inf in {key}")
+
+
+def write_header(folder: Path, header: dict | bytes, size: int) -> None:
+    """A weights file with this header and `size` bytes of holes after it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+
+
+def test_a_huge_tensor_is_refused_from_the_header_alone(llama, saved, monkeypatch):
+    monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: pytest.fail("the tensors were opened"))
+    key, n = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", 1 << 36
+    entry = {"dtype": "F32", "shape": [1 << 18, 1 << 18], "data_offsets": [0, 4 * n]}
+    write_header(saved, {key: entry}, 4 * n)  # 256 GB of holes
+    refused(llama(), saved, r"must be \(4, 64\), got \(262144, 262144\)")
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "message"),
+    [
+        (b"nonsense", 0, "the header is broken"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, "4 bytes do not hold shape"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 9, "the file has"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "overlap or leave a gap"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}, 0, "are no sizes"),
+        ({"a": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}, 1, "dtype must be one of"),
+        ({"a": 3}, 0, "the header is broken"),
+        ({"__metadata__": {"peft_engine": "{"}}, 0, "the metadata .* is broken"),
+    ],
+)
+def test_a_header_that_lies_is_refused(llama, saved, header, size, message):
+    write_header(saved, header, size)
+    refused(llama(), saved, message)
+
+
+def test_a_file_cut_short_or_with_flipped_bits_never_loads_wrong_shapes(llama, saved):
+    good = (saved / WEIGHTS).read_bytes()
+    model = llama()
+    generator = torch.Generator().manual_seed(0)
+    length = int.from_bytes(good[:8], "little")
+    for cut in (0, 3, 8, 20, length, len(good) - 1):
+        (saved / WEIGHTS).write_bytes(good[:cut])
+        refused(model, saved, "no safetensors file|header")
+    for _ in range(60):
+        at = int(torch.randint(8 + length, (1,), generator=generator))
+        data = bytearray(good)
+        data[at] ^= 1 << int(torch.randint(8, (1,), generator=generator))
+        (saved / WEIGHTS).write_bytes(data)
+        try:
+            load_adapter(model, saved)
+        except ValueError:
+            continue
+        detach(model)
+
+
+def test_an_adapter_for_another_base_is_named(llama, saved):
+    edit_config(saved, base_model_name_or_path="movies/llama-tiny")
+    other = "the adapter is for base 'movies/llama-tiny', this model is"
+    refused(llama(hidden_size=32), saved, f"{other}.*of another shape")
+    refused(llama(num_hidden_layers=3), saved, f"{other}.*missing")
+    refused(llama(seed=5), saved, f"{other}.*weights of this model differ")
+    refused(nn.Sequential(nn.Linear(3, 3)), saved, f"{other} None.*match no module")
+    assert load_adapter(llama(seed=5), saved, any_base=True) == "default"

@@ -1,0 +1,79 @@
+"""doctor.diagnose: the state of the machine in plain values, and for each problem one command."""
+
+import json
+
+import pytest
+import torch
+
+from peft_engine import doctor, native
+
+
+def test_it_names_backends_versions_processor_and_gpu_in_plain_values():
+    found = json.loads(json.dumps(doctor.diagnose()))
+    assert set(found) == {"backends", "versions", "cpu", "gpu", "problems"}
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["backends"]) == {"cuda", "triton", "cpu", "reference"}
+    assert found["cpu"]["model"] and found["cpu"]["cores"] >= 1
+    if native.load_error() is None:
+        assert found["cpu"]["isa"] in found["cpu"]["supported_isas"]
+    assert all(problem["problem"] and problem["fix"] for problem in found["problems"])
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    def of(**patches):
+        for name, value in patches.items():
+            monkeypatch.setattr(native, name, value)
+        return doctor.diagnose()["problems"]
+
+    return of
+
+
+def test_a_library_that_was_not_compiled_is_mended_by_one_command(problems, monkeypatch):
+    why = "the CPU kernels are not compiled; install g++"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/g++")
+    found = problems(load_error=lambda: why)
+    assert [p["problem"] for p in found if "not compiled" in p["problem"]] == [
+        "the CPU kernels are not compiled"
+    ]
+    assert any(p["fix"] == doctor.REBUILD for p in found)
+
+
+def test_without_a_compiler_the_command_installs_one_first(problems, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    fixes = [p["fix"] for p in problems(load_error=lambda: "the CPU kernels are not compiled")]
+    assert any("g++" in fix and fix.endswith(doctor.REBUILD) for fix in fixes)
+
+
+def test_an_instruction_set_the_cpu_has_not_is_told(problems):
+    def refuse():
+        raise ValueError("PEFT_ENGINE_CPU_ISA: expected one of scalar, avx2, got 'sse9'")
+
+    found = problems(load_error=refuse)
+    assert {"problem": str(ValueError("PEFT_ENGINE_CPU_ISA: expected one of scalar, avx2, got 'sse9'")),
+            "fix": "unset PEFT_ENGINE_CPU_ISA"} in found  # fmt: skip
+
+
+def test_a_pinned_backend_is_told(problems, monkeypatch):
+    monkeypatch.setenv("PEFT_ENGINE_BACKEND", "reference")
+    assert any(p["fix"] == "unset PEFT_ENGINE_BACKEND" for p in problems())
+
+
+def test_an_old_or_missing_package_is_told_with_its_install(problems, monkeypatch):
+    def version(name):
+        if name == "accelerate":
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return "4.57.1" if name == "transformers" else "99.0"
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    found = {p["problem"]: p["fix"] for p in problems()}
+    assert found["transformers 4.57.1 is older than 5.0"] == 'pip install "transformers>=5.0"'
+    assert found["accelerate is not installed"] == 'pip install "accelerate>=1.10"'
+
+
+@pytest.mark.skipif(native.load_error() is not None, reason=f"no library: {native.load_error()}")
+def test_a_library_older_than_the_package_is_told(problems, monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_computed_kernel_for_dispatch_key", lambda *_: False)
+    assert any(
+        "another version" in p["problem"] and "lora_linear_forward" in p["problem"] for p in problems()
+    )

@@ -1,0 +1,67 @@
+"""The build, with and without a compiler. The installs themselves (editable, wheel) are in .ci/imports.sh."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_engine import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
+    env = {k: v for k, v in os.environ.items() if k != "PEFT_ENGINE_REQUIRE_NATIVE"} | environment
+    return subprocess.run(
+        [*command, "--build-temp", tmp_path / "temp"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+
+
+def test_without_a_compiler_the_build_succeeds_and_says_what_it_left_out(tmp_path: Path):
+    done = build(tmp_path, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler (/nonexistent/c++ not found)" in done.stderr
+    assert not list(tmp_path.glob("**/*.so"))
+
+
+def test_without_a_compiler_the_build_fails_where_the_library_is_required(tmp_path: Path):
+    done = build(tmp_path, **NO_COMPILER, PEFT_ENGINE_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "no C++ compiler" in done.stderr
+
+
+@pytest.fixture
+def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a machine where no compiler ran."""
+    native.load_error.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    yield
+    monkeypatch.undo()
+    native.load_error.cache_clear()
+
+
+def test_a_missing_library_is_reported_with_the_command_that_mends_it(no_library):
+    why = native.load_error()
+    assert why is not None
+    assert "g++" in why and "pip install" in why
+
+
+def test_a_library_that_does_not_load_is_reported_with_its_reason(no_library):
+    native.LIBRARY.write_bytes(b"not a library")
+    why = native.load_error()
+    assert why is not None
+    assert "does not load" in why and "rebuild" in why
+
+
+def test_every_kernel_file_is_a_dependency_of_the_build():
+    # A change of any of them must compile again; a file setup.py does not list would be left stale.
+    text = (ROOT / "setup.py").read_text()
+    suffixes = {p.suffix for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert suffixes <= {".cpp", ".h", ".inl", ".cu", ".md"}, suffixes
+    assert 'glob("csrc/**/*.cpp")' in text and 'glob("csrc/**/*.[hi]*")' in text
