@@ -143,7 +143,7 @@ void row_gradient(void* row, int64_t n, int64_t label, RowStats stats, float sca
   const bool here = label >= 0 && label < n;
   const float factor = scale / stats.sum;
   float at_label = 0.0f;
-  if (here) {  // in double: p - 1 of a confident row would lose its digits
+  if (here) {  // before the row is overwritten
     const double p = std::exp(static_cast<double>(load_one(row, type, label)) - stats.max) / stats.sum;
     at_label = static_cast<float>((p - 1.0) * scale);
   }

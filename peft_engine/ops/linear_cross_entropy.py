@@ -4,8 +4,8 @@
     l_i = W x_i + b        loss_i = log sum_j exp(l_ij) - l_i,label(i)        for rows i with a label
     dl_i = (softmax(l_i) - onehot(label(i))) g_i        dx = dl W        dW = dl^T x        db = sum_i dl_i
 
-x (..., K), W (N, K), labels (...). Rows without a label are never computed. When x asks for a gradient, dx is written
-in the forward, while a chunk's logits are there; all that is saved is that gradient, of x's shape.
+x (..., K), W (N, K), labels (...). Rows without a label are never computed. When x asks for a gradient, dx is
+written in the forward, while a chunk's logits are there; all that is saved is that gradient, of x's shape.
 """
 
 from typing import Any, NamedTuple
@@ -40,11 +40,13 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """F.cross_entropy(F.linear(x, weight, bias).float(), labels), of float32.
 
-    x (..., K) float32, bfloat16 or float16; weight (N, K) and bias (N,) of x's dtype; labels (...), integers, already
-    shifted: labels[i] belongs to x[i]. Rows whose label is ignore_index count for nothing.
-    reduction: "mean" over the labelled rows (nan when there is none, as torch), "sum", or "none", of labels' shape.
+    x (..., K) float32, bfloat16 or float16; weight (N, K) and bias (N,) of x's dtype; labels (...), integers,
+    already shifted: labels[i] belongs to x[i]. Rows whose label is ignore_index count for nothing.
+    reduction: "mean" over the labelled rows (nan when there is none, as torch), "sum", or "none", of the
+    shape of labels.
     Gradients flow to x, weight and bias.
-    Raises ValueError or TypeError that says which argument does not fit, IndexError for a label outside the vocabulary.
+    Raises ValueError or TypeError that says which argument does not fit, IndexError for a label that is no
+    entry of the vocabulary.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -81,11 +83,11 @@ def _check(x, weight, labels, bias, reduction) -> None:
         raise ValueError(f"{who}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-# --- reference -------------------------------------------------------------------------------------------------------
+# --- reference ----------------------------------------------------------------------------------------------
 
 
 def reference(x, weight, labels, bias=None, ignore_index=-100, reduction="mean") -> torch.Tensor:
-    """linear_cross_entropy in plain torch, as transformers computes it: logits in x's dtype, the rest in float32."""
+    """The definition in plain torch, as transformers computes it: logits in x's dtype, then float32."""
     logits = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -93,13 +95,14 @@ def reference(x, weight, labels, bias=None, ignore_index=-100, reduction="mean")
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
-# --- cpu -------------------------------------------------------------------------------------------------------------
+# --- cpu ----------------------------------------------------------------------------------------------------
 
-# The opaque op: everything whose size depends on the labels is inside it. `scale` multiplies each row's gradient:
-# one value a row of x, or None for 1 / labelled rows (mean=True) or 1. What is not needed comes back empty.
+# The opaque op: everything whose size depends on the labels is inside it. `scale` multiplies each row's
+# gradient: one value a row of x, or None for 1 / labelled rows (mean=True) or 1. What is not needed comes
+# back empty.
 native.library.define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, Tensor? scale,"
-    " bool mean, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)"
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, int ignore_index,"
+    " Tensor? scale, bool mean, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 # The row passes in csrc/cpu/linear_cross_entropy.cpp; never traced, so they need no fake.
 native.library.define(
@@ -107,7 +110,8 @@ native.library.define(
     " bool write_gradient) -> ()"
 )
 native.library.define(
-    "cross_entropy_columns(Tensor(a!) logits, Tensor labels, Tensor scale, Tensor stats, int first_column) -> ()"
+    "cross_entropy_columns(Tensor(a!) logits, Tensor labels, Tensor scale, Tensor stats, int first_column)"
+    " -> ()"
 )
 
 
@@ -121,18 +125,18 @@ def _(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need
     )
 
 
-# Bytes of logits held at a time, and the rows below which a chunk does not pay. Each chunk reads W once: on a Sapphire
-# Rapids core pair, bf16, vocabulary 49152, hidden 576, the two products take 500 us a row in chunks of 32 rows, 450 at
-# 64, 270 at 128 and 240 with all 512 at once. Beyond that a sixteenth of the rows keeps memory low for nothing.
+# Bytes of logits held at a time, and the rows below which a chunk does not pay: each chunk reads W once. On
+# two cores of a Sapphire Rapids, bf16, vocabulary 49152, hidden 576, the two products take 500 us a row in
+# chunks of 32 rows, 450 at 64, 270 at 128, 240 with all 512 at once.
 CHUNK_BYTES = 32 << 20
 CHUNK_ROWS = 128
+CHUNK_COLUMNS = 512
 
 
-def _chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows a chunk: within CHUNK_BYTES, at most a sixteenth of many rows, and all chunks about the same."""
-    most = max(1, min(CHUNK_BYTES // row_bytes, max(CHUNK_ROWS, rows // 16)))
-    chunks = -(-rows // most)
-    return -(-rows // chunks)
+def _chunk(size: int, line_bytes: int, least: int) -> int:
+    """Rows (or columns) at a time: within CHUNK_BYTES, a sixteenth of many, all chunks about the same."""
+    most = max(1, min(CHUNK_BYTES // line_bytes, max(least, size // 16)))
+    return -(-size // -(-size // most))
 
 
 def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need_db):
@@ -168,7 +172,7 @@ def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw
 def _by_rows(x, weight, bias, index, labels, scale, stats, loss, dx) -> None:
     """Loss and dx, a chunk of rows at a time."""
     rows = index.numel()
-    step = _chunk_rows(rows, weight.shape[0] * x.element_size())
+    step = _chunk(rows, weight.shape[0] * x.element_size(), CHUNK_ROWS)
     logits = x.new_empty(step, weight.shape[0])
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
@@ -184,14 +188,13 @@ def _by_rows(x, weight, bias, index, labels, scale, stats, loss, dx) -> None:
 
 
 def _by_columns(x, weight, bias, index, labels, scale, stats, dw, db) -> None:
-    """dW and db, a range of the vocabulary at a time over all labelled rows: each entry is one sum, rounded once.
+    """dW and db, a range of the vocabulary at a time over all labelled rows: each entry is one sum.
 
-    Summing over chunks of rows instead would need dW in float32 (twice W); this costs the logits a second time.
+    Summing over chunks of rows instead would need dW in float32, twice W; this costs the logits once more.
     """
     x = x[index]
     vocabulary = weight.shape[0]
-    step = max(1, CHUNK_BYTES // (x.element_size() * len(x)))
-    step = -(-vocabulary // -(-vocabulary // step))
+    step = _chunk(vocabulary, x.element_size() * len(x), CHUNK_COLUMNS)
     for start in range(0, vocabulary, step):
         columns = slice(start, min(start + step, vocabulary))
         part = x.new_empty(len(x), columns.stop - start)
@@ -216,8 +219,8 @@ native.library.impl("linear_cross_entropy", _kernel, "CPU")
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss of every row, and for "mean" and "sum" their reduction.
 
-    The gradient of x is that of every row times a number known only in the backward, so the forward can write it. So
-    is dW for "mean" and "sum"; for "none" the backward computes it, from x.
+    The gradient of x is that of every row times a number known only in the backward, so the forward can write
+    it. So is dW for "mean" and "sum"; for "none" the backward computes it, from x.
     """
 
     @staticmethod
@@ -243,7 +246,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.settings = ignore_index, reduction, need_dx, need_dw, need_db
         if reduction == "none":
             return loss
-        # In float64: torch sums 16,384 rows in cascades, this must not do worse.
+        # In float64, which costs nothing here: elsewhere no rounding can add up over rows.
         total = loss.sum(dtype=torch.float64)
         if reduction == "mean":
             total = total / (labels != ignore_index).sum()
