@@ -45,7 +45,7 @@ for case in raw editable wheel; do
     wheel) "$python" "${PIP_INSTALL[@]}" --no-deps dist/peft_engine-*.whl ;;
   esac
   for kernels in without with; do
-    if [ $kernels = with ]; then "$python" "${PIP_INSTALL[@]}" kernels; fi
+    if [ $kernels = with ]; then "$python" "${PIP_INSTALL[@]}" kernels==0.17.2; fi
     case $case in
       raw) check $case $kernels "$ROOT" "$ROOT/peft_engine" ;;
       editable) check $case $kernels "$ROOT" "$ROOT/peft_engine"; check $case $kernels "$WORK" "$ROOT/peft_engine" ;;
@@ -76,11 +76,26 @@ expected = x @ q.dequantize().T + 0.5 * (x @ torch.ones(64, 4)) @ torch.ones(4, 
 assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
 print("ok: the reference runs;", why)
 PY
-"$WORK/$name/bin/python" -m peft_engine doctor --json > doctor.json
+"$WORK/$name/bin/python" - <<'PY'
+import transformers
+
+import peft_engine as pe
+
+sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+pe.quantize_(model)
+pe.attach(model, pe.LoraConfig(r=4, target_modules="all-linear"))
+report = pe.optimize(model)
+assert any("not compiled" in layer.reason for layer in report.layers), str(report)
+print("ok: explain says why nothing is fused")
+PY
+# As on a machine that still has no compiler: nothing on the PATH.
+PATH=/nonexistent "$WORK/$name/bin/python" -m peft_engine doctor --json > doctor.json
 "$WORK/$name/bin/python" - <<'PY'
 import json
 
 said = json.load(open("doctor.json"))
-assert "g++" in json.dumps(said["problems"]) and said["backends"]["cpu"], said
+assert said["backends"]["cpu"] and said["backends"]["reference"] is None, said["backends"]
+assert any("compiler" in p["problem"] and "g++" in p["fix"] for p in said["problems"]), said["problems"]
 print("ok: doctor names what is missing and the command that mends it")
 PY

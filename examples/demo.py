@@ -13,7 +13,9 @@ import hashlib
 import html
 import io
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -41,25 +43,29 @@ def stages(model: Path, data: Path, out: Path, extra: list[str]) -> dict[str, li
     }
 
 
-def source_fingerprint() -> str:
-    """Changes when the engine does, so that no stage is taken from another version of it."""
-    digest = hashlib.sha256()
-    for file in sorted([*ROOT.glob("peft_engine/**/*.py"), *ROOT.glob("csrc/**/*.*"), Path(__file__)]):
+def fingerprint_of(data: Path, commands: dict[str, list[str]]) -> str:
+    """Changes with the engine, its settings, the data, the commands: no stage comes from another run."""
+    sources = [*ROOT.glob("peft_engine/**/*.py"), *ROOT.glob("csrc/**/*.*"), *data.glob("*.jsonl")]
+    digest = hashlib.sha256(repr(commands).encode())
+    for file in sorted([*sources, Path(__file__)]):
         digest.update(file.read_bytes())
+    pinned = sorted((key, value) for key, value in os.environ.items() if key.startswith("PEFT_ENGINE_"))
+    digest.update(repr(pinned).encode())
     return digest.hexdigest()
 
 
 def run_stage(name: str, command: list[str], out: Path, fingerprint: str) -> dict[str, Any]:
     """The JSON the command answers with; its progress goes to the terminal. Exits with 1 when it fails."""
     kept = out / f"{name}.json"
-    key = {"command": command, "fingerprint": fingerprint}
     shown = "peft-engine " + shlex.join(command)
     if kept.exists():
         before = json.loads(kept.read_text())
-        if before["key"] == key:
+        if before["fingerprint"] == fingerprint:
             print(f"==> {name}: done before, kept in {kept} (--again runs it anew)", flush=True)
             return before["answer"]
     print(f"==> {name}: {shown}", flush=True)
+    if name == "train":
+        shutil.rmtree(out / "adapter", ignore_errors=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "peft_engine", *command], stdout=subprocess.PIPE, cwd=ROOT)
     if done.returncode:
@@ -69,7 +75,7 @@ def run_stage(name: str, command: list[str], out: Path, fingerprint: str) -> dic
         sys.exit(1)
     answer = json.loads(done.stdout)
     answer["wall_seconds"] = time.perf_counter() - started
-    kept.write_text(json.dumps({"key": key, "answer": answer}, indent=1))
+    kept.write_text(json.dumps({"fingerprint": fingerprint, "answer": answer}, indent=1))
     return answer
 
 
@@ -182,21 +188,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="run every stage anew")
     parser.add_argument("--max-steps", type=int, help="stop training early, to try things out")
     arguments = parser.parse_args(argv)
-    out = arguments.output
+    out = arguments.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if arguments.again:
         for kept in out.glob("*.json"):
             kept.unlink()
     extra = [] if arguments.max_steps is None else [f"--max-steps={arguments.max_steps}"]
-    commands = stages(arguments.model, arguments.data, out, extra)
-    fingerprint = source_fingerprint()
+    model = arguments.model.resolve()
+    data = arguments.data.resolve()
+    commands = stages(model, data, out, extra)
+    fingerprint = fingerprint_of(data, commands)
     print("QLoRA demo: evaluate, train one pass, evaluate; about 12 minutes on 2 cores", flush=True)
     answers = {name: run_stage(name, command, out, fingerprint) for name, command in commands.items()}
     before, run, after = answers["before"], answers["train"], answers["after"]
     rows = summary(before, run, after, out / "adapter")
     print_table(rows)
     report = out / "report.html"
-    trained_on = sum(1 for _ in (arguments.data / "train.jsonl").open(encoding="utf-8"))
+    trained_on = sum(1 for _ in (data / "train.jsonl").open(encoding="utf-8"))
     write_report(report, rows, commands.values(), trained_on, before, run, after)
     print(f"==> report: {report}")
     return 0

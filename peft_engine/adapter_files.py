@@ -1,24 +1,36 @@
 """The bytes of an adapter folder: written at once or not at all, a safetensors header read without trust."""
 
 import ctypes
+import glob
 import json
 import math
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+STALE = 3600  # seconds after which another process is not still writing its folder
 
 
 def write_at_once(folder: Path, contents: dict[str, bytes]) -> Path:
-    """Puts the files into `folder` at once: a new folder beside it, fsync, rename."""
-    parent = folder.absolute().parent
+    """Puts the files into `folder` at once, and returns it: a new folder beside it, fsync, rename.
+
+    When the folder holds other files too, they stay, and the new ones are renamed in one by one, without
+    those that are as before (an adapter's config, between the checkpoints of one run).
+    Raises OSError when the disk refuses; the folder then holds what it held.
+    """
+    folder = folder.resolve()
+    parent, stem = folder.parent, f".{folder.name}.saving-"
     parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_adapter: {folder} is a file; give a folder")
-    new = parent / f".{folder.absolute().name}.saving-{secrets.token_hex(4)}"
+    for left in parent.glob(f"{glob.escape(stem)}*"):  # by a save that was killed
+        if time.time() - left.stat().st_mtime > STALE:
+            shutil.rmtree(left, ignore_errors=True)
+    new = parent / f"{stem}{secrets.token_hex(4)}"
     try:
         new.mkdir()
         for file, data in contents.items():

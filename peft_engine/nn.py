@@ -124,9 +124,6 @@ class NF4Linear(torch.nn.Linear):
         self.blocksize, self.weight_dtype = q.blocksize, q.dtype
         self._nf4 = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_nf4"}
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
         # A move must reach the 4-bit data and a cast must not; `fn` may be either, or both at once.
         data = {id(t) for t in (self.weight, self.absmax, self.nested_absmax, self.offset) if t is not None}

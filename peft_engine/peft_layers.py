@@ -5,8 +5,7 @@ adapters are one of their summed rank: A = [A_1; A_2; ...], s B = [s_1 B_1, s_2 
 
 PEFT's tensors stay where they are, so its own save, load, merge and switching work on. Whatever is not the
 plain case (a variant such as DoRA, a batch of mixed adapters, hooks on the inner layers, ...) runs PEFT's
-forward, and `own_reason` says why. One difference is meant: the adapter sees the input in the dtype of the
-product, where PEFT over a 4-bit layer hands it the input before the cast to compute_dtype.
+forward over the fused base, and `own_reason` or `narrowed` says why.
 """
 
 from typing import Any
@@ -25,16 +24,19 @@ class _FusedLora(nn.Module):
     """The forward of a LoRA layer through ops.lora_linear."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or x.dtype not in DTYPES or own_reason(self) is not None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
+        names = active_names(layer)
+        if args or kwargs or x.dtype not in DTYPES or own_reason(layer, names) is not None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         base = layer._modules["base_layer"]
         weight, given = base_weight(base), x
         if isinstance(weight, NF4Tensor):
             dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.dtype_for(x)
+            if narrowed(x.dtype, dtype) and not torch.is_autocast_enabled(x.device.type):
+                return super().forward(x)  # type: ignore[misc]
             x = x if dtype is None else x.to(dtype)
-        a, b, scaling, bias = _adapters(layer, active_names(layer), x.dtype)
-        p = _dropout(layer, active_names(layer)[0])
+        a, b, scaling, bias = _adapters(layer, names, x.dtype)
+        p = _dropout(layer, names[0])
         # A seed from torch's generator: checkpointing restores it, so that the second forward drops the same.
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
         y = lora_linear(x, weight, a, b, scaling, bias=bias, dropout_p=p, seed=seed)
@@ -45,6 +47,14 @@ class _FusedLora(nn.Module):
 
 class FusedLoraLinear(_FusedLora, lora.Linear):
     """PEFT's lora.Linear, over a dense or an NF4 layer."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if isinstance(self.get_base_layer(), NF4Linear):
+            raise ValueError(
+                "merge: PEFT adds to the weight itself, and this one is in NF4; save the adapter, load it "
+                "with peft_engine.load_adapter and fold it with peft_engine.merge_"
+            )
+        super().merge(safe_merge, adapter_names)
 
 
 FUSED: dict[type, type] = {lora.Linear: FusedLoraLinear}
@@ -92,16 +102,15 @@ def base_alone(layer: Any) -> bool:
 
 def base_weight(base: Any) -> torch.Tensor | NF4Tensor:
     """The weight of a base layer that is fit, as ops.lora_linear takes it."""
-    return base.weight if type(base) is nn.Linear else base.nf4
+    return _weight(base) if type(base) is nn.Linear else base.nf4
 
 
-def own_reason(layer: Any) -> str | None:
+def own_reason(layer: Any, names: list[str]) -> str | None:
     """Why the layer, as it is set now, runs PEFT's forward; None when it runs the fused one."""
     if layer.disable_adapters:
         return "the adapters are disabled: the base layer runs alone"
     if layer.merged:
         return "the adapters are merged: the base layer runs alone"
-    names = active_names(layer)
     if not names:
         return "none of its adapters is active: the base layer runs alone"
     why = _unfit(layer)
@@ -126,13 +135,29 @@ def own_reason(layer: Any) -> str | None:
     return None
 
 
+def narrowed(given: torch.dtype, compute_dtype: torch.dtype | None) -> str | None:
+    """Why inputs of dtype `given` over a 4-bit base keep PEFT's forward, or None.
+
+    One product in compute_dtype would round what the adapter adds, which PEFT keeps in the input's dtype.
+    prepare_model_for_kbit_training leads to this: the norms, and so the inputs, are float32.
+    """
+    if given == compute_dtype or compute_dtype is None:
+        return None
+    if torch.promote_types(given, compute_dtype) == compute_dtype:
+        return None
+    return (
+        f"inputs are {given} and compute_dtype is {compute_dtype}: the base's product is fused, the "
+        "adapter's runs in PEFT at the input's precision; with a compute_dtype as wide, both are one"
+    )
+
+
 def _unfit(layer: Any) -> str | None:
     """What keeps the layer from the fused forward, whichever adapter is active."""
     base = layer._modules["base_layer"]
     if layer.fan_in_fan_out or getattr(layer, "is_target_conv_1d_layer", False):
         return "the weight is stored transposed (fan_in_fan_out)"
     if type(base) is nn.Linear:
-        weight = base.weight
+        weight = _weight(base)
         if weight.requires_grad:
             return "the base weight is trained too; the kernels take it frozen"
         if weight.dtype not in DTYPES:
@@ -144,6 +169,10 @@ def _unfit(layer: Any) -> str | None:
     if _hooked(base):
         return "the base layer has hooks, which the fused product would pass by"
     return None
+
+
+def _weight(linear: Any) -> torch.Tensor:
+    return linear._parameters["weight"]  # not through Module.__getattr__, which is felt at one token
 
 
 def _variant(layer: Any, name: str) -> str:
@@ -171,19 +200,20 @@ def _adapters(
     layer: Any, names: list[str], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor | None]:
     """A, B, scaling and bias of the active adapters together; another dtype than `dtype` goes to float32."""
-    downs = [layer._modules["lora_A"]._modules[name].weight for name in names]
-    ups = [layer._modules["lora_B"]._modules[name] for name in names]
+    inner = layer._modules
+    downs = [_weight(inner["lora_A"]._modules[name]) for name in names]
+    ups = [inner["lora_B"]._modules[name]._parameters for name in names]
     scales = [float(layer.scaling[name]) for name in names]
-    bias = layer._modules["base_layer"].bias
+    bias = inner["base_layer"]._parameters["bias"]
     for up, scale in zip(ups, scales, strict=True):
-        if up.bias is not None:  # lora_bias
-            bias = scale * up.bias if bias is None else bias + scale * up.bias
+        if up["bias"] is not None:  # lora_bias
+            bias = scale * up["bias"] if bias is None else bias + scale * up["bias"]
     if len(names) == 1:
-        a, b, scaling = downs[0], ups[0].weight, scales[0]
+        a, b, scaling = downs[0], ups[0]["weight"], scales[0]
     else:
         # float32 for all: the scale must not cost a rounding of B to a short dtype
         a = torch.cat([down.float() for down in downs])
-        b = torch.cat([scale * up.weight.float() for up, scale in zip(ups, scales, strict=True)], dim=1)
+        b = torch.cat([scale * up["weight"].float() for up, scale in zip(ups, scales, strict=True)], dim=1)
         scaling = 1.0
     if a.dtype != b.dtype or a.dtype != dtype:
         a, b = a.float(), b.float()

@@ -5,6 +5,7 @@ names, hooks and references stay, and nothing but the class says that a layer is
 optimising once, and copies and pickles of an optimised model are optimised.
 """
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 
 from peft_engine import native
 from peft_engine.dispatch import BackendError
+from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
 from peft_engine.ops.nf4 import NF4Tensor
@@ -36,30 +38,41 @@ def optimize(model: torch.nn.Module) -> Report:
     Raises ValueError, with nothing changed, when bitsandbytes has repacked weights at an evaluation.
     """
     _refuse_repacked(model)
+    if _HEADS:
+        from peft_engine import heads
+
+        heads.detach_head(model)  # an adapter may have come around the head since it was joined with its loss
     # bitsandbytes' layers first: whether PEFT's layer around one can be fused depends on it.
     for adapters in (False, True):
         for module in model.modules():
             if _is_peft_layer(module) is adapters and _unreplaced(module):
                 fused, _, _ = _fused_class(module)
                 if fused is not None and type(module) is not fused:
-                    module.__class__ = fused
+                    _set_class(module, fused)
     if _HEADS:
-        from peft_engine import heads
-
-        heads.attach_head(_transformers_model(model))
+        heads.attach_head(model)
     return explain(model)
 
 
 def unoptimize(model: ModelType) -> ModelType:
-    """The model with its layers as they were before `optimize`; adapters stay."""
-    for module in model.modules():
-        if _is_stand_in(module):
-            module.__dict__.pop("_nf4", None)
-            module.__class__ = _stood_for(module)
+    """The model with its layers as they were before `optimize`; adapters stay.
+
+    Raises ValueError, with nothing changed, for a fused layer whose forward was replaced since.
+    """
+    stand_ins = {name: module for name, module in model.named_modules() if _is_stand_in(module)}
+    replaced = [name for name, module in stand_ins.items() if not _unreplaced(module)]
+    if replaced:
+        raise ValueError(
+            f"unoptimize: the forward of {replaced[0]} was replaced after optimize and calls the fused one; "
+            "undo that first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+        )
+    for module in stand_ins.values():
+        module.__dict__.pop("_nf4", None)
+        _set_class(module, _stood_for(module))
     if _HEADS:
         from peft_engine import heads
 
-        heads.detach_head(_transformers_model(model))
+        heads.detach_head(model)
     return model
 
 
@@ -84,7 +97,7 @@ def _fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         from peft_engine import bnb_layers
 
         return bnb_layers.fused_class(module)
-    if _LAYERS:
+    if _LAYERS and "transformers" in sys.modules:
         from peft_engine import layers
 
         return layers.fused_class(module)
@@ -102,7 +115,14 @@ def _is_bnb_linear(module: torch.nn.Module) -> bool:
 
 
 def _unreplaced(module: torch.nn.Module) -> bool:
-    return "forward" not in module.__dict__
+    """Whether a call runs the class's forward; accelerate, taking a hook off, leaves that one bound."""
+    own = module.__dict__.get("forward")
+    return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
+def _set_class(module: torch.nn.Module, kind: type) -> None:
+    module.__dict__.pop("forward", None)
+    module.__class__ = kind
 
 
 def _is_stand_in(module: torch.nn.Module) -> bool:
@@ -114,11 +134,6 @@ def _stood_for(module: torch.nn.Module) -> type:
     if not _is_stand_in(module):
         return type(module)
     return next(c for c in type(module).__mro__ if not c.__module__.startswith("peft_engine."))
-
-
-def _transformers_model(model: Any) -> torch.nn.Module:
-    peft = sys.modules.get("peft")
-    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 def _refuse_repacked(model: torch.nn.Module) -> None:
@@ -138,27 +153,67 @@ def _refuse_repacked(model: torch.nn.Module) -> None:
 
 def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
     inside = None  # the adapter layer whose parts follow: its line speaks for them
+    head = _head(model)
+    # The embedding comes first and has the dtype of the activations, which adapters in float32 have not.
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, module in model.named_modules():
+        if head is not None and module is head:
+            line = _head_line(name, model, head)
+            yield line
+            if line.fused or _is_plain_linear(head):
+                continue
         if inside is not None and name.startswith(inside):
             continue
         if _is_peft_layer(module):
             inside = f"{name}." if name else ""
-            yield _peft_line(name, module)
+            yield _peft_line(name, module, dtype)
         elif _is_bnb_linear(module):
             yield _bnb_line(name, module)
-        elif isinstance(module, NF4Linear) or _has_our_adapter(module):
+        elif isinstance(module, (NF4Linear, LoraLinear)):
             yield _our_line(name, module)
         else:
-            yield from _model_line(name, module)
+            yield from _model_line(name, module, dtype)
 
 
-def _has_our_adapter(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) and "lora_A" in module._modules
+def _head(model: Any) -> torch.nn.Module | None:
+    """The output head, for which the loss is an op of its own."""
+    get = getattr(model, "get_output_embeddings", None) if _HEADS else None
+    return get() if callable(get) else None
+
+
+def _head_line(name: str, model: torch.nn.Module, head: torch.nn.Module) -> LayerReport:
+    from peft_engine import heads
+
+    line = dataclasses.replace(heads.describe_head(model), name=name)
+    if _is_stand_in(head):  # a fused adapter around the head: name the class that the model had
+        kind = _kind(head)
+        reason = line.reason.replace(type(head).__name__, kind)
+        line = dataclasses.replace(line, kind=kind, reason=reason)
+    if line.fused and type(head) is torch.nn.Linear:  # it could be, and is not
+        line = dataclasses.replace(line, backend="transformers", fused=False, reason=NOT_YET)
+    return line
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    """A dense linear layer without an adapter, the fused head among them."""
+    return type(module) is torch.nn.Linear or type(module).__module__ == "peft_engine.heads"
 
 
 def _line(name: str, module: torch.nn.Module, op: str, backend: str, fused: bool, reason: str) -> LayerReport:
+    return LayerReport(name, op, backend, fused, reason, _kind(module))
+
+
+def _kind(module: torch.nn.Module) -> str:
+    """The class as the model had it, with its package."""
     kind = _stood_for(module)
-    return LayerReport(name, op, backend, fused, reason, f"{kind.__module__.split('.')[0]}.{kind.__name__}")
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
+def _ran(name: str, module: torch.nn.Module, op: str, backend: str, reason: str) -> LayerReport:
+    """A line for a layer that calls an op, with the backend that dispatch chooses."""
+    fused = backend != "reference"
+    reason = reason or ("" if fused else "plain torch; this backend is pinned")
+    return _line(name, module, op, backend, fused, reason)
 
 
 def _own(name: str, module: torch.nn.Module, op: str, reason: str) -> LayerReport:
@@ -195,11 +250,7 @@ def _product_line(
         choice = LORA_LINEAR.choose(call)
     except BackendError as error:
         return _line(name, module, "lora_linear", "none", False, str(error))
-    fused = choice.backend != "reference"
-    reason = choice.reason or ("" if fused else "plain torch; this backend is pinned")
-    if fused:  # backends for other devices say nothing about this one
-        reason = "; ".join(f"{b}: {why}" for b, why in choice.refused.items() if "not built" not in why)
-    return _line(name, module, "lora_linear", choice.backend, fused, reason)
+    return _ran(name, module, "lora_linear", choice.backend, choice.reason)
 
 
 def _our_line(name: str, module: Any) -> LayerReport:
@@ -219,28 +270,39 @@ def _bnb_line(name: str, module: Any) -> LayerReport:
     return _product_line(name, module, module.nf4, module.compute_dtype or module.nf4.dtype, None)
 
 
-def _peft_line(name: str, module: Any) -> LayerReport:
+def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
     from peft_engine import peft_layers
 
     if not _is_stand_in(module):
         return _not_fused(name, module)
     base = module.get_base_layer()
-    why = peft_layers.own_reason(module)
+    names = peft_layers.active_names(module)
+    why = peft_layers.own_reason(module, names)
     alone = peft_layers.base_alone(module)
     if why is not None and (not alone or type(base) is torch.nn.Linear):
         return _own(name, module, "lora_linear", why)
     weight = peft_layers.base_weight(base)
+    if isinstance(weight, NF4Tensor) and not alone:
+        why = peft_layers.narrowed(given, base.compute_dtype)
+        if why is not None:
+            return _own(name, module, "lora_linear", why)
     dtype = (base.compute_dtype or weight.dtype) if isinstance(weight, NF4Tensor) else weight.dtype
-    adapter = None if alone else module.lora_A[peft_layers.active_names(module)[0]].weight
+    adapter = None if alone else module.lora_A[names[0]].weight
     return _product_line(name, module, weight, dtype, adapter)
 
 
-def _model_line(name: str, module: torch.nn.Module) -> Iterator[LayerReport]:
+def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
     if isinstance(module, torch.nn.Linear):
-        yield _own(name, module, "linear", "a dense weight without an adapter: torch's product is as fast")
+        plain = type(module) is torch.nn.Linear
+        why = "a dense weight without an adapter: torch's product is as fast"
+        yield _own(name, module, "linear", why if plain else f"no kernel for {type(module).__name__}")
         return
-    _, op, _ = _fused_class(module)
-    if op:
+    if _is_stand_in(module):
+        from peft_engine import layers
+
+        op, backend, why = layers.running(module, dtype)
+        yield _ran(name, module, op, backend, why) if backend else _own(name, module, op, why)
+    elif _fused_class(module)[1]:
         yield _not_fused(name, module)
 
 

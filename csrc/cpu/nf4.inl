@@ -30,11 +30,15 @@ inline void quantize(const void* weight, Type type, int64_t n, int blocksize, in
     const int64_t start = b * blocksize;
     const int count = static_cast<int>(n - start < blocksize ? n - start : blocksize);
     for (int j = 0; j < count; j += 16) load_up_to_16(weight, type, start + j, count - j < 16 ? count - j : 16, values + j);
-    float largest = 0.0f;
+    int32_t magnitude = 0;  // as integers float magnitudes order the same, and inf and NaN are above all: they stay
     for (int j = 0; j < count; ++j) {
-      const float magnitude = values[j] < 0 ? -values[j] : values[j];
-      if (!(magnitude <= largest)) largest = magnitude;  // a NaN stays
+      int32_t bits;
+      memcpy(&bits, values + j, 4);
+      bits &= 0x7FFFFFFF;
+      magnitude = bits > magnitude ? bits : magnitude;
     }
+    float largest;
+    memcpy(&largest, &magnitude, 4);
     const bool full = count == blocksize;
     const float divisor = largest < kSmallest ? kSmallest : largest;
     absmax[b] = full ? largest : divisor;

@@ -28,6 +28,11 @@ def attach(model: ModelType, config: LoraConfig, name: str = "default") -> Model
     adapters.
     """
     base = unwrap(model)
+    if not isinstance(config, LoraConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(
+            f"attach: config must be a peft_engine.LoraConfig (its fields have PEFT's names), got {kind}"
+        )
     check_name(base, name, "attach")
     config = with_head(base, config)
     install(base, config, name, resolve(base, config))
@@ -70,8 +75,10 @@ class active:
 
     which: the name of an adapter; None for the base; or, for one mixed batch, a list with one name or None
     per row. A batch of n times as many rows (beams, or several samples of a prompt, in `generate`) gives each
-    name n consecutive rows. The adapters named are trainable, the others frozen. Raises ValueError for a name
-    that is not attached, and for an empty list.
+    name n consecutive rows.
+    The adapters named become trainable. None is frozen by a switch, so a backward after it still reaches what
+    ran before it; but gradient checkpointing runs the model again in backward, which must happen before.
+    Raises ValueError for a name that is not attached, and for an empty list.
     """
 
     def __init__(self, model: nn.Module, which: str | Sequence[str | None] | None):
@@ -86,6 +93,7 @@ class active:
                 require(self._model, name, "active")
         if mixed:
             _refuse_routed(self._model)
+            copies.check_apart(self._model, _apart(self._model))
         if attached(self._model):
             activate(self._model, wanted)
 
@@ -100,26 +108,19 @@ class active:
 
 
 def adapters_without_gradient(model: nn.Module) -> list[str]:
-    """The paths of trainable adapter tensors that backward did not reach; call it after the first step.
+    """The tensors of the active adapters that backward did not reach, by path; call it after the first step.
 
     A tensor is listed when it has no gradient, or one that is zero all over; but A's is zero while B is, in
     the first step, and is not listed for that. An empty list means that all of the adapter trains.
     """
     base = unwrap(model)
     out = []
-    for path, layer in lora_layers(base):
-        for name in layer.lora:
-            a, b = layer.lora_A[name], layer.lora_B[name]
-            if a.requires_grad and a.grad is None:
-                out.append(f"{path}.lora_A.{name}")
-            if b.requires_grad and (b.grad is None or not b.grad.any()):
-                out.append(f"{path}.lora_B.{name}")
-    for name in attached(base):
-        out += [
-            f"{path} (of {name})"
-            for path, parameter in copies.of(base, name).items()
-            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
-        ]
+    names = _names(getattr(base, "peft_engine_active", None))
+    for name in [name for name in attached(base) if name in names]:
+        for path, tensor in tensors(base, name).items():
+            reached = tensor.grad is not None and (path.endswith(".lora_A.weight") or bool(tensor.grad.any()))
+            if tensor.requires_grad and not reached:
+                out.append(f"{path} of {name!r}")
     return out
 
 
@@ -222,17 +223,14 @@ def install(
 
 
 def activate(model: nn.Module, which: Which) -> None:
-    """Switches the adapters; those named are trainable, the others frozen."""
+    """Switches the adapters; those named become trainable, and none is frozen (see `active`)."""
     names = set(_names(which))
     for _, layer in lora_layers(model):
         layer.active_adapter = which
-        for name in layer.lora:
-            layer.lora_A[name].requires_grad_(name in names)
-            layer.lora_B[name].requires_grad_(name in names)
     copies.activate(model, which, _apart(model))
-    for name in attached(model):
-        for parameter in copies.of(model, name).values():
-            parameter.requires_grad_(name in names)
+    for name in [name for name in attached(model) if name in names]:
+        for tensor in tensors(model, name).values():
+            tensor.requires_grad_()
     model.peft_engine_active = which  # type: ignore[assignment]
 
 

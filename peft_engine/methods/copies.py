@@ -145,16 +145,24 @@ def activate(model: nn.Module, which: str | tuple[str | None, ...] | None, roots
     install(model, None if isinstance(which, tuple) else which)
     for root in roots:
         module = model.get_submodule(root)
-        own = module.__dict__.get("forward")
-        if own is not None and getattr(own, "func", None) is not _mixed_forward:
-            if isinstance(which, tuple):
-                raise ValueError(
-                    f"active: {root} has its forward replaced and cannot run a mixed batch; activate one"
-                )
-            continue
-        module.__dict__.pop("forward", None)
+        if _runs_apart(module):
+            del module.__dict__["forward"]
         if isinstance(which, tuple):
             module.__dict__["forward"] = functools.partial(_mixed_forward, module, which)
+
+
+def check_apart(model: nn.Module, roots: Iterable[str]) -> None:
+    """ValueError when a root cannot run a mixed batch."""
+    for root in roots:
+        module = model.get_submodule(root)
+        if "forward" in module.__dict__ and not _runs_apart(module):
+            raise ValueError(
+                f"active: {root} has its forward replaced and cannot run a mixed batch; activate one adapter"
+            )
+
+
+def _runs_apart(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "func", None) is _mixed_forward
 
 
 def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | None, list[int]]:

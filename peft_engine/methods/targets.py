@@ -132,7 +132,7 @@ def excluded(
     """Whether a path is excluded by name, or lies in a module that is trained whole."""
     if exclude_modules and named(path, exclude_modules):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in modules_to_save or ())
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in modules_to_save or ())
 
 
 def in_layers(path: str, layers: int | Iterable[int] | None, pattern: str | Iterable[str] | None) -> bool:
@@ -201,6 +201,16 @@ def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> l
     else:
         _refuse_experts(model, wanted, who)
         chosen = [p for p, m in model.named_modules() if p and _own(p) and named(p, wanted)]
+    if strict and config.exclude_modules:
+        names = (
+            [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules
+        )
+        for name in names:
+            pattern = name if isinstance(config.exclude_modules, str) else [name]
+            if not any(named(path, pattern) for path, _ in model.named_modules()):
+                raise ValueError(
+                    f"{who}: exclude_modules {name!r} matches no module{near_modules(name, model)}"
+                )
     kept = [p for p in chosen if not excluded(p, config.exclude_modules, config.modules_to_save)]
     if isinstance(wanted, list):
         used = [name for name in wanted if any(named(path, [name]) for path in chosen)]

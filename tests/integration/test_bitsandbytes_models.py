@@ -14,9 +14,8 @@ pytestmark = pytest.mark.peers
 
 
 @pytest.fixture(autouse=True)
-def _reference_backend():
-    with pe.force_backend("reference"):
-        yield
+def _each_backend(backend):
+    """Every test runs with the reference and with the CPU kernels."""
 
 
 def _linear(
@@ -37,7 +36,7 @@ def _classes(model):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fused_layer_gives_bitsandbytes_output_and_gradient(nested, storage, dtype):
+def test_a_fused_layer_gives_bitsandbytes_output_and_gradient(backend, nested, storage, dtype):
     layer = _linear(nested=nested, storage=storage, dtype=dtype)
     x = torch.randn(2, 3, 128, dtype=dtype, requires_grad=True)
     dy = torch.randn(2, 3, 64, dtype=dtype)
@@ -45,7 +44,7 @@ def test_a_fused_layer_gives_bitsandbytes_output_and_gradient(nested, storage, d
     theirs = (y, *torch.autograd.grad(y, (x, layer.bias), dy))
     report = pe.optimize(layer)
     assert type(layer).__name__ == "FusedLinear4bit" and isinstance(layer, bnb.nn.Linear4bit)
-    assert [line.backend for line in report.layers] == ["reference"]
+    assert [line.backend for line in report.layers] == [backend]
     y = layer(x)
     mine = (y, *torch.autograd.grad(y, (x, layer.bias), dy))
     weight = layer.nf4.dequantize().double()

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 
+import pytest
 import torch
 
 import peft_engine as pe
@@ -103,3 +104,52 @@ def test_an_optimised_model_keeps_its_class_and_copies(tiny_llama):
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert _classes(twin) == _classes(model)
             assert torch.equal(twin(input_ids=IDS).logits, expected)
+
+
+def _adapted(tiny_llama, *, nf4, dtype=torch.bfloat16):
+    model = tiny_llama(dtype)
+    with pe.force_backend("reference"):
+        if nf4:
+            pe.quantize_(model)
+    return pe.attach(model, pe.LoraConfig(r=4, target_modules="all-linear"), name="movies")
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_layers_with_our_adapters_are_fused_and_stay_what_they_are(tiny_llama, nf4):
+    model = _adapted(tiny_llama, nf4=nf4)
+    before = _classes(model)
+    made = pe.optimize(model)
+    lines = [layer for layer in made.layers if layer.op == "lora_linear"]
+    assert len(lines) == 14
+    if native.load_error() is None:
+        assert all(layer.fused and layer.backend == "cpu" and layer.reason == "" for layer in lines)
+    kind = "peft_engine.LoraNF4Linear" if nf4 else "peft_engine.LoraLinear"
+    assert {layer.kind for layer in lines} == {kind}
+    pe.unoptimize(model)
+    assert _classes(model) == before
+
+
+@pytest.mark.parametrize("which", [None, "movies", ["movies", None]])
+def test_explain_follows_the_active_adapter(tiny_llama, which):
+    model = _adapted(tiny_llama, nf4=True)
+    asked = []
+    with pe.active(model, which), pytest.MonkeyPatch.context() as patch:
+        choose = swap.LORA_LINEAR.choose
+        patch.setattr(swap.LORA_LINEAR, "choose", lambda call: asked.append(call) or choose(call))
+        pe.explain(model)
+    assert {call.adapter for call in asked} == {None if which is None else torch.float32}
+    assert {(call.dtype, call.base) for call in asked} == {(torch.bfloat16, "nf4")}
+
+
+def test_training_with_our_adapter_is_the_same_before_and_after_optimize(tiny_llama):
+    model = _adapted(tiny_llama, nf4=True, dtype=torch.float32)
+    with pe.force_backend("reference"):
+        grads = []
+        for step in (pe.unoptimize, pe.optimize):
+            step(model)
+            model.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)

@@ -1,6 +1,7 @@
 """Adapters on disk: PEFT's format both ways, every key landing, and nothing lost when a write fails."""
 
 import errno
+import json
 import os
 import resource
 import warnings
@@ -47,6 +48,7 @@ def test_peft_reads_what_we_save_and_we_read_what_peft_saves(llama, tmp_path, se
     ours = save_adapter(model, tmp_path / "ours")
     logits = model(IDS).logits
 
+    assert json.loads((ours / CONFIG).read_text())["inference_mode"] is True
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         theirs = peft.PeftModel.from_pretrained(llama(attention_bias=True), ours).eval()
@@ -207,7 +209,9 @@ def test_other_files_in_the_folder_stay(llama, saved):
     save_adapter(model, saved)
     assert {p.name for p in saved.iterdir()} == {"run.json", "checkpoint-5", CONFIG, WEIGHTS}
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
-    load_adapter(llama(), saved)
+    again = llama()
+    load_adapter(again, saved)
+    assert again.peft_engine_adapters["default"].r == 3
 
 
 @pytest.mark.parametrize("crowded", [False, True])
@@ -228,8 +232,22 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(llama, saved, crowded):
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("config", [ALL, LoraConfig(r=2, target_modules=["q_proj"])])
-def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, tmp_path, config, monkeypatch):
+def test_a_full_disk_leaves_no_folder_where_there_was_none(llama, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_adapter(shake(attach(llama(), ALL)), tmp_path / "a" / "b")
+    assert not list((tmp_path / "a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "crowded"), [(ALL, False), (LoraConfig(r=2, target_modules=["q_proj"]), False), (ALL, True)]
+)
+def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(
+    llama, tmp_path, config, crowded, monkeypatch
+):
     """Each call that reaches the disk is in turn the last that happens."""
     old, new = (shake(attach(llama(), c), seed=s) for s, c in enumerate((ALL, config)))
     contents = [
@@ -251,6 +269,8 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, t
     seen = set()
     for at in range(20):
         folder = save_adapter(old, tmp_path / f"at{at}")
+        if crowded:
+            (folder / "run.json").write_text("{}")
         calls = 0
         with monkeypatch.context() as patch:
             for name in ("fsync", "rename", "replace", "mkdir"):
@@ -262,11 +282,33 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(llama, t
                 seen.add("done")
             except KeyboardInterrupt:
                 seen.add("killed")
-        found = {p.name: p.read_bytes() for p in folder.iterdir()}
+        found = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
         assert found in contents
         if "done" in seen:
+            assert found == contents[1]
             break
     assert seen == {"done", "killed"}
+
+
+def test_what_a_killed_save_left_is_cleared_away_an_hour_later(llama, saved):
+    old, young = (saved.parent / f".adapter.saving-{kind}" for kind in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / CONFIG).write_text("{}")
+    os.utime(old, (0, 0))
+    save_adapter(shake(attach(llama(), ALL)), saved)
+    assert {p.name for p in saved.parent.iterdir()} == {"adapter", young.name}
+
+
+def test_a_link_to_the_folder_stays_a_link(llama, saved):
+    link = saved.parent / "latest"
+    link.symlink_to(saved)
+    model = shake(attach(llama(), ALL), seed=2)
+    save_adapter(model, link)
+    assert link.is_symlink()
+    again = llama()
+    load_adapter(again, saved)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
 def test_a_file_in_the_folders_place_is_an_error(llama, tmp_path):

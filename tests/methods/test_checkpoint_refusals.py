@@ -1,17 +1,20 @@
 """Adapter files that are not loaded: each with its reason, and the model left as it was."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from method_cases import edit_config, edit_weights, refused
 from torch import nn
 
 from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter
-from peft_engine.methods import detach
+from peft_engine.methods import LoraConfig, detach
 
 
 def test_an_unknown_config_key_is_named(llama, saved):
@@ -33,6 +36,17 @@ def test_an_unknown_config_key_is_named(llama, saved):
 def test_a_method_that_is_not_offered_is_named(llama, saved, changes):
     edit_config(saved, **changes)
     refused(llama(), saved, f"{next(iter(changes))}=.* is not supported")
+
+
+def test_how_the_adapter_started_matters_only_when_it_changed_the_base(llama, saved):
+    for start in ("eva", "orthogonal", "gaussian", False):
+        edit_config(saved, init_lora_weights=start)
+        load_adapter(llama(), saved)
+    for start in ("pissa", "pissa_niter_4", "olora", "loftq"):
+        edit_config(saved, init_lora_weights=start)
+        refused(llama(), saved, f"'{start}' took the adapter's start out of the base's weights")
+    edit_config(saved, init_lora_weights="magic")
+    refused(llama(), saved, "init_lora_weights must be one of")
 
 
 def test_pefts_fields_that_say_nothing_are_taken(llama, saved):
@@ -67,6 +81,42 @@ def test_pefts_fields_that_say_nothing_are_taken(llama, saved):
 def test_a_broken_config_is_refused(llama, saved, text, message):
     (saved / CONFIG).write_text(text)
     refused(llama(), saved, message)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["q_proj", "("]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([f.name for f in fields(LoraConfig)]), JSON, min_size=1, max_size=3
+    )
+)
+def test_whatever_a_config_holds_it_loads_or_a_value_error_says_why(untouched, changes):
+    model, saved = untouched
+    text = (saved / CONFIG).read_text()
+    edit_config(saved, **changes)
+    try:
+        load_adapter(model, saved)
+        detach(model)
+    except ValueError as error:
+        assert str(saved) in str(error)
+    finally:
+        (saved / CONFIG).write_text(text)
+
+
+@pytest.fixture
+def untouched(llama, saved):
+    return llama(), saved
 
 
 def test_a_pickle_is_refused(llama, saved):

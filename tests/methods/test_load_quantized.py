@@ -90,6 +90,7 @@ def test_what_is_saved_here_loads_in_transformers_with_bitsandbytes(
     model = quantize_(tiny_llama(dtype, intermediate_size=128), double_quant=double_quant)
     model.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert theirs.config.quantization_config.bnb_4bit_use_double_quant == double_quant
     for name in linear_names(model):
         layer, ours = theirs.get_submodule(name), model.get_submodule(name)
         assert isinstance(layer, bnb.nn.Linear4bit) == isinstance(ours, NF4Linear)
@@ -139,7 +140,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-model = load_quantized(sys.argv[2])
+model = load_quantized(sys.argv[2], dtype=torch.float16)  # a cast: what is read is copied, not mapped
 stop.set()
 thread.join()
 held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -246,6 +247,10 @@ def test_broken_nf4_tensors_in_a_file_are_named(tiny_llama, tmp_path):
         (lambda t: t.pop(f"{name}.absmax"), f"{name}.*absmax"),
         (lambda t: t.pop(f"{name}.quant_state.bitsandbytes__nf4"), f"{name}.*quant_state"),
         (lambda t: t.update({f"{name}.nested_absmax": torch.ones(7)}), f"{name}.*nested_absmax"),
+        (
+            lambda t: t.update(NF4Linear(8, 8).nf4.to_bnb_state_dict(name)),
+            f"{name}.*makes it .*the file holds",
+        ),
     ):
         shutil.copytree(tmp_path / "whole", tmp_path / "broken", dirs_exist_ok=True)
         edit(tmp_path / "broken", change)

@@ -1,6 +1,7 @@
 """LoRA on a model: what attach, detach and active promise, and that PEFT agrees."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ def test_a_seed_gives_the_adapter_that_peft_gives(tiny_llama, init):
         dict(target_modules=r"model\.layers\.\d\.(self_attn|mlp)\.(q|up)_proj"),
         dict(target_modules=["q_proj", "lm_head"]),
         dict(target_modules=["self_attn.q_proj"]),
+        dict(target_modules=["q_proj", "model.layers.0.mlp.up_proj"], layers_to_transform=[1]),
         dict(target_modules="all-linear", modules_to_save=["q_proj"]),
     ],
 )
@@ -177,36 +179,67 @@ def test_active_switches_at_once_and_with_restores(tiny_llama):
     assert model.peft_engine_active == "c"
 
 
-def test_only_the_active_adapters_are_trainable(tiny_llama):
+def test_attach_freezes_the_adapters_before_it_and_active_frees_those_it_names(tiny_llama):
+    def trainable(model):
+        return {id(p) for p in model.parameters() if p.requires_grad}
+
+    def parts(model, names):
+        return {id(t) for name in names for t in tensors(model, name).values()}
+
     model = three(tiny_llama(attention_bias=True))
+    assert trainable(model) == parts(model, "c")
     with active(model, ["a", None, "b"]):
-        trainable = {id(p) for p in model.parameters() if p.requires_grad}
-        assert trainable == {id(t) for name in "ab" for t in tensors(model, name).values()}
+        assert trainable(model) == parts(model, "abc")
+
+
+def test_a_backward_after_the_switch_reaches_the_adapters_that_ran(tiny_llama):
+    model = three(tiny_llama(attention_bias=True))
+    with active(model, "a"):
+        first = model(IDS, labels=IDS).loss
+    with active(model, ["b", None, "b", "b"]):
+        second = model(IDS, labels=IDS).loss
     with active(model, None):
-        assert not any(p.requires_grad for p in model.parameters())
+        (first + second).backward()
+    assert all(t.grad is not None for name in "ab" for t in tensors(model, name).values())
+    assert all(t.grad is None for t in tensors(model, "c").values())
 
 
 @pytest.mark.parametrize("nf4", [False, True])
 def test_a_mixed_batch_gives_each_row_its_adapters_output_and_gradient(tiny_llama, nf4):
-    names = ["b", None, "a", "c"]
+    names = ["b", None, "a", "b", "c", None, "a"]
+    ids = torch.arange(42).view(7, 6)
     model = tiny_llama(attention_bias=True)
     model = three(quantized(model) if nf4 else model)
-    alone, gradients = [], {}
+    alone = []
     for i, name in enumerate(names):
         with active(model, name):
-            logits = model(IDS[i : i + 1]).logits
+            logits = model(ids[i : i + 1]).logits
             alone.append(logits.detach())
             if name is not None:
                 logits.square().mean().backward()
-                gradients |= {(name, path): t.grad for path, t in tensors(model, name).items()}
-                for t in tensors(model, name).values():
-                    t.grad = None
+    gradients = {(name, path): t.grad.clone() for name in "abc" for path, t in tensors(model, name).items()}
+    model.zero_grad()
     with active(model, names):
-        logits = model(IDS).logits
+        logits = model(ids).logits
         torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-5, atol=1e-5)
         sum(row.square().mean() for row in logits).backward()
-    for (name, path), gradient in gradients.items():
-        torch.testing.assert_close(tensors(model, name)[path].grad, gradient, rtol=1e-4, atol=1e-6)
+        for (name, path), gradient in gradients.items():
+            torch.testing.assert_close(tensors(model, name)[path].grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixed_batch_leaves_nothing_behind(tiny_llama):
+    model = tiny_llama(attention_bias=True)
+    before = snapshot(model)
+    head = model.lm_head.weight
+    three(model)
+    with active(model, ["b", None, "a", "b"]):
+        model(IDS)
+        assert model.lm_head.weight is head
+    assert "forward" not in model.lm_head.__dict__
+    active(model, ["b", None, "a", "b"])
+    model(IDS)
+    detach(model)
+    assert_same(before, snapshot(model))
 
 
 def test_generate_expands_names_to_the_beams_of_each_prompt(tiny_llama):
@@ -247,6 +280,15 @@ def test_detach_of_one_adapter_leaves_the_others(tiny_llama):
     assert_same(before, snapshot(model))
     with pytest.raises(ValueError, match="no adapter 'a'"):
         detach(model, "a")
+
+
+def test_a_pickled_model_computes_the_same(tiny_llama):
+    model = three(quantized(tiny_llama(attention_bias=True)))
+    with active(model, ["a", None, "b", "c"]):
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    assert all(torch.equal(t, tensors(model, "b")[path]) for path, t in tensors(twin, "b").items())
+    detach(twin)
 
 
 def test_a_copy_of_the_model_has_adapters_of_its_own(tiny_llama):
@@ -338,8 +380,16 @@ def test_after_a_step_every_tensor_had_a_gradient_or_is_named(tiny_llama):
     hidden = model.model.layers[0](model.model.embed_tokens(IDS), position_embeddings=_positions(model))
     hidden.sum().backward()
     missing = adapters_without_gradient(model)
-    assert len(missing) == 14
+    assert len(missing) == 14  # A and B of seven layers
     assert all(path.startswith("model.layers.1.") for path in missing)
+
+
+def test_a_gradient_of_nothing_but_zeros_counts_as_none(tiny_llama):
+    model = attach(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    (0 * model(IDS).logits).sum().backward()
+    missing = adapters_without_gradient(model)
+    paths = [*(f"model.layers.{i}.self_attn.q_proj.lora_B.weight" for i in (0, 1)), "lm_head.weight"]
+    assert missing == [f"{path} of 'default'" for path in paths]
 
 
 def _positions(model):

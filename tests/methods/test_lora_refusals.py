@@ -48,11 +48,21 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(settings, message):
             r"rank 65 is above what model.layers.0.self_attn.q_proj .* 64",
         ),
         (dict(rank_pattern={"k_proj": 33}, target_modules=["k_proj"]), "rank 33 is above .*k_proj"),
+        (dict(target_modules=["_proj"]), "'_proj' match no module"),
+        (dict(target_modules=["k_proj"], rank_pattern={"k": 2}), "rank_pattern: 'k' decides no"),
         (dict(target_modules=["q_prj"]), "'q_prj' match no module.*q_proj"),
         (dict(target_modules=["q_proj", "query"]), "'query' match no module"),
         (dict(target_modules=".*nothing"), "targets nothing"),
         (dict(target_modules="all-linear", exclude_modules=".*"), "all 14 that match are excluded"),
         (dict(target_modules=["q_proj"], rank_pattern={"k_proj": 2}), "rank_pattern: 'k_proj' decides no"),
+        (
+            dict(target_modules="all-linear", exclude_modules=["up_prj"]),
+            "'up_prj' matches no.*near it: up_proj",
+        ),
+        (
+            dict(target_modules="all-linear", exclude_modules="up_proj"),
+            "exclude_modules 'up_proj' matches no",
+        ),
         (dict(target_modules=["embed_tokens"]), "embed_tokens is Embedding"),
         (dict(target_modules=["q_proj"], modules_to_save=["lm_hed"]), "'lm_hed'.*near it: lm_head"),
     ],
@@ -63,6 +73,10 @@ def test_a_config_that_does_not_fit_the_model_is_refused_and_nothing_changes(tin
     with pytest.raises((TypeError, ValueError), match=message):
         attach(model, LoraConfig(**settings))
     assert state(model) == before
+
+
+def test_the_rank_may_be_all_that_the_layer_holds(tiny_llama):
+    attach(tiny_llama(), LoraConfig(r=64, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 32}))
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "values", "__base__", 3])
@@ -120,6 +134,15 @@ def test_a_mixed_batch_through_routed_experts_is_refused():
         active(model, ["a", None])
 
 
+def test_a_mixed_batch_through_a_replaced_forward_is_refused_and_nothing_switches(tiny_llama):
+    model = attach(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), "a")
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(ValueError, match="lm_head has its forward replaced"):
+        active(model, ["a", None])
+    assert model.peft_engine_active == "a"
+    assert model.model.layers[0].self_attn.q_proj.active_adapter == "a"
+
+
 def test_a_transposed_layer_is_refused_by_name():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
@@ -134,6 +157,8 @@ def test_a_peft_model_is_sent_to_optimize(tiny_llama):
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="the adapters of this model are PEFT's"):
         detach(model, "default")
+    with pytest.raises(TypeError, match=r"must be a peft_engine.LoraConfig.*got peft"):
+        attach(tiny_llama(), peft.LoraConfig())
     for whole in (model, model.base_model.model):
         with pytest.raises(ValueError, match="PEFT's adapters already"):
             attach(whole, ALL)

@@ -110,6 +110,8 @@ def test_a_tied_weight_is_refused_or_untied(tiny_llama, settings, tmp_path):
         merge_(model)
     assert torch.equal(model(IDS).logits, expected)
     merge_(model, untie=True)
+    assert model.config.tie_word_embeddings is False
+    model.tie_weights()
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

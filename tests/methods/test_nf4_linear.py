@@ -54,6 +54,16 @@ def test_a_cast_leaves_the_packed_weight_and_its_scales():
         assert layer(torch.randn(1, 64).half()).dtype == torch.float16
 
 
+def test_a_tensor_put_in_place_of_another_is_used():
+    layer, other, x = NF4Linear(64, 32, bias=False), NF4Linear(64, 32, bias=False), torch.randn(3, 64)
+    layer(x)
+    for name in ("weight", "absmax", "nested_absmax", "offset"):
+        before = layer(x)
+        setattr(layer, name, getattr(other, name))
+        assert not torch.equal(layer(x), before), name
+    assert torch.equal(layer(x), other(x))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_computes_the_same_and_shares_nothing(duplicate):
     layer, x = NF4Linear(64, 32), torch.randn(3, 64)

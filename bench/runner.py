@@ -1,0 +1,120 @@
+"""The one runner of all benchmarks: a table, bench/results/<device>/<suite>.csv, and the same drawn.
+
+python -m bench.runner                            every suite, at full size (about 30 minutes on 2 cores)
+python -m bench.runner nf4_product train_step     these
+python -m bench.runner --quick                    tiny sizes, into out/bench: does it run?
+python -m bench.runner --draw                     the pictures again, from the CSVs
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __package__ in (None, ""):  # started by its path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+
+from bench import (
+    bench_generate,
+    bench_linear_cross_entropy,
+    bench_lora_linear,
+    bench_nf4,
+    bench_train,
+    measure,
+)
+
+SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
+    "nf4_product": bench_lora_linear.nf4_product,
+    "dequantise": bench_nf4.dequantise,
+    "qlora_layer": bench_lora_linear.qlora_layer,
+    "linear_cross_entropy": bench_linear_cross_entropy.loss,
+    # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
+    "train_step": bench_train.train_step,
+    "finetune": bench_train.finetune,
+    "memory": bench_train.memory,
+    "loss_parity": bench_train.loss_parity,
+    "generate": bench_generate.generate,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the suites named in argv; 0 when all ran, 1 when one failed, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="peft-engine bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"any of: {', '.join(SUITES)} (default: all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, results into out/bench")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own)")
+    parser.add_argument(
+        "--device-name", help="name of the folder in the results (default: from the processor)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default bench/results)")
+    parser.add_argument("--model", type=Path, default=measure.Settings.model)
+    parser.add_argument("--data", type=Path, default=measure.Settings.data)
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures again, from the CSVs")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    out = arguments.out or (
+        measure.ROOT / "out" / "bench" if arguments.quick else measure.ROOT / "bench" / "results"
+    )
+    folder = out / (arguments.device_name or measure.device_name())
+    names = arguments.suites or list(SUITES)
+    if arguments.draw:
+        for csv in sorted(folder.glob("*.csv")):
+            measure.draw(csv.with_suffix(".png"), csv.stem, measure.read_csv(csv), folder.name)
+        return 0
+    settings = measure.Settings(
+        quick=arguments.quick,
+        rounds=min(arguments.rounds, 2) if arguments.quick else arguments.rounds,
+        model=arguments.model,
+        data=arguments.data,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    where = f"{measure.cpu_name()}, {measure.isa_name()}, {torch.get_num_threads()} threads"
+    if not measure.backend_name().startswith("cpu"):
+        where += f", backend {measure.backend_name()}"
+    print(f"{', '.join(names)} on {where}; results into {folder}", flush=True)
+    return max(run_suite(name, settings, folder, where) for name in names)
+
+
+def run_suite(name: str, settings: measure.Settings, folder: Path, where: str) -> int:
+    started = time.perf_counter()
+    print(f"==> {name}", flush=True)
+    try:
+        rows = list(SUITES[name](settings))
+    except Exception as error:  # one suite that cannot run must not lose the others
+        print(
+            f"bench: {name} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            file=sys.stderr,
+        )
+        if os.environ.get("PEFT_ENGINE_DEBUG"):
+            raise
+        return 1
+    finally:
+        gc.collect()
+    measure.write_csv(folder / f"{name}.csv", name, rows)
+    measure.print_table(name, rows)
+    measure.draw(folder / f"{name}.png", name, rows, where)
+    print(f"==> {name}: {time.perf_counter() - started:.0f} s, {folder / name}.csv and .png", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,413 @@
+"""The command `peft-engine`: train, eval, generate, explain, doctor, bench.
+
+Progress and what is about to be done go to standard error, results to standard output; with --json that is
+one object and nothing else. Exit code 0: done; 1: failed, with one line on standard error (the traceback only
+under --debug); 2: wrong usage. What takes long to import is imported by the command that needs it.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import peft_engine
+from peft_engine.train.console import choice, command, quiet, say, table, usage
+
+app = typer.Typer(
+    name="peft-engine",
+    help="LoRA and QLoRA, kernel-optimised: train, evaluate and use adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Option(help="Folder written by save_pretrained, or a name on the hub.", metavar="DIR_OR_NAME")
+]
+Data = Annotated[
+    Path, typer.Option(help="JSONL or CSV (or .gz of one): prompt and completion, or messages, or text.")
+]
+Adapters = Annotated[
+    list[Path] | None, typer.Option("--adapter", help="Folder of an adapter; may be repeated, or left out.")
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="nf4: the base in 4 bit; none: as stored. Default: what the adapter was trained on.",
+        metavar="nf4|none",
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="auto (as stored), bfloat16, float16 or float32. Default: what the adapter was trained on."
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Count = Annotated[int, typer.Option(min=1)]
+
+
+def main() -> NoReturn:
+    """The entry point of the command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+    sys.exit(0)
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, run.json, loss.png and checkpoints.")],
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Rows to evaluate on; the best state is then what is kept.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="qlora is lora over a base in 4 bit.", metavar="lora|qlora")
+    ] = "qlora",
+    quantize: Annotated[
+        str | None, typer.Option(help="The base; default nf4 for qlora, none for lora.", metavar="nf4|none")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Stop after this many optimiser steps instead.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a micro-batch, packed without padding.")] = 8,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Micro-batches in an optimiser step.")] = 1,
+    learning_rate: Annotated[float, typer.Option()] = 2e-4,
+    warmup_ratio: Annotated[
+        float, typer.Option(help="Share of the steps in which the rate rises from 0.")
+    ] = 0.03,
+    scheduler: Annotated[
+        str, typer.Option(help="cosine, linear, constant, ... (transformers' names).")
+    ] = "cosine",
+    weight_decay: Annotated[float, typer.Option()] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(help="Its scaling is alpha / rank. Default: 2 x rank.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or names with commas: q_proj,v_proj")
+    ] = "all-linear",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a row; longer texts are cut in pieces.")
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Evaluate every so many steps. Default: each epoch.")
+    ] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Checkpoint every so many steps. Default: each epoch.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
+    ] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter.
+
+    \b
+    Example:
+      peft-engine train --model ./SmolLM2-135M --data train.jsonl --output out/movies --batch-size 8
+    """
+    with command(debug) as show:
+        from peft_engine.train.run import run
+        from peft_engine.train.settings import LoopSettings, RunSettings
+
+        names = [name.strip() for name in target_modules.split(",") if name.strip()]
+        loop: dict[str, Any] = {
+            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
+            "warmup_ratio": warmup_ratio, "scheduler": scheduler, "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm, "seed": seed, "eval_steps": eval_steps, "save_steps": save_steps,
+            "gradient_checkpointing": gradient_checkpointing,
+        }  # fmt: skip
+        with usage():
+            settings = RunSettings(
+                model=model, data=data, output=output, eval_data=eval_data, method=method, quantize=quantize,
+                dtype=dtype, max_length=max_length, rank=rank, alpha=alpha, dropout=dropout,
+                target_modules="all-linear" if names == ["all-linear"] else names,
+                resume=resume, overwrite=overwrite, loop=LoopSettings(**loop),
+            )  # fmt: skip
+        quiet()
+        record = run(settings, say)
+        if json_:
+            show(record)
+        else:
+            show(
+                f"Trained {record['steps']} steps, {record['tokens']:,} tokens in "
+                f"{record['train_seconds']:.1f} s "
+                f"({record['tokens_per_second']:,.0f} tokens/s); loss {record['losses'][0]:.4f} -> "
+                f"{record['losses'][-1]:.4f}; peak memory {record['peak_rss_bytes'] / 2**20:,.0f} MiB"
+            )
+            show(
+                f"Saved the {record['saved']} state (step {record['saved_step']}) to {output}, "
+                "its losses to loss.png"
+            )
+        test = eval_data or "test.jsonl"
+        say(f"Next: peft-engine eval --model {model} --adapter {output} --data {test}")
+
+
+def _load(
+    model: str, adapters: list[Path], quantize: str | None, dtype: str | None
+) -> tuple[Any, Any, list[str]]:
+    """The fused model, its tokenizer, the adapters' names; says what it does."""
+    from peft_engine.train import models
+
+    quantize = quantize or models.recorded(adapters, "quantize")
+    dtype = dtype or models.recorded(adapters, "dtype") or "auto"
+    tokenizer = models.load_tokenizer(model)
+    how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
+    say(f"Loading {model}, {how}, dtype {dtype}" + "".join(f", adapter {folder}" for folder in adapters))
+    loaded = models.load_base(model, quantize=quantize, dtype=dtype)
+    names = models.load_adapters(loaded, adapters)
+    report = peft_engine.optimize(loaded)
+    say(f"Layers: {report.fused_count} of {report.total} fused")
+    return loaded, tokenizer, names
+
+
+def _check_base(quantize: str | None, dtype: str | None) -> None:
+    from peft_engine.train.settings import DTYPES, QUANTIZE
+
+    choice("--quantize", quantize, QUANTIZE)
+    choice("--dtype", dtype, DTYPES)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    adapter: Adapters = None,
+    quantize: Quantize = None,
+    dtype: Dtype = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Default: classify when there are at most 50 distinct completions.",
+            metavar="classify|generate",
+        ),
+    ] = None,
+    batch_size: Count = 16,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model, with or without an adapter, on held-out rows.
+
+    With a few distinct completions: accuracy, by the log-probability of each, and a confusion table.
+    Otherwise exact match, token F1 and perplexity. Several adapters are measured one after another; the JSON
+    then holds "results".
+
+    \b
+    Example:
+      peft-engine eval --model ./SmolLM2-135M --adapter out/movies --data test.jsonl --json
+    """
+    with command(debug) as show:
+        _check_base(quantize, dtype)
+        choice("--task", task, ("classify", "generate"))
+        from peft_engine.train import progress
+        from peft_engine.train.data import length_limit, read_rows
+
+        rows = read_rows(data)
+        quiet()
+        from peft_engine.train import evaluate as measures
+
+        folders = adapter or []
+        loaded, tokenizer, names = _load(model, folders, quantize, dtype)
+        limit = length_limit(loaded.config, None)
+        results = []
+        for name in names if names else (None,):
+            peft_engine.active(loaded, name)
+            say(f"Evaluating {len(rows)} rows of {data}: {task or measures.task_of(rows)}")
+            with progress.bar("Evaluating", len(rows)) as bar:
+                found = measures.evaluate(
+                    loaded, tokenizer, rows, task=task, batch_size=batch_size, limit=limit, watch=bar.update
+                )
+            results.append(found)
+        if json_:
+            show(
+                results[0]
+                if len(results) == 1
+                else {"results": [{"adapter": f, **r} for f, r in zip(folders, results, strict=True)]}
+            )
+        else:
+            for i, found in enumerate(results):
+                show(table(found, str(folders[i]) if folders else "no adapter"))
+        if folders:
+            say(f"Next: peft-engine generate --model {model} --adapter {folders[0]} --prompt ...")
+        else:
+            say(f"Next: peft-engine train --model {model} --data train.jsonl --output out/adapter")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="JSONL or CSV with a prompt column, or a text file, one prompt a line."),
+    ] = None,
+    adapter: Adapters = None,
+    quantize: Quantize = None,
+    dtype: Dtype = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the tokenizer's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that make up this mass.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_size: Count = 8,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write text.
+
+    One prompt is streamed; several are run in batches; of several adapters each answers every prompt.
+
+    \b
+    Example:
+      peft-engine generate --model ./SmolLM2-135M --adapter out/movies --prompt "Review: fun! Sentiment:"
+    """
+    with command(debug) as show:
+        _check_base(quantize, dtype)
+        if (prompt is None) == (prompt_file is None):
+            raise typer.BadParameter("give --prompt or --prompt-file, one of them")
+        quiet()
+        from peft_engine.train import generate as text
+
+        with usage():
+            sampling = text.Sampling(max_new_tokens, temperature, top_p, seed)
+        prompts = text.prompts_from(prompt_file) if prompt_file else [prompt or ""]
+        loaded, tokenizer, names = _load(model, adapter or [], quantize, dtype)
+        if chat:
+            prompts = [text.chat_prompt(tokenizer, p) for p in prompts]
+        if len(prompts) == 1 and len(names) < 2 and not json_:
+            for piece in text.stream(loaded, tokenizer, prompts[0], sampling):
+                show(piece, end="")
+            show("")
+            return
+        many = list(names) if len(names) > 1 else None
+        folders = dict(zip(names, adapter or [], strict=True))
+        answers: list[dict[str, Any]] = []
+        start = time.perf_counter()
+        for batch in text.generate(
+            loaded, tokenizer, prompts, sampling, adapters=many, batch_size=batch_size
+        ):
+            for answer in batch:
+                folder = folders.get(answer.adapter or (names[0] if names else ""))
+                answers.append({**dataclasses.asdict(answer), "adapter": folder})
+                if not json_:
+                    show(f"--- {answer.prompt}" + (f" [{folder}]" if many else ""))
+                    show(answer.text)
+        seconds = time.perf_counter() - start
+        tokens = sum(answer["tokens"] for answer in answers)
+        if json_:
+            show(
+                {
+                    "results": answers,
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                }
+            )
+        say(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+
+
+@app.command()
+def explain(
+    model: Model,
+    adapter: Adapters = None,
+    quantize: Quantize = None,
+    dtype: Dtype = None,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say which layers run on a fast path, and why the others do not.
+
+    \b
+    Example:
+      peft-engine explain --model ./SmolLM2-135M --quantize nf4
+    """
+    with command(debug) as show:
+        _check_base(quantize, dtype)
+        quiet()
+        loaded, _, _ = _load(model, adapter or [], quantize, dtype)
+        report = peft_engine.explain(loaded)
+        show(report.to_dict() if json_ else str(report))
+        say("Next: peft-engine doctor says what this machine lacks, where a backend is missing")
+
+
+@app.command()
+def doctor(json_: Json = False, debug: Debug = False) -> None:
+    """List the backends, versions, CPU and GPU, and how to mend what is missing.
+
+    \b
+    Example:
+      peft-engine doctor
+    """
+    with command(debug) as show:
+        from peft_engine.doctor import diagnose
+
+        found = diagnose()
+        if json_:
+            show(found)
+            return
+        for name, why in found["backends"].items():
+            show(f"backend {name:<10} {'on' if why is None else f'off: {why}'}")
+        for name, version in found["versions"].items():
+            show(f"{name:<18} {version or 'not installed'}")
+        cpu = found["cpu"]
+        show(
+            "cpu                "
+            + ", ".join(f"{k} {' '.join(v) if isinstance(v, list | tuple) else v}" for k, v in cpu.items())
+        )
+        show(f"gpu                {found['gpu'] or 'none'}")
+        for problem in found["problems"]:
+            show(f"problem: {problem['problem']}\n  mend it: {problem['fix']}")
+        say("Next: " + ("mend the above" if found["problems"] else "peft-engine train --help"))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks of a checkout (bench/); what follows goes to its runner.
+
+    \b
+    Example:
+      peft-engine bench --help
+    """
+    debug = "--debug" in context.args
+    with command(debug):
+        checkout = Path(peft_engine.__file__).parents[1]
+        if not (checkout / "bench" / "runner.py").is_file():
+            raise FileNotFoundError(
+                f"bench: no bench/runner.py beside the package ({checkout}); it is part of a checkout of the "
+                "repository, not of the wheel: clone it, and pip install --no-build-isolation -e ."
+            )
+        sys.path.insert(0, str(checkout))
+        runner = importlib.import_module("bench.runner")
+    code = runner.main([argument for argument in context.args if argument != "--debug"])
+    raise typer.Exit(code or 0)

@@ -1,0 +1,98 @@
+"""What every command shares: where lines go, how an error ends it, how a result is printed."""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def command(debug: bool) -> Iterator[Callable[..., None]]:
+    """Runs a command's work: stray prints go to standard error, an error becomes one line and exit code 1.
+
+    Yields show(value, end="\\n"), which prints on the real standard output: a string as it is, else as JSON.
+    """
+    out = sys.stdout
+
+    def show(value: Any, end: str = "\n") -> None:
+        text = value if isinstance(value, str) else json.dumps(plain(value), indent=2)
+        print(text, file=out, end=end, flush=True)
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield show
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        say("peft-engine: interrupted")
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, (ValueError, OSError, RuntimeError, TypeError))
+        say(
+            f"peft-engine: error: {text if known else f'{type(error).__name__}: {text}; --debug shows where'}"
+        )
+        raise typer.Exit(1) from None
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """A ValueError of settings is wrong usage: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise typer.BadParameter(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def quiet() -> None:
+    """transformers' own bars and advice would drown ours."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def table(found: dict[str, Any], name: str) -> str:
+    lines = [
+        f"{name}: {found['rows']} rows in {found['seconds']:.1f} s "
+        f"({found['tokens_per_second']:,.0f} tokens/s)"
+    ]
+    for key in ("accuracy", "exact_match", "token_f1", "perplexity"):
+        if found[key] is not None:
+            lines.append(f"  {key:<12} {found[key]:.4f}")
+    if found["labels"]:
+        shown = [json.dumps(label, ensure_ascii=False)[:16] for label in found["labels"]]
+        lines.append("  confusion (rows: the data's, columns: the model's)")
+        lines.append("  " + " " * 16 + "".join(f"{label:>18}" for label in shown))
+        for label, counts in zip(shown, found["confusion"], strict=True):
+            lines.append(f"  {label:<16}" + "".join(f"{count:>18}" for count in counts))
+    return "\n".join(lines)

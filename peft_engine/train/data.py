@@ -1,0 +1,319 @@
+"""From a data file to packed micro-batches.
+
+A row is `prompt` and `completion`, or `messages`, or `text`. It becomes one document: token ids, and a label
+for each token that is learnt (-100 elsewhere, and on the first token always: nothing predicts it). A
+micro-batch is a few documents back to back in one row of shape (1, total), `position_ids` restarting at each:
+transformers keeps such documents apart when there is no attention mask and no cache. Nothing is padding.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+IGNORE = -100
+KINDS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv")
+
+
+class DataError(ValueError):
+    """A data file that cannot be used: the message names the file, the line, and the mend."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file: what it holds, by column, and the line it stands on."""
+
+    kind: str
+    fields: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row as tokens; labels is as long as input_ids and holds -100 for what is not learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def labelled(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a JSONL or CSV file (or a .gz of either), checked.
+
+    Every row must be of one kind: prompt and completion, messages, or text. Other columns are left alone.
+    Raises DataError that names the file and the line.
+    """
+    rows: list[Row] = []
+    for where, fields in _rows(Path(path)):
+        rows.append(_row(where, fields, rows[0].kind if rows else None))
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return rows
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompt column of such a file; DataError as `read_rows`."""
+    prompts = []
+    for where, fields in _rows(Path(path)):
+        if not isinstance(fields.get("prompt"), str):
+            raise DataError(f"{where}: expected a prompt, a string; got the columns {_names(fields)}")
+        prompts.append(fields["prompt"])
+    if not prompts:
+        raise DataError(f"{path}: holds no rows")
+    return prompts
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and its columns."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path}: {what}; give a .jsonl or .csv file (or a .gz of one)")
+    name = path.name.removesuffix(".gz")
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{path}: expected a file ending in .jsonl or .csv (or .gz after it)")
+    read, newline = (_csv, "") if name.endswith(".csv") else (_jsonl, None)
+    opened: Any = gzip.open if path.name.endswith(".gz") else open
+    last = f"{path}, line 0"
+    try:
+        with opened(path, "rt", encoding="utf-8", newline=newline) as file:
+            for last, fields in read(path, file):
+                yield last, fields
+    except UnicodeDecodeError as error:
+        raise DataError(f"{last}: not UTF-8 after it: {error.reason}; save the file as UTF-8") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _names(fields: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, fields)) or "none"
+
+
+def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line.removeprefix("\ufeff"))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: broken JSON at column {error.colno}: {error.msg}; one object a line"
+            ) from None
+        if not isinstance(fields, dict):
+            raise DataError(
+                f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"
+            )
+        yield where, fields
+
+
+def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        if reader.fieldnames:
+            reader.fieldnames = [name.removeprefix("\ufeff") for name in reader.fieldnames]
+        for fields in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in fields:
+                raise DataError(f"{where}: more values than the header has columns; quote values with commas")
+            if "messages" in fields:
+                try:
+                    fields["messages"] = json.loads(fields["messages"])
+                except (json.JSONDecodeError, TypeError):
+                    raise DataError(f"{where}: messages must be a JSON list of role and content") from None
+            yield where, fields
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+
+
+def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
+    kind = next((k for k, columns in KINDS.items() if all(fields.get(c) is not None for c in columns)), None)
+    if kind is None:
+        raise DataError(
+            f"{where}: expected prompt and completion, or messages, or text; got the columns {_names(fields)}"
+        )
+    if expected is not None and kind != expected:
+        raise DataError(
+            f"{where}: holds {' and '.join(KINDS[kind])}, the rows before it "
+            f"{' and '.join(KINDS[expected])}; split the file"
+        )
+    if kind == "messages":
+        _check_messages(where, fields["messages"])
+    else:
+        for column in KINDS[kind]:
+            if not isinstance(fields[column], str):
+                raise DataError(f"{where}: {column} must be a string, got {type(fields[column]).__name__}")
+        if not fields[KINDS[kind][-1]].strip():
+            raise DataError(
+                f"{where}: {KINDS[kind][-1]} is empty; there is nothing to learn from it, leave the row out"
+            )
+    return Row(kind, {c: fields[c] for c in KINDS[kind]}, where)
+
+
+def _check_messages(where: str, messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of objects with role and content")
+    for message in messages:
+        if not (
+            isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        ):
+            raise DataError(
+                f"{where}: each message must be an object with a role and a content, both strings"
+            )
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise DataError(
+            f"{where}: no message of the assistant; there is nothing to learn from it, leave the row out"
+        )
+
+
+# --- tokens -------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """A text at the start of a document, with the tokens the tokenizer puts first (bos) but no end."""
+    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+    eos = tokenizer.eos_token
+    return ids[:-1] if ids and eos and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos) else ids
+
+
+def encode_completion(tokenizer: Any, text: str) -> list[int]:
+    """A text that goes on after a prompt: its own tokens, nothing before or after."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tokenize(
+    rows: Iterable[Row], tokenizer: Any, limit: int, *, split_text: bool = False, learn_end: bool = True
+) -> list[Document]:
+    """One document a row, with the end-of-sequence token at its end unless learn_end is False.
+
+    limit: the most tokens a document may have. A longer row is an error that names its line; split_text cuts
+    longer `text` rows into pieces of `limit` instead.
+    Raises DataError.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set eos_token"
+        )
+    end = [tokenizer.eos_token_id] if learn_end else []
+    documents: list[Document] = []
+    for row in rows:
+        document = _ENCODERS[row.kind](row, tokenizer, end)
+        pieces = [document]
+        if len(document.input_ids) > limit:
+            if not (split_text and row.kind == "text"):
+                raise DataError(
+                    f"{row.where}: {len(document.input_ids)} tokens, at most {limit} are allowed "
+                    "(the model's length, or --max-length); shorten the row or leave it out"
+                )
+            pieces = _split(document, limit)
+        documents += pieces
+        if not any(piece.labelled for piece in pieces):
+            raise DataError(f"{row.where}: nothing is left to learn after tokenising; leave the row out")
+    return documents
+
+
+def _split(document: Document, limit: int) -> list[Document]:
+    ids = document.input_ids
+    pieces = [ids[i : i + limit] for i in range(0, len(ids), limit)]
+    return [Document(piece, [IGNORE, *piece[1:]]) for piece in pieces if len(piece) > 1]
+
+
+def _completion(row: Row, tokenizer: Any, end: list[int]) -> Document:
+    prompt = encode_prompt(tokenizer, row.fields["prompt"])
+    completion = encode_completion(tokenizer, row.fields["completion"]) + end
+    return _document(prompt + completion, [IGNORE] * len(prompt) + completion)
+
+
+def _text(row: Row, tokenizer: Any, end: list[int]) -> Document:
+    ids = encode_prompt(tokenizer, row.fields["text"]) + end
+    return _document(ids, ids)
+
+
+def _document(ids: list[int], labels: Sequence[int]) -> Document:
+    return Document(ids, [IGNORE, *labels[1:]])
+
+
+def _messages(row: Row, tokenizer: Any, end: list[int]) -> Document:
+    """The chat template's text; the labels are the assistant's turns, each to the end of its turn.
+
+    A turn's tokens are what the template adds to the conversation up to it, so it must only ever append. It
+    writes the ends of turns itself: `end` is not used.
+    """
+    messages = row.fields["messages"]
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{row.where}: the tokenizer has no chat template; give prompt and completion instead"
+        )
+
+    def rendered(upto: int, generation: bool = False) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages[:upto], tokenize=False, add_generation_prompt=generation
+            )
+        except Exception as error:  # jinja raises its own kinds, and what the template itself raises
+            raise DataError(f"{row.where}: the chat template refuses these messages: {error}") from None
+
+    text, ids, labels = "", list[int](), list[int]()
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = rendered(i, generation=True) if i else "", rendered(i + 1)
+        if not (after.startswith(before) and before.startswith(text)):
+            raise DataError(
+                f"{row.where}: the tokenizer's chat template changes earlier turns when a turn is added, "
+                "so the assistant's part cannot be told apart; give prompt and completion instead"
+            )
+        for piece, learnt in ((before[len(text) :], False), (after[len(before) :], True)):
+            tokens = encode_completion(tokenizer, piece)
+            ids += tokens
+            labels += tokens if learnt else [IGNORE] * len(tokens)
+        text = after
+    return _document(ids, labels)
+
+
+_ENCODERS = {"completion": _completion, "messages": _messages, "text": _text}
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def pack(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """A micro-batch: documents back to back; input_ids, position_ids and labels, int64 (1, total)."""
+    return {
+        "input_ids": torch.tensor([[i for d in documents for i in d.input_ids]]),
+        "position_ids": torch.tensor([[i for d in documents for i in range(len(d.input_ids))]]),
+        "labels": torch.tensor([[i for d in documents for i in d.labels]]),
+    }
+
+
+def micro_batches(documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The documents in order, batch_size to a micro-batch."""
+    for start in range(0, len(documents), batch_size):
+        yield pack(documents[start : start + batch_size])
+
+
+def length_limit(config: Any, max_length: int | None) -> int:
+    """The most tokens a document may have: the model's own limit, or max_length when that is smaller.
+
+    Raises DataError when max_length is larger than the model takes, or too small to learn from.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model = getattr(config, "max_position_embeddings", None)
+    if max_length is None:
+        return 2**31 if model is None else model
+    if max_length < 2:
+        raise DataError(f"--max-length: expected at least 2 tokens, got {max_length}")
+    if model is not None and max_length > model:
+        raise DataError(f"--max-length: the model takes {model} tokens, got {max_length}")
+    return max_length

@@ -1,0 +1,171 @@
+"""Text from a model: prompts in batches with left padding, or one prompt as a stream of pieces."""
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_engine.methods import active
+from peft_engine.train.data import DataError, encode_prompt, read_prompts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn from the top_p mass."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0.0:
+            raise ValueError(f"--temperature: expected 0 or more, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"--top-p: expected a number above 0, up to 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one adapter (None: the base) made of one prompt; tokens counts the new ones, the end included."""
+
+    prompt: str
+    adapter: str | None
+    text: str
+    tokens: int
+
+
+def prompts_from(path: Path) -> list[str]:
+    """The prompts of a JSONL or CSV file's prompt column, or the lines of any other text file."""
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson", ".csv")):
+        return read_prompts(path)
+    try:
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    if not lines:
+        raise DataError(f"{path}: holds no prompts")
+    return lines
+
+
+def chat_prompt(tokenizer: Any, text: str) -> str:
+    """The text as a user's message, in the tokenizer's chat template, up to where the assistant speaks."""
+    if not tokenizer.chat_template:
+        raise DataError("--chat: the tokenizer has no chat template; leave the option out")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    adapters: Sequence[str | None] | None = None,
+    batch_size: int = 8,
+) -> Iterator[list[Answer]]:
+    """The answers, a batch at a time, in the order of the prompts.
+
+    adapters: one batch mixes them, each prompt answered by each; None: what is active now.
+    """
+    torch.manual_seed(sampling.seed)
+    work = [(prompt, adapter) for prompt in prompts for adapter in (adapters or [None])]
+    for start in range(0, len(work), batch_size):
+        part = work[start : start + batch_size]
+        inputs = left_padded(tokenizer, [prompt for prompt, _ in part], model, sampling.max_new_tokens)
+        if adapters is None:
+            out = _generate(model, tokenizer, inputs, sampling)
+        else:
+            with active(model, [adapter for _, adapter in part]):
+                out = _generate(model, tokenizer, inputs, sampling)
+        yield [
+            Answer(prompt, adapter, *_decoded(tokenizer, ids, _ends(model, tokenizer)))
+            for (prompt, adapter), ids in zip(
+                part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True
+            )
+        ]
+
+
+def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """The answer to one prompt, piece by piece as it is made; an error of the model is raised here."""
+    from transformers import TextIteratorStreamer
+
+    torch.manual_seed(sampling.seed)
+    inputs = left_padded(tokenizer, [prompt], model, sampling.max_new_tokens)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _generate(model, tokenizer, inputs, sampling, streamer)
+        except BaseException as error:
+            failed.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    yield from (piece for piece in streamer if piece)
+    worker.join()
+    if failed:
+        raise failed[0]
+
+
+def left_padded(tokenizer: Any, prompts: Sequence[str], model: Any, room: int) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (B, longest), padded on the left: every prompt ends where text begins.
+
+    Raises DataError for an empty prompt, and for one that leaves no room for `room` tokens more.
+    """
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if not ids:
+            raise DataError(f"the prompt {prompt!r} has no tokens; give some text")
+        if limit is not None and len(ids) + room > limit:
+            raise DataError(
+                f"a prompt of {len(ids)} tokens and {room} new ones exceed the model's {limit}; "
+                "shorten it, or lower --max-new-tokens"
+            )
+    longest = max(map(len, rows))
+    pad = _pad(model, tokenizer)
+    padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _generate(
+    model: Any, tokenizer: Any, inputs: dict, sampling: Sampling, streamer: Any = None
+) -> torch.Tensor:
+    config = copy.deepcopy(model.generation_config)
+    config.max_length, config.max_new_tokens = None, sampling.max_new_tokens
+    config.do_sample = sampling.temperature > 0.0
+    config.temperature = sampling.temperature if config.do_sample else None
+    config.top_p = sampling.top_p if config.do_sample else None
+    config.top_k = 0 if config.do_sample else None
+    config.eos_token_id, config.pad_token_id = _ends(model, tokenizer), _pad(model, tokenizer)
+    with torch.inference_mode():
+        return model.generate(**inputs, generation_config=config, streamer=streamer)
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the model's own, and the tokenizer's, which training puts last."""
+    own = model.generation_config.eos_token_id
+    ends = own if isinstance(own, list) else [own]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+
+
+def _pad(model: Any, tokenizer: Any) -> int:
+    known = (tokenizer.pad_token_id, model.generation_config.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
+
+
+def _decoded(tokenizer: Any, ids: list[int], ends: list[int]) -> tuple[str, int]:
+    """The text up to the first end, and how many tokens that took, the end included."""
+    count = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:count], skip_special_tokens=True), count

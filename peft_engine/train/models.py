@@ -1,0 +1,134 @@
+"""Loads a base model and its tokenizer as the command's options say, and puts saved adapters on it.
+
+Every failure a user can cause (a missing folder, an unreachable hub, a base that is quantised already) is one
+ModelError that names the option to change.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_engine.checkpoint import load_adapter
+from peft_engine.methods import active
+from peft_engine.quantize import load_quantized
+
+RECORD = "run.json"
+
+
+class ModelError(ValueError):
+    """A model that cannot be had; the message names what was looked for and the option to change."""
+
+
+def load_config(name: str) -> Any:
+    """The model's config. Raises ModelError for a missing folder, one without a model, an unreachable hub."""
+    from transformers import AutoConfig
+
+    _check_folder(name)
+    with _explained(name, "config.json"):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer; ModelError as `load_config`."""
+    from transformers import AutoTokenizer
+
+    _check_folder(name)
+    with _explained(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) == 0:
+        raise ModelError(
+            f"--model {name}: the folder holds no tokenizer; save it there: tokenizer.save_pretrained(...)"
+        )
+    return tokenizer
+
+
+def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
+    """The model in eval mode, on the GPU when there is one.
+
+    quantize: "nf4" reads it into NF4 layer by layer, "none" leaves it dense, None takes it as it is stored.
+    dtype: "auto" is the checkpoint's own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    stored = getattr(config, "quantization_config", None) is not None
+    if stored and quantize == "none":
+        raise ModelError(
+            f"--quantize none: {name} is stored quantised; leave the option out, or give the dense model"
+        )
+    wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    with _explained(name, "weights"):
+        if stored or quantize == "nf4":
+            model = load_quantized(name, dtype=wanted)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
+    """Puts each folder's adapter on the model, the first one active; returns their names."""
+    names = []
+    for i, folder in enumerate(folders):
+        names.append(load_adapter(model, folder, None if len(folders) == 1 else f"adapter{i}"))
+    if names:
+        active(model, names[0])
+    return names
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """The record that `train` left beside an adapter; empty when there is none (another tool made it)."""
+    path = folder / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}; it is written by train, mend or delete it") from None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ModelError(
+            f"{path}: expected an object with settings; it is written by train, mend or delete it"
+        )
+    return record
+
+
+def recorded(folders: Sequence[Path], setting: str) -> Any:
+    """What the adapters' records say of a setting (None: nothing); ModelError when they disagree."""
+    found = {run_record(folder).get("settings", {}).get(setting) for folder in folders} - {None}
+    if len(found) > 1:
+        raise ModelError(
+            f"the adapters were trained with different {setting}: {sorted(found)}; give --{setting}"
+        )
+    return next(iter(found), None)
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"--model {name}: the folder has no config.json; give one that save_pretrained wrote"
+            )
+    elif path.exists():
+        raise ModelError(f"--model {name}: is a file; give the folder that save_pretrained wrote")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"--model {name}: there is no such folder")
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str):
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).expanduser().is_dir():
+            raise ModelError(f"--model {name}: its {what} cannot be read: {first}") from error
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise ModelError(
+            f"--model {name}: no such folder, and the hub cannot be reached or has no such model{offline}: "
+            f"{first} Give the path of a local folder instead: --model DIR, as save_pretrained wrote it"
+        ) from error

@@ -1,0 +1,196 @@
+"""One training run from its settings: the checks, the data, the model, the loop, and the record."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft_engine.train import progress
+from peft_engine.train.data import Document, length_limit, read_rows, tokenize
+from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
+from peft_engine.train.record import draw_losses, peak_rss_bytes, versions, write_json
+from peft_engine.train.settings import RunSettings
+
+NAME = "default"
+# Settings that may differ between a run and its continuation.
+FREE = {
+    "output", "resume", "overwrite", "data", "eval_data", "model", "epochs", "max_steps", "save_steps",
+    "eval_steps",
+}  # fmt: skip
+
+
+class RunError(ValueError):
+    """A run that cannot start; the message says which option to change."""
+
+
+def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Trains as `settings` say, tells of it through `say`, and returns what run.json holds."""
+    output = settings.output
+    resume_from = _checkpoint(settings)
+    rows = read_rows(settings.data)
+    eval_rows = read_rows(settings.eval_data) if settings.eval_data else []
+    config, tokenizer = load_config(settings.model), load_tokenizer(settings.model)
+    limit = length_limit(config, settings.max_length)
+    split = settings.max_length is not None
+    documents = tokenize(rows, tokenizer, limit, split_text=split)
+    eval_documents = tokenize(eval_rows, tokenizer, limit, split_text=split)
+
+    from peft_engine.train import trainer  # Trainer takes seconds to import: the data has been checked by now
+
+    loop = settings.loop
+    _tell_plan(settings, documents, eval_documents, resume_from, say)
+    output.mkdir(parents=True, exist_ok=True)
+    if resume_from is None:
+        _clear(output)
+    model, report = _prepare(settings, resume_from)
+    say(f"Layers: {report.fused_count} of {report.total} fused (peft-engine explain says which and why)")
+
+    record = _record(settings, model, len(rows))
+    total = loop.total_steps(len(documents))
+    with progress.bar("Training", total) as bar:
+
+        def watch(outcome: trainer.Outcome, total: int, eval_loss: float | None) -> None:
+            told = f"loss {outcome.losses[-1]:.4f}  {outcome.tokens_per_second:,.0f} tokens/s"
+            if eval_loss is not None:
+                best = " (best so far)" if outcome.best_step == outcome.steps else ""
+                say(f"Step {outcome.steps}: evaluation loss {eval_loss:.4f}{best}")
+            bar.update(outcome.steps, told)
+
+        outcome = trainer.train(
+            model,
+            documents,
+            output,
+            loop,
+            name=NAME,
+            eval_documents=eval_documents,
+            resume_from=resume_from,
+            watch=watch,
+            on_checkpoint=lambda folder: write_json(folder / RECORD, record),
+        )
+    return _finish(output, record, outcome)
+
+
+def _checkpoint(settings: RunSettings) -> Path | None:
+    """The checkpoint to go on from; RunError when the output holds a run that would be lost."""
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise RunError(f"--output {output}: is a file; give a folder")
+    there = [
+        p.name for p in (*output.glob("adapter_model.*"), *output.glob("checkpoint-*"), *output.glob(RECORD))
+    ]
+    if not settings.resume:
+        if there and not settings.overwrite:
+            raise RunError(
+                f"--output {output}: holds a run already ({there[0]}); give another folder, --resume to go "
+                "on from its last checkpoint, or --overwrite to replace it"
+            )
+        return None
+    from peft_engine.train.trainer import last_checkpoint
+
+    checkpoint = last_checkpoint(output)
+    if checkpoint is None:
+        raise RunError(
+            f"--resume: {output} holds no checkpoint; leave --resume out to start from the beginning"
+        )
+    before, now = run_record(checkpoint).get("settings", {}), settings.to_dict()
+    changed = [
+        f"{key} was {before[key]!r}, is {now[key]!r}"
+        for key in before.keys() & now.keys() - FREE
+        if before[key] != now[key]
+    ]
+    if changed:
+        raise RunError(
+            f"--resume: {checkpoint} was trained with other settings: {'; '.join(sorted(changed))}"
+        )
+    return checkpoint
+
+
+def _clear(output: Path) -> None:
+    """Takes an earlier run's files away, so that none of them passes for this run's."""
+    for path in (*output.glob("checkpoint-*"), output / ".saving"):
+        shutil.rmtree(path, ignore_errors=True)
+    for file in ("adapter_model.safetensors", "adapter_config.json", RECORD, "loss.png"):
+        (output / file).unlink(missing_ok=True)
+
+
+def _tell_plan(
+    settings: RunSettings,
+    documents: list[Document],
+    eval_documents: list[Document],
+    resume_from: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    loop, rows = settings.loop, len(documents)
+    tokens = sum(len(document.input_ids) for document in documents)
+    labelled = sum(document.labelled for document in documents)
+    say(f"Model: {settings.model}, {'in NF4' if settings.base == 'nf4' else 'dense'}, dtype {settings.dtype}")
+    say(f"Data: {rows} rows of {settings.data}, {tokens:,} tokens, {labelled:,} of them labelled")
+    if eval_documents:
+        say(f"Evaluation: {len(eval_documents)} rows of {settings.eval_data}; the best state is kept")
+    say(f"Adapter: LoRA, rank {settings.rank} on {settings.target_modules}, to {settings.output}")
+    say(
+        f"Training: {loop.total_steps(rows)} steps of {loop.batch_size} x {loop.gradient_accumulation_steps} "
+        f"rows, learning rate {loop.learning_rate:g}, {loop.scheduler}"
+    )
+    if resume_from is not None:
+        say(f"Going on from {resume_from}")
+
+
+def _prepare(settings: RunSettings, resume_from: Path | None) -> tuple[Any, Any]:
+    """The model, checked, with the adapter on it and fused; and the report."""
+    import torch
+
+    from peft_engine import LoraConfig, attach, load_adapter, optimize
+    from peft_engine.train.finite import check_weights
+
+    model = load_base(settings.model, quantize=settings.base, dtype=settings.dtype)
+    check_weights(model)
+    torch.manual_seed(settings.loop.seed)
+    if resume_from is not None:
+        load_adapter(model, resume_from, NAME)
+    else:
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        attach(model, config, NAME)
+    return model, optimize(model)
+
+
+def _record(settings: RunSettings, model: Any, rows: int) -> dict[str, Any]:
+    return {
+        "method": settings.method,
+        "rows": rows,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "settings": settings.to_dict(),
+        "versions": versions(),
+    }
+
+
+def _finish(output: Path, record: dict[str, Any], outcome: Any) -> dict[str, Any]:
+    done = record | {
+        "losses": outcome.losses,
+        "eval_losses": {str(step): loss for step, loss in outcome.eval_losses.items()},
+        "steps": outcome.steps,
+        "resumed_from_step": outcome.resumed_from_step,
+        "tokens": outcome.tokens,
+        "labelled_tokens": outcome.labelled_tokens,
+        "train_seconds": outcome.train_seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "saved": outcome.saved,
+        "saved_step": outcome.best_step if outcome.saved == "best" else outcome.steps,
+        "without_gradient": outcome.without_gradient,
+    }
+    write_json(output / RECORD, done)
+    settings = record["settings"]
+    draw_losses(
+        output / "loss.png",
+        outcome.losses,
+        outcome.eval_losses,
+        f"{record['method']}, rank {settings['rank']}",
+    )
+    return done

@@ -1,0 +1,114 @@
+"""The options of `train`, checked: what the loop does, and the run around it. Imports nothing heavy."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METHODS = ("lora", "qlora")
+QUANTIZE = ("nf4", "none")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+SCHEDULERS = (
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
+    "inverse_sqrt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop does. Steps are optimiser steps; eval_steps and save_steps None: once an epoch."""
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    warmup_ratio: float = 0.03
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, "a number above 0", value)
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", "a number from 0", self.weight_decay)
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number from 0 up to 1", self.warmup_ratio)
+        _require(0 <= self.seed < 2**32, "seed", "a number from 0 up to 2^32", self.seed)
+        _require(self.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", self.scheduler)
+
+    def steps_per_epoch(self, documents: int) -> int:
+        return math.ceil(math.ceil(documents / self.batch_size) / self.gradient_accumulation_steps)
+
+    def total_steps(self, documents: int) -> int:
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(documents))
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A run. quantize None: nf4 for qlora, none for lora; alpha None: twice the rank."""
+
+    model: str
+    data: Path
+    output: Path
+    eval_data: Path | None = None
+    method: str = "qlora"
+    quantize: str | None = None
+    dtype: str = "auto"
+    max_length: int | None = None
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    resume: bool = False
+    overwrite: bool = False
+    loop: LoopSettings = field(default_factory=LoopSettings)
+
+    def __post_init__(self) -> None:
+        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        allowed = QUANTIZE if self.method == "lora" else ("nf4",)  # qlora is lora over a quantised base
+        _require(
+            self.quantize in (None, *allowed),
+            "quantize",
+            f"{' or '.join(allowed)} with {self.method}",
+            self.quantize,
+        )
+        _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        _require(self.rank >= 1, "rank", "at least 1", self.rank)
+        alpha = self.lora_alpha
+        _require(math.isfinite(alpha) and alpha > 0, "alpha", "a number above 0", alpha)
+        _require(0 <= self.dropout < 1, "dropout", "a number from 0 up to 1", self.dropout)
+        _require(self.max_length is None or self.max_length >= 2, "max_length", "at least 2", self.max_length)
+        _require(
+            bool(self.target_modules), "target_modules", "all-linear, or names of layers", self.target_modules
+        )
+        _require(not (self.resume and self.overwrite), "resume", "without --overwrite", "both")
+
+    @property
+    def base(self) -> str:
+        """What the base is read into: "nf4" or "none"."""
+        return self.quantize or ("nf4" if self.method == "qlora" else "none")
+
+    @property
+    def lora_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options by name, with what the defaults came to."""
+        options = dataclasses.asdict(self)
+        loop = options.pop("loop")
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        return plain | {"quantize": self.base, "alpha": self.lora_alpha} | loop
+
+
+def _require(fits: bool, name: str, expected: str, got: Any) -> None:
+    if not fits:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {got!r}")

@@ -1,0 +1,345 @@
+"""transformers' Trainer on packed micro-batches, for an adapter that is attached and active.
+
+The loss is the sum over the labelled tokens of an optimiser step divided by their number, whatever the split
+into micro-batches. A checkpoint is written beside its place and renamed, so a full disk or a kill leaves the
+last one whole; it holds the adapter and the state of the optimiser, the schedule and the random generators.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_callback import TrainerCallback
+
+from peft_engine.checkpoint import save_adapter
+from peft_engine.methods import adapters_without_gradient
+from peft_engine.train.data import IGNORE, Document, micro_batches, pack
+from peft_engine.train.finite import first_non_finite
+from peft_engine.train.settings import LoopSettings
+
+STAGING = ".saving"
+KEEP = 2  # checkpoints
+
+
+class TrainError(RuntimeError):
+    """Training cannot go on; the message says where it stopped, why, and what was kept."""
+
+
+@dataclass
+class Outcome:
+    """What a training did. Tokens and seconds are this call's; losses, one a step, are the whole run's."""
+
+    losses: list[float] = field(default_factory=list)
+    eval_losses: dict[int, float] = field(default_factory=dict)
+    steps: int = 0
+    resumed_from_step: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    train_seconds: float = 0.0
+    saved: str = "last"
+    best_step: int | None = None
+    without_gradient: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.train_seconds if self.train_seconds else 0.0
+
+
+Watcher = Callable[[Outcome, int, float | None], None]
+"""Called after each step with the outcome so far, the total of steps, and an evaluation's loss or None."""
+
+
+def train(
+    model: Any,
+    documents: Sequence[Document],
+    output: Path,
+    settings: LoopSettings,
+    *,
+    name: str = "default",
+    eval_documents: Sequence[Document] = (),
+    resume_from: Path | None = None,
+    watch: Watcher = lambda outcome, total, eval_loss: None,
+    on_checkpoint: Callable[[Path], None] = lambda folder: None,
+) -> Outcome:
+    """Trains adapter `name` of `model`, which is attached and active, and saves it to `output`.
+
+    With eval_documents, `output` holds at the end the state of the lowest evaluation loss; without, the last.
+    resume_from: a checkpoint whose adapter the model already has; the steps after it are those of the run
+    that was not interrupted, bit for bit. on_checkpoint is called with the folder of each checkpoint before
+    it is put in place, to add files to it.
+    Raises TrainError for a loss or gradient that is not finite, for memory that runs out, for a failed save.
+    """
+    trainer = _PackedTrainer(model, documents, output, settings, name, eval_documents, watch, on_checkpoint)
+    cache = getattr(model.config, "use_cache", None)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # the embeddings are frozen
+    try:
+        with _memory_explained(trainer):
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        outcome = trainer.outcome
+        if outcome.best_step is None:
+            trainer.write(lambda: save_adapter(model, output, name), output)
+        else:
+            outcome.saved = "best"
+    finally:
+        shutil.rmtree(output / STAGING, ignore_errors=True)
+        model.config.use_cache = cache
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        model.zero_grad()
+        model.eval()
+    return outcome
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None when there is none."""
+    found = sorted(
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in output.glob("checkpoint-*")
+        if folder.name.rpartition("-")[2].isdigit() and (folder / "trainer_state.json").is_file()
+    )
+    return found[-1][1] if found else None
+
+
+def evaluation_loss(model: Any, documents: Sequence[Document], batch_size: int) -> float:
+    """Mean loss over all labelled tokens of the documents, in eval mode; the model's mode is put back."""
+    total, labelled, mode = 0.0, 0, model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in micro_batches(documents, batch_size):
+                count = int((batch["labels"] != IGNORE).sum())
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                total += float(model(**batch, use_cache=False).loss) * count
+                labelled += count
+    finally:
+        model.train(mode)
+    return total / labelled
+
+
+class _PackedTrainer(transformers.Trainer):
+    """The Trainer with our batches, our evaluation, our checkpoints, and no silence about NaN."""
+
+    def __init__(
+        self,
+        model: Any,
+        documents: Sequence[Document],
+        output: Path,
+        settings: LoopSettings,
+        name: str,
+        eval_documents: Sequence[Document],
+        watch: Watcher,
+        on_checkpoint: Callable[[Path], None],
+    ):
+        per_epoch = settings.steps_per_epoch(len(documents))
+        args = transformers.TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            learning_rate=settings.learning_rate,
+            warmup_steps=int(settings.warmup_ratio * settings.total_steps(len(documents))),
+            lr_scheduler_type=settings.scheduler,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            save_strategy="steps",
+            save_steps=settings.save_steps or per_epoch,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+        )
+        args._n_gpu = min(1, args.n_gpu)  # a packed row cannot be cut for DataParallel
+        dataset: Any = documents  # a sequence is all that the Trainer needs
+        super().__init__(model, args, train_dataset=dataset, data_collator=pack, callbacks=[_Steps(self)])  # type: ignore[arg-type]
+        self.remove_callback(transformers.PrinterCallback)
+        if not self.model_accepts_loss_kwargs:
+            raise TrainError(
+                f"train: {type(model).__name__} does not take num_items_in_batch, so its loss cannot be "
+                "normalised over a step; use a model with transformers' current causal-language-model loss"
+            )
+        self.adapted = model
+        self.outcome = Outcome()
+        self.settings = settings
+        self.name = name
+        self.output = output
+        self.watch = watch
+        self.on_checkpoint = on_checkpoint
+        self.eval_documents = eval_documents
+        self.eval_every = settings.eval_steps or per_epoch
+        self.since = 0.0
+        self.largest_batch = 0
+
+    # --- the step -------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.largest_batch = max(self.largest_batch, inputs["input_ids"].numel())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            where = first_non_finite(model, self._prepare_inputs(inputs)) or "the loss itself"
+            raise TrainError(
+                self.stopped(
+                    f"the loss is {float(loss)}; the first values that are not finite come from {where}"
+                )
+            )
+        if self.accelerator.sync_gradients:
+            self.check_gradients(model)
+        self.outcome.tokens += inputs["input_ids"].numel()
+        self.outcome.labelled_tokens += int((inputs["labels"] != IGNORE).sum())
+        return loss
+
+    def check_gradients(self, model: torch.nn.Module) -> None:
+        grads = [(path, p.grad) for path, p in model.named_parameters() if p.grad is not None]
+        finite = (
+            torch.isfinite(torch.stack(torch._foreach_norm([g for _, g in grads])))
+            if grads
+            else torch.ones(0).bool()
+        )
+        if not finite.all():
+            # Backward runs from the last layer to the first: the one nearest the loss is where it began.
+            where = [path for (path, _), good in zip(grads, finite.tolist(), strict=True) if not good][-1]
+            raise TrainError(self.stopped(f"the gradient is not finite, first in {where}"))
+        if self.outcome.steps == self.outcome.resumed_from_step:
+            self.outcome.without_gradient = adapters_without_gradient(model)
+            if not grads or not any(g.any() for _, g in grads):
+                raise TrainError(
+                    self.stopped("no tensor of the adapter has a gradient, so nothing would be learnt")
+                )
+
+    def stopped(self, why: str) -> str:
+        kept = last_checkpoint(self.output)
+        what = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        mend = "lower --learning-rate, or check the data of this step"
+        return f"train: step {self.state.global_step + 1}: {why}; {what}; {mend}"
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        loss = evaluation_loss(self.model, self.eval_documents, self.settings.batch_size)
+        self.log({"eval_loss": loss})
+        before = self.outcome.eval_losses
+        if math.isfinite(loss) and loss < min(before.values(), default=math.inf) and not self.untouched():
+            self.write(lambda: save_adapter(self.adapted, self.output, self.name), self.output)
+            self.outcome.best_step = self.state.global_step
+        before[self.state.global_step] = loss
+        self.watch(self.outcome, self.state.max_steps, loss)
+        return {"eval_loss": loss}
+
+    def untouched(self) -> bool:
+        """Whether no step has had a learning rate above zero yet (a warm-up starts at zero)."""
+        return not any(entry.get("learning_rate") for entry in self.state.log_history)
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial):
+        return str(self.output / STAGING)
+
+    def _save_checkpoint(self, model, trial):
+        if self.untouched():
+            return
+        folder = f"checkpoint-{self.state.global_step}"
+        staged = self.output / STAGING / folder
+
+        def save() -> None:
+            super(_PackedTrainer, self)._save_checkpoint(model, trial)
+            self.on_checkpoint(staged)
+            for file in staged.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            shutil.rmtree(self.output / folder, ignore_errors=True)
+            os.rename(staged, self.output / folder)
+
+        shutil.rmtree(staged, ignore_errors=True)
+        self.write(save, self.output / folder)
+        old = sorted((p for p in self.output.glob("checkpoint-*")), key=lambda p: p.stat().st_mtime)
+        for checkpoint in old[:-KEEP]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_adapter(self.adapted, output_dir, self.name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Nothing: the adapter was loaded from the checkpoint when it was attached."""
+
+    def write(self, save: Callable[[], Any], what: Path) -> None:
+        try:
+            save()
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            shutil.rmtree(self.output / STAGING, ignore_errors=True)
+            kept = last_checkpoint(self.output)
+            left = (
+                f"the checkpoint before it, {kept}, is whole" if kept else "there is no checkpoint before it"
+            )
+            raise TrainError(
+                f"train: saving {what} failed: {error}; {left}; free some space and run again with --resume"
+            ) from error
+
+
+class _Steps(TrainerCallback):
+    """Keeps the outcome, asks for evaluations, and tells the watcher."""
+
+    def __init__(self, trainer: _PackedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        outcome = self.trainer.outcome
+        outcome.resumed_from_step = outcome.steps = state.global_step
+        outcome.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        outcome.eval_losses = {
+            entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
+        }
+        finite = {step: loss for step, loss in outcome.eval_losses.items() if math.isfinite(loss)}
+        outcome.best_step = min(finite, key=lambda step: finite[step]) if finite else None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.since = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.outcome.train_seconds += time.perf_counter() - self.trainer.since
+        self.trainer.outcome.steps = state.global_step
+        last = state.global_step >= state.max_steps
+        if self.trainer.eval_documents and (last or state.global_step % self.trainer.eval_every == 0):
+            control.should_evaluate = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.trainer.outcome.losses.append(logs["loss"])
+            self.trainer.watch(self.trainer.outcome, state.max_steps, None)
+
+
+@contextlib.contextmanager
+def _memory_explained(trainer: _PackedTrainer):
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if not (
+            isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "out of memory" in text
+            or "allocate memory" in text
+        ):
+            raise
+        rows, accumulation = trainer.settings.batch_size, trainer.settings.gradient_accumulation_steps
+        raise TrainError(
+            f"train: out of memory at step {trainer.state.global_step + 1}, with {trainer.largest_batch} "
+            f"tokens in the largest micro-batch of {rows} rows; try --batch-size {max(1, rows // 2)} "
+            f"--gradient-accumulation-steps {accumulation * 2} (the same step in less memory), then "
+            "--gradient-checkpointing"
+        ) from error

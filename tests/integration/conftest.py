@@ -1,0 +1,51 @@
+"""The models that PEFT's adapters are put on in these tests."""
+
+import pytest
+import torch
+import transformers
+
+import peft_engine as pe
+
+
+@pytest.fixture
+def make_base(tiny_llama, tmp_path):
+    """A factory of the same tiny Llama, dense, in our NF4 or in bitsandbytes' 4 bit, in training mode."""
+
+    def make(base, dtype=torch.float32, **quantization):
+        torch.manual_seed(0)
+        # 128: bitsandbytes' CPU kernel takes a wrong scale where in_features is no multiple of the block size
+        model = tiny_llama(dtype, intermediate_size=128)
+        if base == "nf4":
+            pe.quantize_(model)
+        elif base == "bnb":
+            model.save_pretrained(tmp_path / "dense")
+            settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | quantization
+            config = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings
+            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "dense", quantization_config=config, dtype=dtype, device_map="cpu"
+            )
+        return model.train()
+
+    return make
+
+
+@pytest.fixture
+def make(make_base):
+    """A factory of a PeftModel over such a base, with adapters that do something."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
+
+    def build(base, dtype=torch.float32, *, adapters=1, **changes):
+        model = make_base(base, dtype)
+        config = peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | changes))
+        model = peft.get_peft_model(model, config, adapter_name="a0")
+        for i in range(1, adapters):
+            model.add_adapter(f"a{i}", config)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data, std=0.2)
+        return model
+
+    return build

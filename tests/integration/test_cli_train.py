@@ -1,0 +1,253 @@
+"""`peft-engine train` as a user types it: what it leaves behind, and what it says when it cannot."""
+
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from texts import reviews, tiny_model_folder, write_jsonl
+
+from peft_engine.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", reviews(2))
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs the command; the exit code, standard output, standard error."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-engine", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def train(command, model, data, tmp_path):
+    def run(*more, output=tmp_path / "out", data=data, model=model):
+        return command(
+            "train", "--model", model, "--data", data, "--output", output, "--learning-rate", 0.01,
+            "--batch-size", 4, "--rank", 4, *more,
+        )  # fmt: skip
+
+    return run
+
+
+def _failed(result, *says) -> None:
+    code, out, err = result
+    assert code == 1 and out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("peft-engine: error: "), err
+    assert "Traceback" not in err
+    for text in says:
+        assert text in last
+
+
+def test_train_writes_the_adapter_the_record_and_the_picture(train, tmp_path, data):
+    code, _, err = train("--epochs", 3)
+    assert code == 0, err
+    folder = tmp_path / "out"
+    assert {"adapter_config.json", "adapter_model.safetensors", "run.json", "loss.png"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((folder / "run.json").read_text())
+    assert record["method"] == "qlora" and record["steps"] == len(record["losses"]) == 12
+    assert record["losses"][-1] < record["losses"][0]
+    assert record["tokens"] > record["labelled_tokens"] == 3 * 16 * 2  # the label and the end
+    assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["train_seconds"])
+    assert record["peak_rss_bytes"] > 10**8
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert record["trainable_parameters"] == sum(t.numel() for t in tensors.values())
+    assert record["settings"]["quantize"] == "nf4" and record["settings"]["rank"] == 4
+    assert record["settings"]["data"] == str(data)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["saved"] == "last" and record["saved_step"] == 12
+    assert "12 steps" in err and "ETA" in err and "tokens/s" in err
+    assert err.strip().splitlines()[-1].startswith("Next: peft-engine eval --model")
+
+
+def test_json_on_standard_output_is_the_record_and_nothing_else(train, tmp_path):
+    code, out, _ = train("--json", "--max-steps", 2)
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "out" / "run.json").read_text())
+
+
+def test_with_evaluation_data_the_record_says_which_state_was_kept(train, tmp_path, data):
+    code, _, err = train("--max-steps", 4, "--eval-data", data, "--eval-steps", 2)
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    losses = {int(step): loss for step, loss in record["eval_losses"].items()}
+    assert list(losses) == [2, 4]
+    assert record["saved"] == "best" and record["saved_step"] == min(losses, key=losses.get)
+    assert "evaluation loss" in err
+
+
+def test_a_run_that_was_killed_resumes_to_the_same_adapter(train, tmp_path, model, data):
+    train("--max-steps", 6, "--save-steps", 2, "--dropout", 0.1, output=tmp_path / "whole")
+    train("--max-steps", 6, "--save-steps", 2, "--dropout", 0.1, output=tmp_path / "cut")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
+        (tmp_path / "cut" / name).unlink()
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    code, _, err = train(
+        "--max-steps", 6, "--save-steps", 2, "--dropout", 0.1, "--resume", output=tmp_path / "cut"
+    )
+    assert code == 0, err
+    assert "checkpoint-4" in err
+    whole, cut = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    records = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("whole", "cut")]
+    assert records[0]["losses"] == records[1]["losses"]
+    assert records[1]["resumed_from_step"] == 4
+
+
+def test_resume_without_a_checkpoint_and_with_other_settings_is_refused(train, tmp_path):
+    _failed(train("--resume"), "--resume", "holds no checkpoint")
+    assert train("--max-steps", 2)[0] == 0
+    _failed(train("--resume", "--dropout", 0.5), "other settings", "dropout was 0.0, is 0.5")
+
+
+def test_a_run_that_is_there_is_not_written_over_unless_asked(train, tmp_path):
+    assert train("--max-steps", 1)[0] == 0
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    _failed(train("--max-steps", 2), "holds a run already", "--resume", "--overwrite")
+    (tmp_path / "bad.jsonl").write_text("{")
+    _failed(train("--overwrite", data=tmp_path / "bad.jsonl"), "line 1")
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert train("--max-steps", 2, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 2
+
+
+def test_the_command_runs_as_a_module_from_the_root():
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_engine", "train", "--model", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "--data" in done.stderr and done.stdout == ""
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"question": "a"}', ["line 17", "prompt and completion"]),
+        ('{"prompt": "a", "completion": " "}', ["line 17", "completion is empty"]),
+        ('{"prompt": ', ["line 17", "broken JSON"]),
+        (
+            json.dumps({"prompt": "fine " * 200, "completion": "a"}),
+            ["line 17", "at most 128", "--max-length"],
+        ),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_written(train, data, tmp_path, row, says):
+    data.write_text(data.read_text() + row)
+    _failed(train(), *says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_target_modules_that_match_nothing_list_the_near_names(train):
+    _failed(train("--target-modules", "q_prj,v_proj"), "q_prj", "q_proj")
+
+
+def test_a_rank_above_the_layers_is_refused(train):
+    _failed(train("--rank", 500), "500")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--rank", 0), ("--batch-size", 0), ("--method", "lra"), ("--quantize", "none"), ("--epochs", "x")],
+)
+def test_wrong_usage_ends_with_code_2_and_names_the_option(train, arguments):
+    code, out, err = train(*arguments)
+    assert code == 2 and out == "" and arguments[0] in err and "Traceback" not in err
+
+
+def test_nan_in_the_weights_names_the_layer_before_training(train, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    for method in ("lora", "qlora"):
+        _failed(train("--method", method, model=broken), "model.layers.1.mlp.up_proj", "NaN")
+
+
+def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(train, tmp_path):
+    result = train(
+        "--learning-rate", 1e30, "--scheduler", "constant", "--save-steps", 1, "--max-grad-norm", 1e30
+    )
+    _failed(result, "step ")
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_disk_that_fills_while_saving_is_one_line_and_keeps_the_checkpoint_before(train, tmp_path):
+    # A limit on the size of a file stands for the full disk: the optimiser's state is twice the adapter.
+    options = ("--save-steps", 2, "--max-steps")
+    assert train(*options, 2)[0] == 0
+    folder = tmp_path / "out"
+    size = (folder / "checkpoint-2" / "adapter_model.safetensors").stat().st_size
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 2, hard))
+    try:
+        result = train(*options, 4, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _failed(result, "saving", "checkpoint-4", "checkpoint-2, is whole")
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert not (folder / "checkpoint-4").exists()
+    assert train(*options, 4, "--resume")[0] == 0
+
+
+def test_a_missing_model_folder_is_named(train, tmp_path):
+    _failed(train(model=tmp_path / "none"), f"--model {tmp_path / 'none'}", "no such folder")
+    (tmp_path / "empty").mkdir()
+    _failed(train(model=tmp_path / "empty"), "no config.json")
+
+
+def test_a_hub_that_cannot_be_reached_names_the_local_way(train):
+    _failed(train(model="someone/some-model"), "someone/some-model", "hub cannot be reached", "--model DIR")
+
+
+def test_debug_shows_the_traceback(monkeypatch, model, tmp_path):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "peft-engine",
+            "train",
+            "--model",
+            str(model),
+            "--data",
+            "none.jsonl",
+            "--output",
+            str(tmp_path / "o"),
+            "--debug",
+        ],
+    )
+    with pytest.raises(ValueError, match=r"none\.jsonl"):
+        main()

@@ -1,0 +1,234 @@
+"""Rows from files to packed micro-batches: what becomes a token, what is learnt, what is refused."""
+
+import csv
+import gzip
+import json
+
+import pytest
+import torch
+from texts import reviews, tiny_tokenizer, write_jsonl
+
+from peft_engine.train.data import IGNORE, DataError, length_limit, pack, read_rows, tokenize
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def _read(tmp_path, *lines):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return read_rows(path)
+
+
+def _learnt(document, tokenizer):
+    return tokenizer.decode([label for label in document.labels if label != IGNORE])
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_csv_and_gz_give_the_same_rows(tmp_path):
+    rows = reviews()
+    jsonl = write_jsonl(tmp_path / "a.jsonl", rows)
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    paths = [jsonl, tmp_path / "a.csv"]
+    for path in list(paths):
+        zipped = path.with_name(path.name + ".gz")
+        zipped.write_bytes(gzip.compress(path.read_bytes()))
+        paths.append(zipped)
+    for path in paths:
+        assert [row.fields for row in read_rows(path)] == rows
+
+
+def test_other_columns_and_blank_lines_are_left_alone(tmp_path):
+    rows = _read(tmp_path, '{"id": 7, "text": "a"}', "", '{"id": 8, "text": "b"}')
+    assert [row.fields for row in rows] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_messages_in_csv_are_json(tmp_path):
+    messages = [{"role": "user", "content": "hi, you"}, {"role": "assistant", "content": "hello"}]
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages"], [json.dumps(messages)]])
+    assert read_rows(tmp_path / "a.csv")[0].fields == {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"text": "a"}', '{"text": '], ["line 2", "broken JSON"]),
+        (['{"text": "a"}', "", "[1]"], ["line 3", "JSON object", "list"]),
+        (['{"question": "a", "answer": "b"}'], ["line 1", "prompt and completion", "question, answer"]),
+        (['{"prompt": "a"}'], ["line 1", "prompt and completion"]),
+        (['{"prompt": "a", "completion": ""}'], ["line 1", "completion is empty"]),
+        (['{"prompt": "a", "completion": "  \\n"}'], ["line 1", "completion is empty"]),
+        (['{"prompt": "a", "completion": 3}'], ["line 1", "completion must be a string", "int"]),
+        (['{"text": "a"}', '{"prompt": "a", "completion": "b"}'], ["line 2", "split the file"]),
+        (['{"messages": "hello"}'], ["line 1", "messages must be a list"]),
+        (['{"messages": [{"role": "user"}]}'], ["line 1", "role and a content"]),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], ["line 1", "no message of the assistant"]),
+        ([""], ["holds no rows"]),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line(tmp_path, lines, says):
+    with pytest.raises(DataError) as error:
+        _read(tmp_path, *lines)
+    for text in ("rows.jsonl", *says):
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_an_unknown_ending_and_bytes_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="is a folder"):
+        read_rows(tmp_path)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(DataError, match=r"ending in \.jsonl or \.csv"):
+        read_rows(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match="UTF-8"):
+        read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(tmp_path / "b.jsonl.gz")
+
+
+def test_a_csv_row_with_too_many_values_is_refused_with_its_line(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c\n")
+    with pytest.raises(DataError, match="line 3: more values"):
+        read_rows(tmp_path / "a.csv")
+
+
+# --- tokens -------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_completion_are_tokenised_apart_and_only_the_completion_and_the_end_are_learnt(
+    tmp_path, tokenizer
+):
+    row = {"prompt": "Review: a fi", "completion": "ne film "}
+    (document,) = tokenize(_read(tmp_path, json.dumps(row)), tokenizer, 100)
+    apart = [tokenizer(row[c], add_special_tokens=False)["input_ids"] for c in ("prompt", "completion")]
+    assert document.input_ids == [*apart[0], *apart[1], tokenizer.eos_token_id]
+    assert document.labels == [IGNORE] * len(apart[0]) + [*apart[1], tokenizer.eos_token_id]
+    assert tokenizer.decode(document.input_ids[:-1]) == row["prompt"] + row["completion"]
+
+
+def test_a_tokenizer_that_adds_the_end_by_itself_gives_one_end(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    row = {"prompt": "Review", "completion": " positive"}
+    (document,) = tokenize(_read(tmp_path, json.dumps(row)), tokenizer, 100)
+    assert document.input_ids[0] == 1
+    assert document.input_ids.count(2) == 1
+    assert document.input_ids[-1] == 2
+
+
+def test_an_empty_prompt_learns_the_completion_from_its_second_token(tmp_path, tokenizer):
+    (document,) = tokenize(_read(tmp_path, '{"prompt": "", "completion": "warm film"}'), tokenizer, 100)
+    assert document.labels[0] == IGNORE
+    assert document.labels[1:] == document.input_ids[1:]
+
+
+def test_text_is_learnt_whole_but_its_first_token(tmp_path, tokenizer):
+    (document,) = tokenize(_read(tmp_path, '{"text": "a fine film"}'), tokenizer, 100)
+    assert document.labels == [IGNORE, *document.input_ids[1:]]
+    assert document.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_messages_use_the_chat_template_and_learn_every_turn_of_the_assistant(tmp_path, tokenizer):
+    messages = [
+        {"role": "user", "content": "warm?"},
+        {"role": "assistant", "content": "fine"},
+        {"role": "user", "content": "cold?"},
+        {"role": "assistant", "content": "dull"},
+    ]
+    (document,) = tokenize(_read(tmp_path, json.dumps({"messages": messages})), tokenizer, 200)
+    assert tokenizer.decode(document.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert _learnt(document, tokenizer) == "fine</s>\ndull</s>\n"
+
+
+def test_messages_without_a_chat_template_are_refused(tmp_path):
+    row = {"messages": [{"role": "assistant", "content": "fine"}]}
+    with pytest.raises(DataError, match="line 1: the tokenizer has no chat template"):
+        tokenize(_read(tmp_path, json.dumps(row)), tiny_tokenizer(chat=False), 100)
+
+
+def test_a_chat_template_that_changes_earlier_turns_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages|length }}" + tokenizer.chat_template
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match="changes earlier turns"):
+        tokenize(_read(tmp_path, json.dumps(row)), tokenizer, 100)
+
+
+def test_a_row_longer_than_the_model_is_refused_with_its_line_and_both_lengths(tmp_path, tokenizer):
+    rows = _read(tmp_path, '{"text": "a"}', json.dumps({"text": "fine " * 50}))
+    with pytest.raises(DataError, match=r"line 2: \d+ tokens, at most 20 .*--max-length"):
+        tokenize(rows, tokenizer, 20)
+
+
+def test_long_text_is_cut_into_pieces_when_asked_to_and_loses_nothing(tmp_path, tokenizer):
+    (whole,) = tokenize(_read(tmp_path, json.dumps({"text": "fine " * 50})), tokenizer, 1000)
+    pieces = tokenize(_read(tmp_path, json.dumps({"text": "fine " * 50})), tokenizer, 20, split_text=True)
+    assert [i for piece in pieces for i in piece.input_ids] == whole.input_ids
+    assert all(len(piece.input_ids) <= 20 and piece.labels[0] == IGNORE for piece in pieces)
+
+
+def test_max_length_beyond_the_model_is_refused(tiny_llama):
+    config = tiny_llama().config
+    assert length_limit(config, None) == 128
+    assert length_limit(config, 64) == 64
+    with pytest.raises(DataError, match="the model takes 128 tokens, got 129"):
+        length_limit(config, 129)
+
+
+# --- packed batches -----------------------------------------------------------------------------------------
+
+
+def _documents(tmp_path, tokenizer):
+    return tokenize(read_rows(write_jsonl(tmp_path / "a.jsonl", reviews())), tokenizer, 128)
+
+
+def test_a_micro_batch_is_one_row_without_padding_whose_positions_restart(tmp_path, tokenizer):
+    documents = _documents(tmp_path, tokenizer)[:3]
+    batch = pack(documents)
+    lengths = [len(d.input_ids) for d in documents]
+    assert all(value.shape == (1, sum(lengths)) and value.dtype == torch.int64 for value in batch.values())
+    assert batch["position_ids"][0].tolist() == [i for n in lengths for i in range(n)]
+    starts = [sum(lengths[:i]) for i in range(3)]
+    assert (batch["labels"][0, starts] == IGNORE).all()
+    assert "attention_mask" not in batch
+
+
+def test_packed_documents_do_not_see_each_other(tmp_path, tokenizer, tiny_llama):
+    model = tiny_llama(vocab_size=len(tokenizer))
+    documents = _documents(tmp_path, tokenizer)[:3]
+    batch = pack(documents)
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0]
+        apart = torch.cat([model(**pack([d]), use_cache=False).logits[0] for d in documents])
+        leaking = model(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=False).logits[
+            0
+        ]
+    floor = (packed - apart).abs().max()
+    assert floor < 1e-5 * packed.abs().max()
+    assert (leaking - apart).abs().max() > 100 * floor  # the test would notice
+
+
+def test_the_packed_loss_is_the_mean_over_all_labelled_tokens(tmp_path, tokenizer, tiny_llama):
+    model = tiny_llama(vocab_size=len(tokenizer), dtype=torch.float64)
+    documents = _documents(tmp_path, tokenizer)
+    with torch.no_grad():
+        packed = model(**pack(documents), use_cache=False).loss
+        apart = sum(model(**pack([d]), use_cache=False).loss * d.labelled for d in documents)
+    torch.testing.assert_close(packed, apart / sum(d.labelled for d in documents))
