@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -74,11 +75,14 @@ def choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
 
 
 def quiet() -> None:
-    """transformers' own bars and advice would drown ours."""
+    """The bars and advice of the libraries below would drown ours."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # imported by transformers where it is installed
 
 
 def table(found: dict[str, Any], name: str) -> str:

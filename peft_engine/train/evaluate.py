@@ -62,7 +62,7 @@ def evaluate(
         ("accuracy", "exact_match", "token_f1", "perplexity", "labels", "confusion")
     )
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():
         work = _classify if task == "classify" else _generate
         found, tokens = work(model, tokenizer, rows, batch_size, limit, watch)
     seconds = time.perf_counter() - start

@@ -149,7 +149,7 @@ def _generate(
     config.top_p = sampling.top_p if config.do_sample else None
     config.top_k = 0 if config.do_sample else None
     config.eos_token_id, config.pad_token_id = _ends(model, tokenizer), _pad(model, tokenizer)
-    with torch.inference_mode():
+    with torch.no_grad():
         return model.generate(**inputs, generation_config=config, streamer=streamer)
 
 
