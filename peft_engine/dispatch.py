@@ -1,7 +1,7 @@
 """Which backend runs an op for these arguments, and why not a faster one.
 
-An op registers backends in the order of preference. Each has `refuse(call) -> str | None`, the reason it will not
-take this call, and an implementation. `call` is a small hashable description (device, dtypes, layout), so the
+An op registers backends in the order of preference. Each has `refuse(call) -> str | None`, the reason it will
+not take this call, and an implementation. `call` is a small hashable description (device, dtypes, layout), so the
 answer is looked up, not worked out, from the second time on.
 """
 
@@ -50,7 +50,9 @@ class Op:
         self._cache: dict[Hashable, Choice] = {}
         OPS[name] = self
 
-    def register(self, backend: str, run: Any, refuse: Callable[[Any], str | None] = lambda call: None) -> None:
+    def register(
+        self, backend: str, run: Any, refuse: Callable[[Any], str | None] = lambda call: None
+    ) -> None:
         self._entries.append(_Entry(backend, refuse, run))
 
     def choose(self, call: Hashable) -> Choice:

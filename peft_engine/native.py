@@ -60,7 +60,7 @@ def set_isa(name: str) -> None:
         raise ValueError(f"PEFT_ENGINE_CPU_ISA: expected one of {', '.join(ISA_LEVELS)}, got {name!r}")
     if name not in supported_isas():
         raise ValueError(
-            f"PEFT_ENGINE_CPU_ISA: this CPU has {', '.join(supported_isas())}, got {name!r}; choose one of those"
+            f"PEFT_ENGINE_CPU_ISA: this CPU has {', '.join(supported_isas())}, got {name!r}; choose one"
         )
     torch.ops.peft_engine.cpu_isa(ISA_LEVELS.index(name))
 

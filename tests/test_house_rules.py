@@ -102,6 +102,14 @@ def test_files_fit_in_one_sitting(folder):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_whoever_knows_an_op_name_knows_its_files(op):
+    kernels = [ROOT / "csrc" / "cpu" / f"{op}{suffix}" for suffix in (".cpp", ".inl")]
+    assert any(path.exists() for path in kernels), f"no {kernels[0].relative_to(ROOT)}"
+    for path in (ROOT / "tests" / "ops" / f"test_{op}.py", ROOT / "bench" / f"bench_{op}.py"):
+        assert path.exists(), f"no {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_reference_and_opens_with_its_maths(op):
     tree = ast.parse((PACKAGE / "ops" / f"{op}.py").read_text())
     docstring = ast.get_docstring(tree) or ""

@@ -1,10 +1,12 @@
-"""LoRA product over a frozen dense or NF4 weight (Hu et al. 2021, arXiv 2106.09685; Dettmers et al. 2023, 2305.14314).
+"""LoRA product over a frozen dense or NF4 weight.
+
+Hu et al. 2021, arXiv 2106.09685; Dettmers et al. 2023, arXiv 2305.14314.
 
     h = drop(x) A^T                    y = x W^T + bias + s h B^T
     dh = s dy B                        dx = dy W + drop'(dh A)
     dA = dh^T drop(x)                  dB = s dy^T h
 
-x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: x, h (M x R) and the weights, nothing else.
+x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: x, h (M x R) and the weights, no more.
 Dropout keeps element (m, k) by a hash of the seed, the row and the column, so no mask is stored.
 """
 
@@ -46,8 +48,8 @@ def lora_linear(
     """y = x W^T + bias + scaling * drop(x) A^T B^T, of shape (..., N) and x's dtype.
 
     x (..., K) float32, bfloat16 or float16; weight (N, K) of x's dtype, or an NF4Tensor; lora_a (R, K) and
-    lora_b (N, R), of x's dtype or float32, or both None; bias (N,); seed an int64 tensor of one element, needed when
-    dropout_p > 0 (draw it with torch.randint, so that checkpointing draws it again).
+    lora_b (N, R), of x's dtype or float32, or both None; bias (N,); seed an int64 tensor of one element, needed
+    when dropout_p > 0 (draw it with torch.randint, so that checkpointing draws it again).
     Gradients flow to x, lora_a, lora_b and bias; the weight is frozen.
     Raises ValueError or TypeError that says which argument does not fit.
     """
@@ -72,7 +74,9 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"lora_linear: x must be float32, bfloat16 or float16, got {x.dtype}")
     if len(weight.shape) != 2:
-        raise ValueError(f"lora_linear: weight must be (out_features, in_features), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"lora_linear: weight must be (out_features, in_features), got {tuple(weight.shape)}"
+        )
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"lora_linear: x must be (..., in_features)=(..., {k}), got {tuple(x.shape)}")
@@ -82,7 +86,9 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
         if weight.dtype != x.dtype:
             raise TypeError(f"lora_linear: x is {x.dtype} and weight {weight.dtype}; cast one of them")
         if weight.requires_grad:
-            raise ValueError("lora_linear: weight must be frozen (it gets no gradient here); set requires_grad=False")
+            raise ValueError(
+                "lora_linear: weight must be frozen (it gets no gradient here); set requires_grad=False"
+            )
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
     if lora_a is not None:
@@ -99,19 +105,24 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
             )
         if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (torch.float32, x.dtype):
             raise TypeError(
-                f"lora_linear: A and B must both be float32 or both {x.dtype} as x, got {lora_a.dtype} and {lora_b.dtype}"
+                f"lora_linear: A and B must both be float32 or both {x.dtype} as x, got {lora_a.dtype} and "
+                f"{lora_b.dtype}"
             )
         if lora_a.device != x.device or lora_b.device != x.device:
-            raise ValueError(f"lora_linear: x is on {x.device}, A on {lora_a.device}, B on {lora_b.device}; move them")
+            raise ValueError(
+                f"lora_linear: x is on {x.device}, A on {lora_a.device}, B on {lora_b.device}; move them"
+            )
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"lora_linear: bias must be (out_features,)=({n},), got {tuple(bias.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("lora_linear: dropout needs seed, an int64 tensor of one element; draw it with torch.randint")
+        raise ValueError(
+            "lora_linear: dropout needs seed, an int64 tensor of one element; draw it with torch.randint"
+        )
 
 
-# --- reference -------------------------------------------------------------------------------------------------------
+# --- reference ----------------------------------------------------------------------------------------------
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
@@ -131,7 +142,7 @@ def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch
 
 
 def reference(x, weight, lora_a, lora_b, scaling, bias=None, dropout_p=0.0, seed=None) -> torch.Tensor:
-    """lora_linear in plain torch: the base product in x's dtype, the adapter in its own (as PEFT computes it)."""
+    """lora_linear in plain torch: the base in x's dtype, the adapter in its own (as PEFT has it)."""
     dense = weight.dequantize(x.dtype) if isinstance(weight, NF4Tensor) else weight
     y = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
     if lora_a is None:
@@ -143,7 +154,7 @@ def reference(x, weight, lora_a, lora_b, scaling, bias=None, dropout_p=0.0, seed
     return (y + F.linear(F.linear(dropped, lora_a), lora_b) * scaling).to(x.dtype)
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
+# --- backends -----------------------------------------------------------------------------------------------
 
 _BASE = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksize"
 native.library.define(
@@ -151,20 +162,26 @@ native.library.define(
     " Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
 )
 native.library.define(
-    f"lora_linear_backward(Tensor dy, Tensor x, {_BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h, float scaling,"
-    " float dropout_p, Tensor? seed, bool need_dx) -> (Tensor, Tensor, Tensor)"
+    f"lora_linear_backward(Tensor dy, Tensor x, {_BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h,"
+    " float scaling, float dropout_p, Tensor? seed, bool need_dx) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("peft_engine::lora_linear_forward")
-def _(x, weight, absmax, nested_absmax, offset, blocksize, out_features, lora_a, lora_b, scaling, bias, dropout_p, seed):
+def _(
+    x, weight, absmax, nested_absmax, offset, blocksize, out_features, lora_a, lora_b, scaling, bias, dropout_p, seed,
+):  # fmt: skip
     rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows if rank else 0, rank, dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(
+        rows if rank else 0, rank, dtype=torch.float32
+    )
 
 
 @torch.library.register_fake("peft_engine::lora_linear_backward")
-def _(dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed, need_dx):
+def _(
+    dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed, need_dx,
+):  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     if lora_a is None:
         return dx, x.new_empty(0), x.new_empty(0)
@@ -173,7 +190,9 @@ def _(dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed):
+    def forward(
+        ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed,
+    ):  # fmt: skip
         y, h = torch.ops.peft_engine.lora_linear_forward(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
@@ -183,19 +202,19 @@ class _LoraLinear(torch.autograd.Function):
             x if adapter_grad else None, weight, absmax, nested_absmax, offset, lora_a, lora_b,
             h if adapter_grad else None, seed,
         )  # fmt: skip
-        ctx.settings = blocksize, scaling, p, x.shape, x.dtype, None if bias is None else bias.dtype
+        ctx.settings = blocksize, scaling, p, x.shape, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
-        blocksize, scaling, p, x_shape, x_dtype, bias_dtype = ctx.settings
+        blocksize, scaling, p, x_shape, bias_dtype = ctx.settings
         dy = dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
         dx, da, db = torch.ops.peft_engine.lora_linear_backward(
-            dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p, seed,
-            ctx.needs_input_grad[0],
+            dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p,
+            seed, ctx.needs_input_grad[0],
         )  # fmt: skip
         need = ctx.needs_input_grad
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias_dtype) if need[10] else None
@@ -213,7 +232,13 @@ def _cpu(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Ten
         base = weight.contiguous(), None, None, None, 0
     if lora_a is not None:
         lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
-    return _LoraLinear.apply(x, *base, weight.shape[0], lora_a, lora_b, float(scaling), bias, dropout_p, seed)
+    bias = None if bias is None else bias.contiguous()
+    args = (x, *base, weight.shape[0], lora_a, lora_b, float(scaling), bias, dropout_p, seed)
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, lora_a, lora_b, bias)
+    )
+    # An autograd.Function costs 5 us a call, the bare op 1: a token decoded by 30 layers has 210 of them.
+    return _LoraLinear.apply(*args) if learns else torch.ops.peft_engine.lora_linear_forward(*args)[0]
 
 
 LORA_LINEAR.register("cpu", _cpu, refuse_unless_cpu)
