@@ -325,7 +325,7 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
 
 
 def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[str, str, str]:
-    """What runs in a module that has a fused class: the op, the backend ("" when its own code), why no faster.
+    """What runs in a module that has a fused class: the op, the backend ("": its own code), why none faster.
 
     dtype: of the activations; that of the module's first floating-point parameter when None.
     """
