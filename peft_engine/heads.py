@@ -1,0 +1,236 @@
+"""The output head of a causal language model, joined with its loss: logits are formed only when read.
+
+    model(input_ids=..., labels=...).loss    linear_cross_entropy over the labelled rows
+    model(input_ids=..., labels=...).logits  stands for hidden W^T, computed by the first operation on it
+
+On an attached model (the instance alone is changed) a hook notes that labels were given; the head, whose
+class is then FusedHeadLinear, answers with LazyLogits in place of logits; the model's loss function
+recognises them. Whatever else is done with LazyLogits yields the real logits, gradients included.
+"""
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_engine.dispatch import BackendError
+from peft_engine.lazy_logits import LazyLogits
+from peft_engine.ops.linear_cross_entropy import (
+    LINEAR_CROSS_ENTROPY,
+    LinearCrossEntropyCall,
+    linear_cross_entropy,
+)
+from peft_engine.report import LayerReport
+
+OP = "linear_cross_entropy"
+
+
+class FusedHeadLinear(nn.Linear):
+    """An output head that leaves its product to the loss when its model was called with labels."""
+
+    labels_given: bool
+    labels_position: int  # of `labels` among the arguments of the model's forward
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.labels_given:
+            return super().forward(input)
+        self.labels_given = False
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        return LazyLogits.of(input, self.weight, self.bias)
+
+
+def note_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attached model: tells its head whether a loss will be asked for."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is FusedHeadLinear:
+        position = head.labels_position
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        head.labels_given = labels is not None
+
+
+def causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """transformers' ForCausalLMLoss, same arguments and value; lazy logits are not formed for it."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    source = logits.source if isinstance(logits, LazyLogits) else None
+    cut_off = source is not None and source.wants_graph() and not logits.requires_grad  # by a detach
+    if source is None or cut_off or source.weight.shape[0] != vocab_size:
+        return ForCausalLMLoss(
+            logits,
+            labels,
+            vocab_size,
+            num_items_in_batch,
+            ignore_index,
+            shift_labels,
+            **kwargs,  # type: ignore[arg-type]
+        )
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    hidden, weight, bias = source.inputs()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    shift_labels = shift_labels.to(hidden.device).reshape(-1)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    with torch.autocast(
+        hidden.device.type, enabled=False
+    ):  # the inputs have the dtype that autocast asks for
+        loss = linear_cross_entropy(
+            hidden, weight, shift_labels, bias=bias, ignore_index=ignore_index, reduction=reduction
+        )
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+# --- in and out ---------------------------------------------------------------------------------------------
+
+
+def attach_head(model: nn.Module) -> LayerReport:
+    """Joins the output head of `model` with its loss, in place, where it can; says what runs and why."""
+    base = _transformers_model(model)
+    report = describe_head(base)
+    if not report.fused or type(base.get_output_embeddings()) is FusedHeadLinear:  # type: ignore[operator]
+        return report
+    head: Any = base.get_output_embeddings()  # type: ignore[operator]
+    head.__class__ = FusedHeadLinear
+    head.labels_given = False
+    head.labels_position = list(inspect.signature(type(base).forward).parameters).index("labels") - 1
+    base.loss_function = causal_lm_loss  # type: ignore[assignment]
+    base.register_forward_pre_hook(note_labels, with_kwargs=True)
+    return report
+
+
+def detach_head(model: nn.Module) -> None:
+    """Undoes attach_head; a model that was not attached stays as it is."""
+    base: Any = _transformers_model(model)
+    if getattr(base, "_loss_function", None) is causal_lm_loss:
+        del base._loss_function
+    for key, hook in list(base._forward_pre_hooks.items()):
+        if hook is note_labels:
+            del base._forward_pre_hooks[key]
+            base._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in base.modules():
+        if type(module) is FusedHeadLinear:
+            head: Any = module
+            head.__class__ = nn.Linear
+            del head.labels_given, head.labels_position
+
+
+def describe_head(model: nn.Module) -> LayerReport:
+    """What attach_head does, or did, with the head of `model`; nothing is changed."""
+    base: Any = _transformers_model(model)
+    get = getattr(base, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if head is None:
+        return LayerReport("", OP, "none", False, "the model has no output head that transformers knows of")
+    name = next((path for path, module in base.named_modules() if module is head), "")
+    stands_for = nn.Linear if type(head) is FusedHeadLinear else type(head)
+    kind = f"{stands_for.__module__.split('.')[0]}.{stands_for.__name__}"
+    reason = _refuse(base, head, name)
+    if reason is not None:
+        return LayerReport(name, OP, "transformers", False, reason, kind)
+    try:
+        choice = LINEAR_CROSS_ENTROPY.choose(
+            LinearCrossEntropyCall(head.weight.device.type, head.weight.dtype)
+        )
+    except BackendError as error:
+        return LayerReport(name, OP, "none", False, str(error), kind)
+    fused = choice.backend != "reference"
+    reason = "; ".join(f"{b}: {why}" for b, why in choice.refused.items() if "not built" not in why)
+    if not fused:
+        return LayerReport(
+            name, OP, "transformers", False, reason or "plain torch; this backend is pinned", kind
+        )
+    return LayerReport(name, OP, choice.backend, True, reason, kind)
+
+
+def _transformers_model(model: Any) -> Any:
+    if "_orig_mod" in model._modules:
+        model = model._orig_mod
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# --- which models -------------------------------------------------------------------------------------------
+
+# Config fields with which a model changes its logits between the head and the loss, and when they do.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+def _refuse(model: Any, head: nn.Module, name: str) -> str | None:
+    """Why the loss of this model cannot be computed from the head's input and weight."""
+    from transformers import PreTrainedModel
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if not isinstance(model, PreTrainedModel):
+        return "not a transformers model"
+    if type(head) not in (nn.Linear, FusedHeadLinear):
+        return f"the head is a {type(head).__name__}, not a plain linear layer"
+    if model.loss_function not in (ForCausalLMLoss, causal_lm_loss):
+        loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
+        return f"the model's loss is {loss}, not the causal language model's"
+    for field in _SOFTCAPS:
+        if getattr(model.config.get_text_config(), field, None) is not None:
+            return f"the model caps its logits ({field}) before the loss"
+    return _refuse_forward(type(model).forward, name)
+
+
+def _refuse_forward(forward: Any, head: str) -> str | None:
+    """Why this forward does not hand what the head returns to self.loss_function; read from its source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return "the source of the model's forward cannot be read"
+    losses = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and _path(n.func) == "self.loss_function"]
+    if len(losses) != 1 or "labels" not in inspect.signature(forward).parameters:
+        return "the model's forward does not compute its loss with self.loss_function"
+    given = next((k.value for k in losses[0].keywords if k.arg == "logits"), None)
+    given = losses[0].args[0] if given is None and losses[0].args else given
+    if not isinstance(given, ast.Name):
+        return "the model changes its logits before the loss"
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) or node.lineno > losses[0].lineno:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if not any(isinstance(t, ast.Name) and t.id == given.id for t in targets):
+            continue
+        if _softcaps(tree, node) or (isinstance(node, ast.Assign) and _from_head(node.value, head)):
+            continue
+        return f"the model changes its logits before the loss: {ast.unparse(node)}"
+    return None
+
+
+def _from_head(value: ast.expr, head: str) -> bool:
+    """self.<head>(...), with .float() or .contiguous() after it or not."""
+    while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        if _path(value.func) == f"self.{head}":
+            return True
+        if value.func.attr not in ("float", "contiguous"):
+            return False
+        value = value.func.value
+    return False
+
+
+def _softcaps(tree: ast.AST, node: ast.AST) -> bool:
+    """node stands under an `if` on a softcap, which _refuse has seen to be off."""
+    return any(
+        isinstance(test, ast.If)
+        and any(field in ast.unparse(test.test) for field in _SOFTCAPS)
+        and any(inner is node for statement in test.body for inner in ast.walk(statement))
+        for test in ast.walk(tree)
+    )
+
+
+def _path(node: ast.expr) -> str:
+    return ast.unparse(node) if isinstance(node, ast.Attribute) else ""

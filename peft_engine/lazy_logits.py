@@ -1,0 +1,157 @@
+"""Logits that are not there yet: a tensor of their shape and dtype that keeps hidden states and head instead.
+
+The first operation on it forms them (once: all copies share the result) and runs on an ordinary tensor. Two
+ways lead here: torch's Python functions arrive at __torch_function__, before autograd, and get logits that
+autograd knows; C++ and autograd.Functions see a tensor whose grad_fn is _Deferred, and arrive at
+__torch_dispatch__ below autograd.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+
+class Source:
+    """hidden (..., K), weight (N, K), bias (N,) or None, and the dtype of their product."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ):
+        self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
+        self._versions = self._version()
+        self._value: torch.Tensor | None = None
+
+    def _version(self) -> tuple[int, ...]:
+        tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """hidden, weight and bias in the product's dtype (autocast's, where it was on)."""
+        if self._version() != self._versions:
+            raise RuntimeError(
+                "logits: the head's weight or input was changed in place (an optimizer step?) between the "
+                "model's run and the reading of its logits; read outputs.logits before that"
+            )
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return self.hidden.to(self.dtype), self.weight.to(self.dtype), bias
+
+    def wants_graph(self) -> bool:
+        """Whether autograd would record the product now."""
+        tensors = (self.hidden, self.weight, self.bias)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def value(self) -> torch.Tensor:
+        """The logits, formed at the first call; known to autograd where it is on."""
+        value = self._value
+        if value is None or (self.wants_graph() and not value.requires_grad):
+            with torch.autocast(self.hidden.device.type, enabled=False):
+                value = self._value = F.linear(*self.inputs())
+        return value
+
+
+class LazyLogits(torch.Tensor):
+    """Stands for source.value() in a dtype of its own; without its graph unless requires_grad."""
+
+    source: Source
+
+    @staticmethod
+    def __new__(cls, source: Source, dtype: torch.dtype) -> "LazyLogits":
+        shape = (*source.hidden.shape[:-1], source.weight.shape[0])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.hidden.device)
+        self.source = source
+        return self
+
+    def __init__(self, source: Source, dtype: torch.dtype):
+        pass
+
+    @staticmethod
+    def of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> "LazyLogits":
+        """What F.linear(hidden, weight, bias) would be, autocast included."""
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        return _Deferred.apply(hidden, weight, bias, Source(hidden, weight, bias, dtype))
+
+    def materialize(self) -> torch.Tensor:
+        """The logits as an ordinary tensor."""
+        value = self.source.value().to(self.dtype)
+        return value if self.requires_grad else value.detach()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in _NEEDS_NO_VALUE:
+            args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        kwargs = kwargs or {}
+        same = _still_lazy(func, args, kwargs)
+        if same is not None:
+            return same
+        with torch.no_grad():
+            args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+class _Deferred(torch.autograd.Function):
+    """hidden W^T + b as far as autograd knows; the backward is the product's."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, source: Source):
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = source.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return LazyLogits(source, source.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad):
+        hidden, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ weight.to(ctx.dtype)).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(ctx.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, dw, db, None
+
+
+_T = torch.Tensor
+# Functions that read no value, or that __torch_dispatch__ may keep lazy. All others form the logits.
+_NEEDS_NO_VALUE = {
+    *(getattr(_T, name).__get__ for name in (
+        "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "itemsize",
+        "nbytes", "is_sparse", "is_quantized", "is_nested", "is_meta", "is_mkldnn", "is_cuda", "is_cpu",
+        "is_mps", "is_xla", "_version", "output_nr", "_backward_hooks",
+    )),
+    _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_contiguous,
+    _T.is_floating_point, _T.is_complex, _T.is_inference, _T.__len__, _T.get_device, _T.storage_offset,
+    _T.float, _T.to, _T.cpu, _T.contiguous, _T.detach, _T.__getitem__, _T.type,
+    torch.is_floating_point, torch.numel, torch.detach,
+}  # fmt: skip
+
+
+def _still_lazy(func: Any, args: tuple, kwargs: dict) -> LazyLogits | None:
+    """A cast, a detach, or a slice of everything, as LazyLogits; None for what needs the values."""
+    aten, lazy = torch.ops.aten, args[0] if args else None
+    if not isinstance(lazy, LazyLogits):
+        return None
+    if func in (aten.detach.default, aten.alias.default):
+        return LazyLogits(lazy.source, lazy.dtype)
+    if func is aten._to_copy.default:
+        dtype, device = kwargs.get("dtype", lazy.dtype), kwargs.get("device", lazy.device)
+        others = set(kwargs) - {"dtype", "device", "memory_format", "non_blocking", "layout", "pin_memory"}
+        if device == lazy.device and dtype.is_floating_point and not others and not kwargs.get("pin_memory"):
+            return LazyLogits(lazy.source, dtype)
+    if func is aten.slice.Tensor:
+        dim, start, end, step = (*args[1:], *(None,) * 4)[:4]
+        if not start and (end is None or end >= lazy.shape[dim or 0]) and step in (None, 1):
+            return LazyLogits(lazy.source, lazy.dtype)
+    return None
