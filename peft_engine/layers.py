@@ -262,9 +262,11 @@ def _intervals(mask: torch.Tensor) -> Intervals | None:
     if torch.compiler.is_compiling():  # it reads the values of the mask
         return None
     kept = getattr(mask, "_peft_engine_intervals", None)
-    if kept is None or kept[0] != mask._version:
-        kept = mask._version, intervals_from_mask(mask)
-        mask._peft_engine_intervals = kept  # type: ignore[attr-defined]
+    if mask.is_inference():  # counts no versions: a copy tells whether it was changed in place
+        if kept is None or not torch.equal(kept[0], mask):
+            kept = mask._peft_engine_intervals = mask.clone(), intervals_from_mask(mask)  # type: ignore[attr-defined]
+    elif kept is None or kept[0] != mask._version:
+        kept = mask._peft_engine_intervals = mask._version, intervals_from_mask(mask)  # type: ignore[attr-defined]
     return kept[1]
 
 
@@ -325,7 +327,7 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
 
 
 def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[str, str, str]:
-    """What runs in a module that has a fused class: the op, the backend ("" when its own code), why no faster.
+    """What runs in a module that has a fused class: the op, the backend ("": its own code), why none faster.
 
     dtype: of the activations; that of the module's first floating-point parameter when None.
     """

@@ -245,12 +245,13 @@ def test_a_mask_with_holes_is_obeyed():
     torch.testing.assert_close(got, want)
 
 
-def test_a_mask_changed_in_place_is_read_again():
+@pytest.mark.parametrize("without_gradient", [torch.no_grad, torch.inference_mode])
+def test_a_mask_changed_in_place_is_read_again(without_gradient):
     model = make()
     fuse(model)
     ids = torch.randint(3, 61, (1, 12))
-    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
-    with torch.no_grad():
+    with without_gradient():
+        mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
         before = model(ids, attention_mask=mask).logits
         mask[..., :3] = False
         after = model(ids, attention_mask=mask).logits
