@@ -1,8 +1,8 @@
 """Which backend runs an op for these arguments, and why not a faster one.
 
 An op registers backends in the order of preference. Each has `refuse(call) -> str | None`, the reason it will
-not take this call, and an implementation. `call` is a small hashable description (device, dtypes, layout), so the
-answer is looked up, not worked out, from the second time on.
+not take this call, and an implementation. `call` is a small hashable description (device, dtypes, layout), so
+the answer is looked up, not worked out, from the second time on.
 """
 
 import contextlib

@@ -6,7 +6,6 @@ optimising once, and copies and pickles of an optimised model are optimised.
 """
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ import torch
 
 from peft_engine import native
 from peft_engine.dispatch import BackendError
+from peft_engine.heads import attach_head, describe_head, detach_head
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
@@ -38,10 +38,7 @@ def optimize(model: torch.nn.Module) -> Report:
     Raises ValueError, with nothing changed, when bitsandbytes has repacked weights at an evaluation.
     """
     _refuse_repacked(model)
-    if _HEADS:
-        from peft_engine import heads
-
-        heads.detach_head(model)  # an adapter may have come around the head since it was joined with its loss
+    detach_head(model)  # an adapter may have come around the head since it was joined with its loss
     # bitsandbytes' layers first: whether PEFT's layer around one can be fused depends on it.
     for adapters in (False, True):
         for module in model.modules():
@@ -49,8 +46,7 @@ def optimize(model: torch.nn.Module) -> Report:
                 fused, _, _ = _fused_class(module)
                 if fused is not None and type(module) is not fused:
                     _set_class(module, fused)
-    if _HEADS:
-        heads.attach_head(model)
+    attach_head(model)
     return explain(model)
 
 
@@ -69,10 +65,7 @@ def unoptimize(model: ModelType) -> ModelType:
     for module in stand_ins.values():
         module.__dict__.pop("_nf4", None)
         _set_class(module, _stood_for(module))
-    if _HEADS:
-        from peft_engine import heads
-
-        heads.detach_head(model)
+    detach_head(model)
     return model
 
 
@@ -82,9 +75,6 @@ def explain(model: torch.nn.Module) -> Report:
 
 
 # --- which class --------------------------------------------------------------------------------------------
-
-_LAYERS = importlib.util.find_spec("peft_engine.layers") is not None
-_HEADS = importlib.util.find_spec("peft_engine.heads") is not None
 
 
 def _fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
@@ -97,8 +87,8 @@ def _fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         from peft_engine import bnb_layers
 
         return bnb_layers.fused_class(module)
-    if _LAYERS and "transformers" in sys.modules:
-        from peft_engine import layers
+    if "transformers" in sys.modules:
+        from peft_engine import layers  # imports transformers
 
         return layers.fused_class(module)
     return None, "", ""
@@ -177,14 +167,12 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
 
 def _head(model: Any) -> torch.nn.Module | None:
     """The output head, for which the loss is an op of its own."""
-    get = getattr(model, "get_output_embeddings", None) if _HEADS else None
+    get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
 
 
 def _head_line(name: str, model: torch.nn.Module, head: torch.nn.Module) -> LayerReport:
-    from peft_engine import heads
-
-    line = dataclasses.replace(heads.describe_head(model), name=name)
+    line = dataclasses.replace(describe_head(model), name=name)
     if _is_stand_in(head):  # a fused adapter around the head: name the class that the model had
         kind = _kind(head)
         reason = line.reason.replace(type(head).__name__, kind)

@@ -6,7 +6,7 @@ Hu et al. 2021, arXiv 2106.09685; Dettmers et al. 2023, arXiv 2305.14314.
     dh = s dy B                        dx = dy W + drop'(dh A)
     dA = dh^T drop(x)                  dB = s dy^T h
 
-x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: x, h (M x R) and the weights, no more.
+x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: x, h (M x R) and the weights.
 Dropout keeps element (m, k) by a hash of the seed, the row and the column, so no mask is stored.
 """
 
@@ -48,8 +48,8 @@ def lora_linear(
     """y = x W^T + bias + scaling * drop(x) A^T B^T, of shape (..., N) and x's dtype.
 
     x (..., K) float32, bfloat16 or float16; weight (N, K) of x's dtype, or an NF4Tensor; lora_a (R, K) and
-    lora_b (N, R), of x's dtype or float32, or both None; bias (N,); seed an int64 tensor of one element, needed
-    when dropout_p > 0 (draw it with torch.randint, so that checkpointing draws it again).
+    lora_b (N, R), of x's dtype or float32, or both None; bias (N,); seed an int64 tensor of one element,
+    needed when dropout_p > 0 (draw it with torch.randint, so that checkpointing draws it again).
     Gradients flow to x, lora_a, lora_b and bias; the weight is frozen.
     Raises ValueError or TypeError that says which argument does not fit.
     """
@@ -169,7 +169,8 @@ native.library.define(
 
 @torch.library.register_fake("peft_engine::lora_linear_forward")
 def _(
-    x, weight, absmax, nested_absmax, offset, blocksize, out_features, lora_a, lora_b, scaling, bias, dropout_p, seed,
+    x, weight, absmax, nested_absmax, offset, blocksize, out_features, lora_a, lora_b, scaling, bias,
+    dropout_p, seed,
 ):  # fmt: skip
     rank = 0 if lora_a is None else lora_a.shape[0]
     rows = x.numel() // x.shape[-1]
@@ -180,7 +181,8 @@ def _(
 
 @torch.library.register_fake("peft_engine::lora_linear_backward")
 def _(
-    dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed, need_dx,
+    dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed,
+    need_dx,
 ):  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     if lora_a is None:
@@ -191,7 +193,8 @@ def _(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed,
+        ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p,
+        seed,
     ):  # fmt: skip
         y, h = torch.ops.peft_engine.lora_linear_forward(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
@@ -226,6 +229,7 @@ class _LoraLinear(torch.autograd.Function):
 
 def _cpu(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Tensor:
     x = x.contiguous()
+    base: tuple[Any, ...]
     if isinstance(weight, NF4Tensor):
         base = weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize
     else:
