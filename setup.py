@@ -85,7 +85,7 @@ setup(
                 "-fvisibility=hidden",
                 "-Wall",
                 "-Wno-unknown-pragmas",
-                "-Wno-maybe-uninitialized",
+                "-Wno-maybe-uninitialized", "-Wno-uninitialized",
                 "-ffp-contract=off",
             ],
             libraries=["torch", "torch_cpu", "c10"],

@@ -39,11 +39,11 @@ def test_without_a_compiler_the_build_fails_where_the_library_is_required(tmp_pa
 @pytest.fixture
 def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As on a machine where no compiler ran."""
-    native.load_error.cache_clear()
+    native._load.cache_clear()
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
     yield
     monkeypatch.undo()
-    native.load_error.cache_clear()
+    native._load.cache_clear()
 
 
 def test_a_missing_library_is_reported_with_the_command_that_mends_it(no_library):

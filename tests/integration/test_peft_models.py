@@ -150,7 +150,12 @@ def test_state_dict_copies_and_pickles_survive(make, base):
     assert list(model.state_dict()) == keys
     twin = copy.deepcopy(model)
     _same_step(_step(twin), before)
-    assert "_nf4" not in pickle.loads(pickle.dumps(next(_peft_layers(model)))).get_base_layer().__dict__
+    layer = next(_peft_layers(model))
+    x = torch.randn(3, 64)
+    stored = pickle.dumps(layer)
+    expected = layer(x)
+    assert torch.equal(pickle.loads(stored)(x), expected)
+    assert len(pickle.dumps(layer)) < len(stored) + 64  # no view of the weight is stored beside it
 
 
 def _peft_layers(model):
@@ -264,15 +269,6 @@ def test_a_forward_replaced_on_the_instance_is_left_alone(make):
     hooks.remove_hook_from_module(model, recurse=True)
     pe.unoptimize(model)
     assert type(second) is peft.tuners.lora.Linear
-
-
-def test_fused_layers_compile_without_a_graph_break(make, base):
-    model = make(base)
-    pe.optimize(model)
-    layer = next(_peft_layers(model))
-    x = torch.randn(3, 64, requires_grad=True)
-    expected = layer(x)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
 
 
 def test_a_model_repacked_by_bitsandbytes_is_refused_with_the_way_out(make):

@@ -63,3 +63,12 @@ def test_hf_trainer_trains_saves_and_resumes_an_optimised_model(make, base, tmp_
     assert len(losses) == 4 and losses[-1] < losses[0]
     pe.optimize(again)
     assert train(again, 4, resume=str(tmp_path / "checkpoint-2"))[2:] == losses[2:]
+
+
+def test_fused_layers_compile_without_a_graph_break(make, base):
+    model = make(base)
+    pe.optimize(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    x = torch.randn(3, 64, requires_grad=True)
+    expected = layer(x)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)

@@ -1,0 +1,119 @@
+// lora_linear on the CPU: y = x W^T + b + s (x A^T) B^T and its gradients. The maths is in peft_engine/ops/lora_linear.py.
+#include "cpu/lora_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "cpu/scratch.h"
+#include "cpu/tensors.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define PE_KERNELS "cpu/lora_linear.inl"
+#include "cpu/foreach_isa.h"
+
+namespace pe {
+namespace {
+
+// Tiles of 16 rows in a weight's panel. A panel's block is 16 KiB a tile and its sums are up to 32 KiB a tile: 16 tiles
+// fill 3/8 of 2 MiB of L2, 8 of 1 MiB.
+int64_t most_tiles() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t tiles = sysconf(_SC_LEVEL2_CACHE_SIZE) >= (2 << 20) ? 16 : 8;
+  return tiles;
+#else
+  return 8;
+#endif
+}
+
+Adapter adapter_of(const std::optional<Tensor>& a, const std::optional<Tensor>& b, double scaling, double p,
+                   const std::optional<Tensor>& seed) {
+  Adapter out;
+  if (!a) return out;
+  out.a = a->const_data_ptr();
+  out.b = b->const_data_ptr();
+  out.type = type_of(*a);
+  out.rank = a->size(0);
+  out.scaling = static_cast<float>(scaling);
+  if (p > 0.0) {
+    out.dropout_p = static_cast<float>(p);
+    out.threshold = static_cast<uint32_t>(std::llrint(p * 4294967296.0));
+    out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax,
+                                      std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
+                                      int64_t out_features, std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
+                                      double scaling, std::optional<Tensor> bias, double dropout_p,
+                                      std::optional<Tensor> seed) {
+  const int64_t k = x.size(x.dim() - 1);
+  LoraLinearForward f{};
+  f.rows = 1;
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    shape.push_back(x.size(d));
+    f.rows *= x.size(d);
+  }
+  shape.push_back(out_features);
+  f.x = x.const_data_ptr();
+  f.type = type_of(x);
+  f.w = matrix_of(weight, absmax, nested_absmax, offset, blocksize, out_features, k);
+  f.adapter = adapter_of(lora_a, lora_b, scaling, dropout_p, seed);
+  if (bias) {
+    f.bias = bias->const_data_ptr();
+    f.bias_type = type_of(*bias);
+  }
+  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor h = torch::stable::new_empty(x, {f.adapter.rank > 0 ? f.rows : 0, f.adapter.rank}, torch::headeronly::ScalarType::Float);
+  f.y = y.mutable_data_ptr();
+  f.h = static_cast<float*>(h.mutable_data_ptr());
+  if (f.rows > 0 && out_features > 0) PE_CALL(lora_linear_forward)(f, torch::stable::get_num_threads(), most_tiles());
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax,
+                                               std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
+                                               std::optional<Tensor> lora_a, std::optional<Tensor> lora_b, std::optional<Tensor> h,
+                                               double scaling, double dropout_p, std::optional<Tensor> seed, bool need_dx) {
+  const int64_t k = x.size(x.dim() - 1), n = dy.size(dy.dim() - 1);
+  LoraLinearBackward f{};
+  f.rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) f.rows *= x.size(d);
+  f.dy = dy.const_data_ptr();
+  f.x = x.const_data_ptr();
+  f.type = type_of(dy);
+  f.w = matrix_of(weight, absmax, nested_absmax, offset, blocksize, n, k);
+  f.adapter = adapter_of(lora_a, lora_b, scaling, dropout_p, seed);
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; need_dx && d < x.dim(); ++d) shape.push_back(x.size(d));
+  if (!need_dx) shape.push_back(0);
+  Tensor dx = torch::stable::new_empty(dy, shape);
+  const bool adapter_grads = lora_a && h;
+  Tensor da = lora_a ? torch::stable::empty_like(*lora_a) : torch::stable::new_empty(dy, {0});
+  Tensor db = lora_b ? torch::stable::empty_like(*lora_b) : torch::stable::new_empty(dy, {0});
+  if (need_dx) f.dx = dx.mutable_data_ptr();
+  if (adapter_grads) {
+    f.h = static_cast<const float*>(h->const_data_ptr());
+    f.da = da.mutable_data_ptr();
+    f.db = db.mutable_data_ptr();
+  }
+  PE_CALL(lora_linear_backward)(f, torch::stable::get_num_threads(), most_tiles());
+  return {dx, da, db};
+}
+
+}  // namespace
+}  // namespace pe
+
+STABLE_TORCH_LIBRARY_IMPL(peft_engine, CPU, m) {
+  m.impl("lora_linear_forward", TORCH_BOX(&pe::forward_op));
+  m.impl("lora_linear_backward", TORCH_BOX(&pe::backward_op));
+}

@@ -1,0 +1,238 @@
+// Operands of the tile products: dense, NF4 and masked matrices laid out as tiles. Included once per instruction set.
+//
+// Contractions along a weight's row of NF4 pairs take the values of each 128 in an order in which decoding is cheapest:
+// the packed bytes are 32 words of four indices, and register q holds the q-th index, from the low bits, of every word.
+// The other operand is laid out in the same order ("interleaved"), and a sum does not care.
+
+#include "cpu/nf4_decode.inl"
+#include "cpu/tiles.inl"
+
+// The dropout of lora_linear: element (row, column) is kept when its hash is not below the threshold.
+struct Dropout {
+  bool on = false;
+  uint32_t threshold = 0;
+  uint64_t seed = 0;
+  float scale = 1.0f;  // 1 / (1 - p)
+
+  static uint32_t mix(uint32_t h) {
+    h = (h ^ h >> 16) * 0x85EBCA6Bu;
+    h = (h ^ h >> 13) * 0xC2B2AE35u;
+    return h ^ h >> 16;
+  }
+  uint32_t row_key(int64_t row) const {
+    const uint64_t r = static_cast<uint64_t>(row);
+    const uint32_t high = mix(static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(r >> 32));
+    return mix(static_cast<uint32_t>(seed) ^ mix(static_cast<uint32_t>(r) ^ high));
+  }
+  // All ones where (key's row, column) is kept, else zero.
+  uint32_t keep(uint32_t key, int64_t column) const {
+    return mix(key + static_cast<uint32_t>(column) * 0x9E3779B9u) >= threshold ? 0xFFFFFFFFu : 0u;
+  }
+};
+
+// A matrix as an operand reads it: with what lies outside of it, and what dropout takes, as zeros.
+struct Source {
+  Matrix m;
+  Dropout dropout;
+};
+
+// n <= 64 values from (row, col) as floats, zeros up to 64 and outside the matrix.
+inline void read64(const Source& s, int64_t row, int64_t col, float* out) {
+  const int64_t left = s.m.cols - col;
+  const int n = row >= s.m.rows || left <= 0 ? 0 : static_cast<int>(left < 64 ? left : 64);
+  if (n == 0) {
+    memset(out, 0, 64 * sizeof(float));
+    return;
+  }
+  const int64_t i = row * s.m.cols + col;
+  if (s.m.type == Type::nf4) {
+    if (n == 64 && i % 64 == 0) decode64(s.m, i, out);
+    else decode_any(s.m, i, n, out);
+  } else {
+    for (int j = 0; j < 64; j += 16) load_up_to_16(s.m.data, s.m.type, i + j, n - j < 0 ? 0 : n - j < 16 ? n - j : 16, out + j);
+  }
+  if (s.dropout.on) {
+    const uint32_t key = s.dropout.row_key(row);
+    for (int j = 0; j < n; ++j) out[j] = s.dropout.keep(key, col + j) ? out[j] : 0.0f;
+  }
+}
+
+#if PE_LEVEL >= 3
+// The same as bf16, two registers.
+inline void read64_bf16(const Source& s, int64_t row, int64_t col, __m512i* first, __m512i* second) {
+  if (s.m.type == Type::bf16 && !s.dropout.on && row < s.m.rows && col + 64 <= s.m.cols) {
+    const uint16_t* from = static_cast<const uint16_t*>(s.m.data) + row * s.m.cols + col;
+    *first = _mm512_loadu_si512(from);
+    *second = _mm512_loadu_si512(from + 32);
+    return;
+  }
+  float v[64];
+  read64(s, row, col, v);
+  *first = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(v + 16), _mm512_loadu_ps(v));
+  *second = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(v + 48), _mm512_loadu_ps(v + 32));
+}
+
+// 128 natural bf16 values in four registers to the interleaved order.
+inline void interleave128(__m512i v[4]) {
+  __m512i out[4];
+  constexpr int kShift[4] = {16, 0, 48, 32};  // index q of a word is value 1, 0, 3, 2 of its four
+  for (int q = 0; q < 4; ++q) {
+    __m128i part[4];
+    for (int i = 0; i < 4; ++i) part[i] = _mm512_cvtepi64_epi16(_mm512_srli_epi64(v[i], static_cast<unsigned>(kShift[q])));
+    out[q] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(part[1], part[0])), _mm256_set_m128i(part[3], part[2]), 1);
+  }
+  for (int q = 0; q < 4; ++q) v[q] = out[q];
+}
+
+// Scales of `blocks` blocks of 64 from value i (a multiple of 64) of an NF4 matrix.
+inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) {
+  const int64_t first = i >> 6;
+  int64_t b = 0;
+  if (w.block_shift == 6 && w.absmax_index != nullptr) {
+    for (; b + 16 <= blocks; b += 16) {
+      const int64_t from = first + b;
+      if ((from >> 8) != ((from + 15) >> 8)) break;  // two nested scales: one at a time
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax_index + from)));
+      const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
+      _mm512_storeu_ps(out + b, _mm512_add_ps(_mm512_mul_ps(code, _mm512_set1_ps(w.nested_absmax[from >> 8])), _mm512_set1_ps(w.offset)));
+    }
+  }
+  for (; b < blocks; ++b) out[b] = w.scale((first + b) >> (w.block_shift - 6));
+}
+
+// 128 NF4 values, interleaved, as bf16; the second 64 are zeros when only one block is left.
+inline void decode128(const uint8_t* packed, const float* scale, bool whole, __m512i out[4]) {
+  const __m512i lane_bit = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512 code = _mm512_loadu_ps(kNf4Code);
+  const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(whole ? scale[1] : 0.0f)),
+                                                     _mm512_mul_ps(code, _mm512_set1_ps(scale[0])));
+  const __m512i words = whole ? _mm512_loadu_si512(packed)
+                              : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+  // (words & nibble) | lane_bit
+  out[0] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, nibble, lane_bit, 0xEA), table);
+  out[1] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, lane_bit, 0xEA), table);
+  out[2] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 8), nibble, lane_bit, 0xEA), table);
+  out[3] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 12), nibble, lane_bit, 0xEA), table);
+}
+#endif
+
+template <bool kPairs>
+constexpr int kStep = kPairs ? 32 : 16;  // values of the contraction in a step
+
+// Steps for `n` values. Interleaved operands take 128 at a time, the others 64.
+template <bool kPairs>
+inline int64_t steps_for(int64_t n, bool interleaved) {
+  const int64_t whole = interleaved ? 128 : 64;
+  return (n + whole - 1) / whole * whole / kStep<kPairs>;
+}
+
+template <bool kPairs>
+inline bool can_interleave(const Matrix& w) {
+  return kPairs && w.type == Type::nf4 && w.cols % 64 == 0;
+}
+
+// Left operand: rows [row0, row0 + 16 tiles) and steps [step0, step0 + steps) of a matrix, the contraction along its rows.
+template <bool kPairs>
+inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0, int64_t steps, uint32_t* out) {
+  const int64_t stride = steps * kTile;
+  for (int64_t r = 0; r < tiles * 16; ++r) {
+    const int64_t row = row0 + r;
+    uint32_t* to = out + (r / 16) * stride + (r % 16) * 16;
+    int64_t col = step0 * kStep<kPairs>;
+#if PE_LEVEL >= 3
+    if constexpr (kPairs) {
+      if (interleaved && s.m.type == Type::nf4 && row < s.m.rows) {
+        float scale[kMaxSteps / 2 + 16];
+        const int64_t i = row * s.m.cols + col;
+        const int64_t blocks = (s.m.cols - col < steps * 32 ? s.m.cols - col : steps * 32) / 64;
+        read_scales(s.m, i, blocks, scale);
+        const uint8_t* packed = static_cast<const uint8_t*>(s.m.data) + (i >> 1);
+        for (int64_t step = 0; step < steps; step += 4) {
+          const int64_t left = blocks - step / 2;
+          __m512i v[4];
+          if (left <= 0) v[0] = v[1] = v[2] = v[3] = _mm512_setzero_si512();
+          else decode128(packed + step * 16, scale + step / 2, left > 1, v);
+          for (int q = 0; q < 4; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+        }
+        continue;
+      }
+      for (int64_t step = 0; step < steps; step += interleaved ? 4 : 2) {
+        __m512i v[4];
+        read64_bf16(s, row, col + step * 32, &v[0], &v[1]);
+        if (interleaved) {
+          read64_bf16(s, row, col + step * 32 + 64, &v[2], &v[3]);
+          interleave128(v);
+          for (int q = 2; q < 4; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+        }
+        for (int q = 0; q < 2; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+      }
+      continue;
+    }
+#endif
+    float v[64];
+    for (int64_t step = 0; step < steps; step += 4) {
+      read64(s, row, col + step * 16, v);
+      for (int q = 0; q < 4; ++q) memcpy(to + (step + q) * kTile, v + 16 * q, 64);
+    }
+  }
+}
+
+// Right operand, transposed: columns of the product are rows [row0, row0 + 16 tiles) of a matrix.
+template <bool kPairs>
+inline void right_panel_of_rows(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0, int64_t steps,
+                                uint32_t* out) {
+  for (int64_t t = 0; t < tiles; ++t) {
+    uint32_t* to = out + t * steps * kTile;
+    left_panel<kPairs>(s, interleaved, row0 + 16 * t, 1, step0, steps, to);
+    for (int64_t step = 0; step < steps; ++step) {
+      alignas(64) uint32_t tile[kTile];
+      memcpy(tile, to + step * kTile, sizeof tile);
+      transpose16(tile, to + step * kTile);
+    }
+  }
+}
+
+// Right operand: columns [col0, col0 + 16 tiles) of a matrix, the contraction down its rows from step0. tiles % 4 == 0.
+template <bool kPairs>
+inline void right_panel(const Source& s, int64_t col0, int64_t tiles, int64_t step0, int64_t steps, uint32_t* out) {
+  const int64_t stride = steps * kTile;
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int k = 0; k < 16; ++k) {
+      uint32_t* to = out + step * kTile + 16 * k;
+#if PE_LEVEL >= 3
+      if constexpr (kPairs) {
+        const int64_t row = (step0 + step) * 32 + 2 * k;
+        const bool fast = s.m.type == Type::nf4 && s.m.cols % 64 == 0 && row + 1 < s.m.rows;
+        for (int64_t t = 0; t < tiles; t += 4) {
+          const int64_t col = col0 + 16 * t;
+          __m512i a[2], b[2];
+          if (fast && col + 64 <= s.m.cols) {
+            decode64_half<true>(s.m, row * s.m.cols + col, &a[0], &a[1]);
+            decode64_half<true>(s.m, (row + 1) * s.m.cols + col, &b[0], &b[1]);
+          } else {
+            // The order in which unpacking leaves 16 neighbours together: quarters 0 2 4 6 1 3 5 7 of four values.
+            const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+            read64_bf16(s, row, col, &a[0], &a[1]);
+            read64_bf16(s, row + 1, col, &b[0], &b[1]);
+            for (int i = 0; i < 2; ++i) {
+              a[i] = _mm512_permutexvar_epi64(order, a[i]);
+              b[i] = _mm512_permutexvar_epi64(order, b[i]);
+            }
+          }
+          for (int i = 0; i < 2; ++i) {
+            _mm512_storeu_si512(to + (t + 2 * i) * stride, _mm512_unpacklo_epi16(a[i], b[i]));
+            _mm512_storeu_si512(to + (t + 2 * i + 1) * stride, _mm512_unpackhi_epi16(a[i], b[i]));
+          }
+        }
+        continue;
+      }
+#endif
+      float v[64];
+      for (int64_t t = 0; t < tiles; t += 4) {
+        read64(s, (step0 + step) * 16 + k, col0 + 16 * t, v);
+        for (int q = 0; q < 4; ++q) memcpy(to + (t + q) * stride, v + 16 * q, 64);
+      }
+    }
+  }
+}

@@ -1,0 +1,232 @@
+// Products of 16 x 16 tiles of 32-bit words. Included once per instruction set.
+//
+// A word is one float, or (kPairs, AVX512-BF16 and AMX) two bf16 neighbours in the contraction. A tile of the left
+// operand holds 16 rows of 16 words along the contraction (a "step"); one of the right operand 16 words along the
+// contraction, each for 16 columns. Tiles are 1 KiB, contiguous, step after step: the layout AMX loads, and the one
+// from which the vector units broadcast. The result is 16 x 16 floats.
+
+constexpr int kTile = 256;           // words in a tile
+constexpr int64_t kMaxSteps = 64;    // the most steps a panel holds
+
+inline void transpose16(const uint32_t* in, uint32_t* out) {
+#if PE_LEVEL >= 2
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + 16 * i);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // r[4g + c] holds, in its lane l, column 4l + c of rows 4g .. 4g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i lo01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), hi01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xDD);
+    const __m512i lo23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88),
+                  hi23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xDD);
+    _mm512_storeu_si512(out + 16 * c, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+    _mm512_storeu_si512(out + 16 * (4 + c), _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+    _mm512_storeu_si512(out + 16 * (8 + c), _mm512_shuffle_i32x4(lo01, lo23, 0xDD));
+    _mm512_storeu_si512(out + 16 * (12 + c), _mm512_shuffle_i32x4(hi01, hi23, 0xDD));
+  }
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) out[16 * j + i] = in[16 * i + j];
+#endif
+}
+
+#if PE_LEVEL >= 4
+// Tile registers: 0-3 accumulate; the shape of all eight is set once per parallel region.
+struct TileUnit {
+  TileUnit() {
+    alignas(64) uint8_t config[64] = {1};  // palette 1
+    for (int t = 0; t < 8; ++t) {
+      config[16 + 2 * t] = 64;  // bytes in a row
+      config[48 + t] = 16;      // rows
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileUnit() { _tile_release(); }
+};
+
+template <int kRows, int kCols>
+inline void amx_multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t steps, float* c,
+                         int64_t c_stride) {
+  _tile_loadd(0, c, 64);
+  if constexpr (kCols > 1) _tile_loadd(1, c + kTile, 64);
+  if constexpr (kRows > 1) _tile_loadd(2, c + c_stride, 64);
+  if constexpr (kRows > 1 && kCols > 1) _tile_loadd(3, c + c_stride + kTile, 64);
+  for (int64_t s = 0; s < steps; ++s) {
+    const uint32_t *as = a + s * kTile, *bs = b + s * kTile;
+    _tile_loadd(6, bs, 64);
+    _tile_loadd(4, as, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kCols > 1) {
+      _tile_loadd(7, bs + b_stride, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows > 1) {
+      _tile_loadd(5, as + a_stride, 64);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kRows > 1 && kCols > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, 64);
+  if constexpr (kCols > 1) _tile_stored(1, c + kTile, 64);
+  if constexpr (kRows > 1) _tile_stored(2, c + c_stride, 64);
+  if constexpr (kRows > 1 && kCols > 1) _tile_stored(3, c + c_stride + kTile, 64);
+}
+
+// Four left tiles against one right tile: four sums in flight where there is a single column of tiles.
+inline void amx_multiply_4x1(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t steps, float* c,
+                             int64_t c_stride) {
+  _tile_loadd(0, c, 64);
+  _tile_loadd(1, c + c_stride, 64);
+  _tile_loadd(2, c + 2 * c_stride, 64);
+  _tile_loadd(3, c + 3 * c_stride, 64);
+  for (int64_t s = 0; s < steps; ++s) {
+    const uint32_t* as = a + s * kTile;
+    _tile_loadd(7, b + s * kTile, 64);
+    _tile_loadd(4, as, 64);
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_loadd(5, as + a_stride, 64);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(6, as + 2 * a_stride, 64);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_loadd(4, as + 3 * a_stride, 64);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + c_stride, 64);
+  _tile_stored(2, c + 2 * c_stride, 64);
+  _tile_stored(3, c + 3 * c_stride, 64);
+}
+#else
+struct TileUnit {
+  TileUnit() {}
+};
+#endif
+
+// Steps summed on their own before they join the result: short sums lose less to rounding than one long one.
+template <bool kPairs>
+constexpr int64_t kSumSteps = kPairs ? 2 : 4;
+
+// One tile of rows against kCols (1 or 2) tiles of columns, at most kSumSteps steps.
+template <bool kPairs, int kCols>
+inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t steps, float* c) {
+#if PE_LEVEL >= 2
+  for (int half = 0; half < 16; half += 8) {
+    __m512 sum[8][kCols];
+    for (int r = 0; r < 8; ++r)
+      for (int j = 0; j < kCols; ++j) sum[r][j] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < steps; ++s) {
+      const uint32_t *as = a + s * kTile + 16 * half, *bs = b + s * kTile;
+      for (int k = 0; k < 16; ++k) {
+        __m512i right[kCols];
+        for (int j = 0; j < kCols; ++j) right[j] = _mm512_loadu_si512(bs + j * b_stride + 16 * k);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) {
+          const __m512i left = _mm512_set1_epi32(static_cast<int>(as[16 * r + k]));
+          for (int j = 0; j < kCols; ++j) {
+#if PE_LEVEL >= 3
+            if constexpr (kPairs) {
+              sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)left, (__m512bh)right[j]);
+              continue;
+            }
+#endif
+            sum[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right[j]), sum[r][j]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < 8; ++r)
+      for (int j = 0; j < kCols; ++j) {
+        float* to = c + j * kTile + 16 * (half + r);
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][j]));
+      }
+  }
+#elif PE_LEVEL == 1
+  const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
+  for (int j = 0; j < kCols; ++j) {
+    for (int quarter = 0; quarter < 16; quarter += 4) {
+      float* to = c + j * kTile + 16 * quarter;
+      __m256 low[4], high[4];
+      for (int r = 0; r < 4; ++r) {
+        low[r] = _mm256_setzero_ps();
+        high[r] = _mm256_setzero_ps();
+      }
+      for (int64_t s = 0; s < steps; ++s) {
+        const float *as = af + s * kTile + 16 * quarter, *bs = bf + s * kTile + j * b_stride;
+        for (int k = 0; k < 16; ++k) {
+          const __m256 right_low = _mm256_loadu_ps(bs + 16 * k), right_high = _mm256_loadu_ps(bs + 16 * k + 8);
+#pragma GCC unroll 4
+          for (int r = 0; r < 4; ++r) {
+            const __m256 left = _mm256_broadcast_ss(as + 16 * r + k);
+            low[r] = _mm256_fmadd_ps(left, right_low, low[r]);
+            high[r] = _mm256_fmadd_ps(left, right_high, high[r]);
+          }
+        }
+      }
+      for (int r = 0; r < 4; ++r) {
+        _mm256_storeu_ps(to + 16 * r, _mm256_add_ps(_mm256_loadu_ps(to + 16 * r), low[r]));
+        _mm256_storeu_ps(to + 16 * r + 8, _mm256_add_ps(_mm256_loadu_ps(to + 16 * r + 8), high[r]));
+      }
+    }
+  }
+#else
+  const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
+  for (int j = 0; j < kCols; ++j) {
+    for (int r = 0; r < 16; ++r) {
+      float sum[16] = {};
+      for (int64_t s = 0; s < steps; ++s) {
+        const float *as = af + s * kTile + 16 * r, *bs = bf + s * kTile + j * b_stride;
+        for (int k = 0; k < 16; ++k)
+          for (int i = 0; i < 16; ++i) sum[i] += as[k] * bs[16 * k + i];
+      }
+      for (int i = 0; i < 16; ++i) c[j * kTile + 16 * r + i] += sum[i];
+    }
+  }
+#endif
+}
+
+// C += A B over `steps`: rows tiles of A, cols tiles of B, C tile (r, j) at c + r * c_stride + j * kTile. Strides in words.
+template <bool kPairs>
+inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t cols,
+                     int64_t steps, float* c, int64_t c_stride) {
+#if PE_LEVEL >= 4
+  if constexpr (kPairs) {
+    int64_t j = 0;
+    for (; j + 2 <= cols; j += 2) {
+      int64_t r = 0;
+      for (; r + 2 <= rows; r += 2)
+        amx_multiply<2, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+      if (r < rows)
+        amx_multiply<1, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+    }
+    if (j < cols) {
+      int64_t r = 0;
+      for (; r + 4 <= rows; r += 4)
+        amx_multiply_4x1(a + r * a_stride, a_stride, b + j * b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+      for (; r + 2 <= rows; r += 2)
+        amx_multiply<2, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+      if (r < rows)
+        amx_multiply<1, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+    }
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < cols; j += 2) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = c + r * c_stride + j * kTile;
+      for (int64_t s = 0; s < steps; s += kSumSteps<kPairs>) {
+        const int64_t n = steps - s < kSumSteps<kPairs> ? steps - s : kSumSteps<kPairs>;
+        const uint32_t *left = a + r * a_stride + s * kTile, *right = b + j * b_stride + s * kTile;
+        if (j + 2 <= cols) vector_multiply<kPairs, 2>(left, right, b_stride, n, to);
+        else vector_multiply<kPairs, 1>(left, right, b_stride, n, to);
+      }
+    }
+  }
+}

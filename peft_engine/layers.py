@@ -1,0 +1,350 @@
+"""Fused layers of transformers' decoder models: RMSNorm, the SwiGLU MLP, and attention with rotary.
+
+Each is a subclass of the layer it stands for and adds no attribute, so that an instance becomes one by
+setting its class. The projections inside (q_proj, gate_proj, ...) may be any, adapted and quantised ones too.
+"""
+
+# mypy: disable-error-code="misc"
+# (the mixins come first in the order of resolution in order to override what the models declare)
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.granite import modeling_granite as granite
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.smollm3 import modeling_smollm3 as smollm3
+
+from peft_engine.dispatch import BackendError, Choice
+from peft_engine.ops.attention import ATTENTION, AttentionCall, Intervals, attention, intervals_from_mask
+from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
+from peft_engine.ops.rotary import rotary_by_token
+from peft_engine.ops.swiglu import SWIGLU, SwigluCall, swiglu
+
+# --- RMSNorm ------------------------------------------------------------------------------------------------
+
+
+class _RMSNorm:
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if weight.dtype != hidden_states.dtype:
+            # A float32 weight beside a half-precision input gives float32, as the layer's own product does.
+            dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+            hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+        return rms_norm(hidden_states, weight, self.variance_epsilon)
+
+
+class LlamaRMSNorm(_RMSNorm, llama.LlamaRMSNorm):
+    """Llama's RMSNorm in one pass."""
+
+
+class MistralRMSNorm(_RMSNorm, mistral.MistralRMSNorm):
+    """Mistral's RMSNorm in one pass."""
+
+
+class Qwen2RMSNorm(_RMSNorm, qwen2.Qwen2RMSNorm):
+    """Qwen2's RMSNorm in one pass."""
+
+
+class Qwen3RMSNorm(_RMSNorm, qwen3.Qwen3RMSNorm):
+    """Qwen3's RMSNorm in one pass, over the hidden dimension or a head's."""
+
+
+class Phi3RMSNorm(_RMSNorm, phi3.Phi3RMSNorm):
+    """Phi-3's RMSNorm in one pass."""
+
+
+class SmolLM3RMSNorm(_RMSNorm, smollm3.SmolLM3RMSNorm):
+    """SmolLM3's RMSNorm in one pass."""
+
+
+class GraniteRMSNorm(_RMSNorm, granite.GraniteRMSNorm):
+    """Granite's RMSNorm in one pass."""
+
+
+class GemmaRMSNorm(gemma.GemmaRMSNorm):
+    """Gemma's RMSNorm, which multiplies by 1 + weight, in one pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.float()
+        return rms_norm(x, weight, self.eps, offset=1.0)
+
+
+# --- MLP ----------------------------------------------------------------------------------------------------
+
+
+class _MLP:
+    _modules: dict[str, Any]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules = self._modules
+        return modules["down_proj"](swiglu(modules["gate_proj"](x), modules["up_proj"](x)))
+
+
+class LlamaMLP(_MLP, llama.LlamaMLP):
+    """Llama's MLP with silu(gate) * up in one pass."""
+
+
+class MistralMLP(_MLP, mistral.MistralMLP):
+    """Mistral's MLP with silu(gate) * up in one pass."""
+
+
+class Qwen2MLP(_MLP, qwen2.Qwen2MLP):
+    """Qwen2's MLP with silu(gate) * up in one pass."""
+
+
+class Qwen3MLP(_MLP, qwen3.Qwen3MLP):
+    """Qwen3's MLP with silu(gate) * up in one pass."""
+
+
+class SmolLM3MLP(_MLP, smollm3.SmolLM3MLP):
+    """SmolLM3's MLP with silu(gate) * up in one pass."""
+
+
+class GraniteMLP(_MLP, granite.GraniteMLP):
+    """Granite's MLP with silu(gate) * up in one pass."""
+
+
+class GemmaMLP(_MLP, gemma.GemmaMLP):
+    """Gemma's MLP with silu(gate) * up in one pass, where it is set to silu."""
+
+
+class Phi3MLP(phi3.Phi3MLP):
+    """Phi-3's MLP, whose gate and up are halves of one product, with silu(gate) * up in one pass."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(swiglu(*self.gate_up_proj(hidden_states).chunk(2, dim=-1)))
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+# Arguments that change what attention computes: with one of them the layer's own code runs.
+_SPECIAL = frozenset(("position_bias", "softcap", "cache", "is_causal", "s_aux"))
+
+
+class _Attention:
+    _modules: dict[str, Any]
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    num_key_value_groups: int
+    attention_dropout: float
+    is_causal: bool
+    training: bool
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        special = kwargs.keys() & _SPECIAL
+        if _own_attention(self) or any(kwargs[name] is not None for name in special):
+            return super().forward(  # type: ignore[misc]
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        q, k, v = self._heads(hidden_states)
+        if self.__dict__.get("use_rope", True):
+            q, k = _rotated(q, k, *position_embeddings)  # type: ignore[misc]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        out = _attend(q, k, v, attention_mask, self.scaling)
+        out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        return self._modules["o_proj"](out), None
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v of x (B, T, H), each (B, T, heads, head_dim)."""
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        modules = self._modules  # a look-up of its own: Module.__getattr__ costs as much as a view
+        return (
+            modules["q_proj"](x).view(shape),
+            modules["k_proj"](x).view(shape),
+            modules["v_proj"](x).view(shape),
+        )
+
+
+class LlamaAttention(_Attention, llama.LlamaAttention):
+    """Llama's attention with fused rotary, and documents of a packed row taken one by one."""
+
+
+class MistralAttention(_Attention, mistral.MistralAttention):
+    """Mistral's attention, as LlamaAttention; a sliding window is an interval of keys."""
+
+
+class Qwen2Attention(_Attention, qwen2.Qwen2Attention):
+    """Qwen2's attention, as LlamaAttention."""
+
+
+class Qwen3Attention(_Attention, qwen3.Qwen3Attention):
+    """Qwen3's attention, as LlamaAttention, with its norms of q and k."""
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k = self.q_norm(self.q_proj(x).view(shape)), self.k_norm(self.k_proj(x).view(shape))
+        return q, k, self.v_proj(x).view(shape)
+
+
+class SmolLM3Attention(_Attention, smollm3.SmolLM3Attention):
+    """SmolLM3's attention, as LlamaAttention; some of its layers have no rotary."""
+
+
+class GemmaAttention(_Attention, gemma.GemmaAttention):
+    """Gemma's attention, as LlamaAttention."""
+
+
+class GraniteAttention(_Attention, granite.GraniteAttention):
+    """Granite's attention, as LlamaAttention, with its own scale."""
+
+
+class Phi3Attention(_Attention, phi3.Phi3Attention):
+    """Phi-3's attention, whose q, k and v are parts of one product, read in place; partial rotary."""
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        kv: int = self.num_key_value_heads  # type: ignore[assignment]
+        return heads.split((heads.shape[-2] - 2 * kv, kv, kv), dim=-2)
+
+
+def _own_attention(module: Any) -> str:
+    """Why the layer's own code runs, or nothing; what is set may change after the layer was fused."""
+    if module.config._attn_implementation != "sdpa":
+        return f"attention is set to {module.config._attn_implementation}; the fused one stands for sdpa"
+    if not module.is_causal:
+        return "it is bidirectional"
+    if module.training and module.attention_dropout:
+        return f"attention_dropout is {module.attention_dropout}"
+    return ""
+
+
+def _rotated(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    if q.dtype == cos.dtype:
+        return rotary_by_token(q, k, cos, sin)
+    # Autocast: the angles have the precision of the hidden states, q and k that of the linears.
+    turned = rotary_by_token(q.to(cos.dtype), k.to(cos.dtype), cos, sin)
+    return turned[0].to(q.dtype), turned[1].to(k.dtype)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attention with the mask that transformers makes for sdpa; None is causal, and one query sees all."""
+    queries = q.shape[2]
+    if queries == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if mask is None:
+        if k.shape[2] > queries:  # a static cache before its first token: the later slots are empty
+            k, v = k[:, :, :queries], v[:, :, :queries]
+        return attention(q, k, v, scale=scale)
+    intervals = _intervals(mask)
+    if intervals is not None:
+        return attention(q, k, v, intervals=intervals, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _intervals(mask: torch.Tensor) -> Intervals | None:
+    """intervals_from_mask, worked out by the first layer and kept on the mask, which all layers get."""
+    if torch.compiler.is_compiling():  # it reads the values of the mask
+        return None
+    kept = getattr(mask, "_peft_engine_intervals", None)
+    if kept is None or kept[0] != mask._version:
+        kept = mask._version, intervals_from_mask(mask)
+        mask._peft_engine_intervals = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
+# --- which class --------------------------------------------------------------------------------------------
+
+_NORMS = (
+    LlamaRMSNorm,
+    MistralRMSNorm,
+    Qwen2RMSNorm,
+    Qwen3RMSNorm,
+    Phi3RMSNorm,
+    SmolLM3RMSNorm,
+    GraniteRMSNorm,
+    GemmaRMSNorm,
+)
+_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP, GraniteMLP, GemmaMLP, Phi3MLP)
+_ATTENTIONS = (
+    LlamaAttention,
+    MistralAttention,
+    Qwen2Attention,
+    Qwen3Attention,
+    SmolLM3Attention,
+    GemmaAttention,
+    GraniteAttention,
+    Phi3Attention,
+)
+_OPS = {
+    cls: op
+    for op, classes in (("rms_norm", _NORMS), ("swiglu", _MLPS), ("attention", _ATTENTIONS))
+    for cls in classes
+}
+_FUSED = {cls.__bases__[-1]: cls for cls in _OPS} | {cls: cls for cls in _OPS}
+_SUFFIXES = {"RMSNorm": "rms_norm", "MLP": "swiglu", "Attention": "attention"}
+
+
+def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
+    """The fused class for a module (its own, where it has it), the op, and why there is none.
+
+    ("", "") beside None for a module that no op here stands for.
+    """
+    kind = type(module)
+    fused = _FUSED.get(kind)
+    if fused is None:
+        op = next((op for suffix, op in _SUFFIXES.items() if kind.__name__.endswith(suffix)), "")
+        return None, op, f"no fused layer stands for {kind.__name__}" if op else ""
+    op = _OPS[fused]
+    why = ""
+    if op == "swiglu":
+        act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if not isinstance(act, torch.nn.SiLU) and getattr(module.config, "hidden_act", "") not in (
+            "silu",
+            "swish",
+        ):
+            why = f"its activation is {type(act).__name__}; the fused product is that of SiLU"
+    elif op == "attention":
+        why = _own_attention(module)
+    return (None, op, why) if why else (fused, op, "")
+
+
+def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[str, str, str]:
+    """What runs in a module that has a fused class: the op, the backend ("" when its own code), why no faster.
+
+    dtype: of the activations; that of the module's first floating-point parameter when None.
+    """
+    _, op, why = fused_class(module)
+    if why:
+        return op, "", why
+    tensors = [t for t in module.parameters() if t.is_floating_point()]
+    device = next(module.parameters()).device.type
+    dtype = dtype or (tensors[0].dtype if tensors else torch.float32)
+    try:
+        choice = _choice(op, device, dtype)
+    except BackendError as error:
+        return op, "", str(error)
+    return op, choice.backend, choice.reason
+
+
+def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
+    if op == "rms_norm":
+        return RMS_NORM.choose(RmsNormCall(device, dtype, dtype))
+    if op == "swiglu":
+        return SWIGLU.choose(SwigluCall(device, dtype))
+    return ATTENTION.choose(AttentionCall(device, dtype))

@@ -1,0 +1,95 @@
+"""swiglu on every instruction set against float64, by the rule of twice the reference's own error."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_engine.ops import swiglu as module
+from peft_engine.ops.swiglu import reference, swiglu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_twice_as_good(got, plain, exact, what=""):
+    if exact.numel() == 0:
+        assert got.shape == exact.shape
+        return
+    error, allowed = (got.double() - exact), (plain.double() - exact)
+    ulp = torch.finfo(got.dtype).eps * exact.abs().max()
+    assert error.abs().max() <= 2 * allowed.abs().max() + ulp, what
+    assert error.norm() <= 2 * allowed.norm() + ulp, what
+
+
+def run(function, gate, up, dy):
+    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    y = function(gate, up)
+    return (y.detach(), *torch.autograd.grad(y, (gate, up), dy))
+
+
+def check(gate, up, dy, what):
+    got, plain = run(swiglu, gate, up, dy), run(reference, gate, up, dy)
+    exact = run(reference, gate.double(), up.double(), dy.double())
+    for name, a, b, c in zip(("y", "dgate", "dup"), got, plain, exact, strict=True):
+        assert_twice_as_good(a, b, c, f"{name} {what}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1536), (2, 3, 17), (130, 64), (1,), (5, 1031)])
+def test_output_and_gradients_are_within_twice_the_reference_error(isa, shape, dtype):
+    for scale in (1e-6, 1.0, 30.0):
+        gate, up, dy = (torch.randn(shape).to(dtype) * s for s in (scale, 1.0, 1.0))
+        check(gate, up, dy, f"{shape} {dtype} {scale}")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 70), st.integers(0, 200), st.sampled_from(DTYPES), st.sampled_from((1e-6, 1.0, 100.0)))
+def test_any_shape_and_magnitude(rows, n, dtype, scale):
+    gate, up, dy = (torch.randn(rows, n).to(dtype) * s for s in (scale, 1.0, 1.0))
+    check(gate, up, dy, f"{rows}x{n} {dtype} {scale}")
+
+
+def test_halves_of_one_row_are_read_in_place(isa):
+    both = torch.randn(2, 5, 38)
+    gate, up = both.chunk(2, dim=-1)
+    assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+    check(gate, up, torch.randn(2, 5, 19), "chunked")
+
+
+def test_strides_do_not_change_the_answer(isa):
+    gate, up = torch.randn(6, 9).t(), torch.randn(9, 12)[:, ::2]
+    assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+    check(gate, up, torch.ones(()).expand(9, 6), "strided")
+
+
+def test_far_tails_saturate(isa):
+    gate = torch.tensor([-1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e4])
+    y = swiglu(gate, torch.ones(7))
+    assert torch.equal(y[[0, 1, 3, 4, 5, 6]], torch.tensor([0.0, 0.0, 0.0, 88.0, 200.0, 1e4]))
+    assert swiglu(torch.tensor([float("nan")]), torch.ones(1)).isnan().all()
+
+
+def test_gradient_of_the_reference_is_exact():
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(reference, (gate, up))
+
+
+def test_without_gradient_no_autograd_node_is_made(isa, monkeypatch):
+    monkeypatch.setattr(module._Swiglu, "apply", None)
+    with torch.no_grad():
+        assert swiglu(torch.randn(1, 8, requires_grad=True), torch.randn(1, 8)).shape == (1, 8)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"swiglu: gate and up must have one shape.*\(2, 8\).*\(2, 7\)"):
+        swiglu(torch.randn(2, 8), torch.randn(2, 7))
+
+
+def test_it_traces_whole(isa):
+    compiled = torch.compile(lambda g, u: swiglu(g, u) * 2, fullgraph=True, backend="aot_eager")
+    gate, up = (torch.randn(3, 16, requires_grad=True) for _ in range(2))
+    y = compiled(gate, up)
+    assert torch.equal(y, swiglu(gate, up) * 2)
+    got = torch.autograd.grad(y.sum(), (gate, up))
+    want = torch.autograd.grad((swiglu(gate, up) * 2).sum(), (gate, up))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
