@@ -220,7 +220,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss of every row, and for "mean" and "sum" their reduction.
 
     The gradient of x is that of every row times a number known only in the backward, so the forward can write
-    it. So is that of W where the number is one for all rows, unless the sum of rows not yet scaled could leave
+    it. So is that of W where the number is one for all rows, unless a sum of unscaled rows could leave
     float16's range. For "none", and float16's "sum", the backward computes it, from x.
     """
 
