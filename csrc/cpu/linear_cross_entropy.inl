@@ -91,7 +91,8 @@ PE_INLINE F16 exp_nonpositive(const F16& x) {
 }
 
 struct RowStats {
-  float max, sum;
+  float max;
+  double sum;
 };
 
 template <Type type>
@@ -132,7 +133,7 @@ RowStats row_stats(const void* row, int64_t n) {
   double sum = 0.0;
   for (const F16& v : s)
     for (int j = 0; j < 16; ++j) sum += v[j];
-  return {max, static_cast<float>(sum)};
+  return {max, sum};
 }
 
 // columns first .. first + n of the row's gradient; label counts from the first.
@@ -141,7 +142,7 @@ void row_gradient(void* row, int64_t n, int64_t label, RowStats stats, float sca
   const int64_t full = n & ~int64_t{15};
   const int rest = static_cast<int>(n - full);
   const bool here = label >= 0 && label < n;
-  const float factor = scale / stats.sum;
+  const float factor = static_cast<float>(scale / stats.sum);
   float at_label = 0.0f;
   if (here) {  // before the row is overwritten
     const double p = std::exp(static_cast<double>(load_one(row, type, label)) - stats.max) / stats.sum;
@@ -162,9 +163,8 @@ void rows_loss(const Logits& l, int64_t begin, int64_t end, float* loss, float* 
     char* row = l.row(r);
     const RowStats s = row_stats<type>(row, l.cols);
     stats[2 * r] = s.max;
-    stats[2 * r + 1] = s.sum;
-    loss[r] = static_cast<float>(std::log(static_cast<double>(s.sum)) -
-                                 (static_cast<double>(load_one(row, type, l.labels[r])) - s.max));
+    stats[2 * r + 1] = static_cast<float>(s.sum);
+    loss[r] = static_cast<float>(std::log(s.sum) - (static_cast<double>(load_one(row, type, l.labels[r])) - s.max));
     if (write_gradient) row_gradient<type>(row, l.cols, l.labels[r], s, l.scale[r]);
   }
 }

@@ -220,12 +220,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss of every row, and for "mean" and "sum" their reduction.
 
     The gradient of x is that of every row times a number known only in the backward, so the forward can write
-    it. So is dW for "mean" and "sum"; for "none" the backward computes it, from x.
+    it. So is that of W where the number is one for all rows, unless a sum of unscaled rows could leave
+    float16's range. For "none", and float16's "sum", the backward computes it, from x.
     """
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, labels, ignore_index, reduction, need_dx, need_dw, need_db):
-        now = reduction != "none"
+        now = reduction == "mean" or (reduction == "sum" and x.dtype != torch.float16)
         loss, dx, dw, db = torch.ops.peft_engine.linear_cross_entropy(
             x,
             weight,
@@ -243,7 +244,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx, dw, db, labels,
             x if later else None, weight if later else None, bias if later else None,
         )  # fmt: skip
-        ctx.settings = ignore_index, reduction, need_dx, need_dw, need_db
+        ctx.settings = ignore_index, need_dx, need_dw, need_db
         if reduction == "none":
             return loss
         # In float64, which costs nothing here: elsewhere no rounding can add up over rows.
@@ -256,20 +257,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad):
         dx, dw, db, labels, x, weight, bias = ctx.saved_tensors
-        ignore_index, reduction, need_dx, need_dw, need_db = ctx.settings
-        if reduction == "none":
-            if need_dw or need_db:
-                _, _, dw, db = torch.ops.peft_engine.linear_cross_entropy(
-                    x, weight, bias, labels, ignore_index, grad.contiguous(), False, False, need_dw, need_db
-                )
-            dx = (dx * grad[..., None]).to(dx.dtype) if need_dx else None
-            return dx, dw if need_dw else None, db if need_db else None, None, None, None, None, None, None
-        return (
-            dx * grad if need_dx else None,
-            dw * grad if need_dw else None,
-            db * grad if need_db else None,
-            None, None, None, None, None, None,
-        )  # fmt: skip
+        ignore_index, need_dx, need_dw, need_db = ctx.settings
+        by_row = grad.expand(labels.shape)
+        if x is not None:
+            _, _, dw, db = torch.ops.peft_engine.linear_cross_entropy(
+                x, weight, bias, labels, ignore_index, by_row.contiguous(), False, False, need_dw, need_db
+            )
+        elif need_dw or need_db:
+            dw, db = dw * grad, db * grad
+        dx = (dx * by_row[..., None]).to(dx.dtype) if need_dx else None
+        return dx, dw if need_dw else None, db if need_db else None, None, None, None, None, None, None
 
 
 def _cpu(x, weight, labels, bias, ignore_index, reduction) -> torch.Tensor:
