@@ -59,7 +59,7 @@ inline uint16_t float_to_f16(float v) {
 
 #if PE_LEVEL >= 2
 // 16 floats rounded to bf16.
-inline __m256i round_bf16(__m512 v) {
+PE_INLINE __m256i round_bf16(__m512 v) {
 #if PE_LEVEL >= 3
   return (__m256i)_mm512_cvtneps_pbh(v);
 #else
@@ -71,7 +71,7 @@ inline __m256i round_bf16(__m512 v) {
 #endif
 }
 
-inline __m512 widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+PE_INLINE __m512 widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 #endif
 
 // One element of a dense matrix, as float.

@@ -1,7 +1,19 @@
 // y = x W^T for a few rows of x: the packed weight is read once and decoded in registers. Included once per instruction
 // set. Floor: the packed bytes over the memory bandwidth.
 
-constexpr int kFewRows = 4;
+constexpr int kRowsAtOnce = 4;  // their sums fit the registers
+
+// The most rows for which this is faster than panels: ms at 4096 x 4096 on one thread, AMX 1.38 by panels against 1.37
+// and 1.67 at 3 and 4 rows here; AVX512-BF16 6.5 by panels at any number up to 16 against 0.44 + 0.31 a row here
+// (bench/results/cpu-intel-r-xeon-r-processor/lora_linear.csv).
+#if PE_LEVEL >= 4
+template <bool kPairs>
+constexpr int kFewRows = kPairs ? 3 : 12;
+#else
+template <bool kPairs>
+constexpr int kFewRows = 12;
+#endif
+constexpr int kMostFewRows = 12;
 
 inline float sum16(const float* v) {
   float s = 0.0f;
@@ -57,8 +69,10 @@ inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& sourc
     const int64_t i = n * w.cols;
     const uint8_t* packed = static_cast<const uint8_t*>(w.data) + (i >> 1);
     if constexpr (kInterleaved) read_scales(w, i, blocks, scale);
-    __m512 sum[kRows][2];
-    for (int m = 0; m < kRows; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    __m512 sum[kRows][4];  // a dot instruction waits for the one before it on the same sum: four are in flight
+    for (int m = 0; m < kRows; ++m)
+      for (int q = 0; q < 4; ++q) sum[m][q] = _mm512_setzero_ps();
+#pragma GCC unroll 2
     for (int64_t b = 0; b < blocks; b += 2) {
       __m512i v[4];
       if constexpr (kInterleaved) {
@@ -71,12 +85,12 @@ inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& sourc
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q)
         for (int m = 0; m < kRows; ++m)
-          sum[m][q & 1] = _mm512_dpbf16_ps(sum[m][q & 1], (__m512bh)v[q], (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + q * 32));
+          sum[m][q] = _mm512_dpbf16_ps(sum[m][q], (__m512bh)v[q], (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + q * 32));
     }
     float add[kRows];
     extras(extra, n, kRows, add);
     for (int m = 0; m < kRows; ++m)
-      store_one(y, type, m * w.rows + n, _mm512_reduce_add_ps(_mm512_add_ps(sum[m][0], sum[m][1])) + add[m]);
+      store_one(y, type, m * w.rows + n, _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]), _mm512_add_ps(sum[m][2], sum[m][3]))) + add[m]);
   }
 }
 #endif
@@ -99,7 +113,7 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
   }
 }
 
-// Rows [n0, n1) of W for all of `rows` <= kFewRows rows of x.
+// Rows [n0, n1) of W for all of `rows` <= kRowsAtOnce rows of x.
 template <bool kPairs>
 inline void few_rows(const void* x, int64_t stride, int rows, const Source& w, int64_t n0, int64_t n1, const Extra& extra, Type type, void* y) {
 #if PE_LEVEL >= 3

@@ -12,6 +12,9 @@
 // System headers must be included before foreach_isa.h: code shared between levels must not be compiled for a high one.
 #pragma once
 
+// For the innermost steps: a call there would spill every vector register.
+#define PE_INLINE inline __attribute__((always_inline))
+
 namespace pe {
 
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };

@@ -10,8 +10,6 @@
 
 #include "cpu/convert.inl"
 
-#define PE_INLINE inline __attribute__((always_inline))
-
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
@@ -197,4 +195,3 @@ void cross_entropy_gradient(const Logits& l, int64_t begin, int64_t end, const f
   }
 }
 
-#undef PE_INLINE

@@ -45,7 +45,7 @@ inline void decode64(const Matrix& w, int64_t i, float* out) {
 // 64 values of a 16-bit type (bf16 or f16) in two registers. kForUnpack orders each register so that unpacklo / unpackhi
 // of two such rows give pairs (row, row + 1) of 16 consecutive columns; otherwise the order is natural.
 template <bool kForUnpack, bool kBf16 = true>
-inline void decode64_half(const Matrix& w, int64_t i, __m512i* first, __m512i* second) {
+PE_INLINE void decode64_half(const Matrix& w, int64_t i, __m512i* first, __m512i* second) {
   const uint8_t* packed = static_cast<const uint8_t*>(w.data) + (i >> 1);
   const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(kNf4Code), _mm512_set1_ps(w.scale(i >> w.block_shift)));
   // The index has five bits, one of them garbage: the table is held twice.

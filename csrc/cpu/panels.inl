@@ -73,7 +73,7 @@ inline void read64_bf16(const Source& s, int64_t row, int64_t col, __m512i* firs
 }
 
 // 128 natural bf16 values in four registers to the interleaved order.
-inline void interleave128(__m512i v[4]) {
+PE_INLINE void interleave128(__m512i v[4]) {
   __m512i out[4];
   constexpr int kShift[4] = {16, 0, 48, 32};  // index q of a word is value 1, 0, 3, 2 of its four
   for (int q = 0; q < 4; ++q) {
@@ -101,7 +101,7 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
 }
 
 // 128 NF4 values, interleaved, as bf16; the second 64 are zeros when only one block is left.
-inline void decode128(const uint8_t* packed, const float* scale, bool whole, __m512i out[4]) {
+PE_INLINE void decode128(const uint8_t* packed, const float* scale, bool whole, __m512i out[4]) {
   const __m512i lane_bit = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512 code = _mm512_loadu_ps(kNf4Code);

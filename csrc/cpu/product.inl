@@ -122,7 +122,7 @@ struct Plan {
     groups = panels >= threads ? 1 : (threads + panels - 1) / panels;
     group_tiles = ((act_tiles + groups - 1) / groups + 1) / 2 * 2;
     groups = group_tiles == 0 ? 0 : (act_tiles + group_tiles - 1) / group_tiles;
-    block_steps = few ? kMaxSteps : kBlockSteps;
+    block_steps = few ? 32 : kBlockSteps;
   }
   int64_t tasks() const { return panels * groups; }
 };
