@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from peft_engine.heads import FusedHeadLinear
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
 
@@ -202,10 +203,12 @@ def _tied_weights(model: torch.nn.Module) -> set[str]:
 def _refusal(module: torch.nn.Module) -> str | None:
     """Why a module that computes a linear map cannot become an NF4Linear; None if it can or is none."""
     kind = type(module)
-    origin = kind.__module__.split(".", 1)[0]
-    if origin == "bitsandbytes":
-        return f"is bitsandbytes' {kind.__name__}, quantised already (optimize takes it as it is)"
-    if kind.__name__ == "Conv1D" and origin == "transformers":
+    if kind is FusedHeadLinear:
+        return "is joined with the loss by optimize; call unoptimize(model) first, and optimize after"
+    for theirs in kind.__mro__:  # a fused layer stands for one of bitsandbytes
+        if theirs.__module__.startswith("bitsandbytes."):
+            return f"is bitsandbytes' {theirs.__name__}, quantised already (optimize takes it as it is)"
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return "is a transformers Conv1D, whose weight is stored transposed"
     if isinstance(module, torch.nn.Linear) and "forward" in module.__dict__:
         return "has its forward replaced (by accelerate's dispatch?); load the model on one device"

@@ -23,34 +23,41 @@ inline Source dense(const void* data, Type type, int64_t rows, int64_t cols) {
   return s;
 }
 
-// A dense matrix (rows, cols) times `factor` as matrices that a product of pairs takes: three bf16 terms, or itself.
+// n contiguous values of a dense matrix times `factor` as bf16 terms: out[t] holds the t-th of each.
+inline void bf16_terms(const Matrix& m, int64_t i, int64_t n, float factor, int terms, uint16_t* const* out) {
+  for (int64_t start = 0; start < n; start += 16) {
+    const int count = static_cast<int>(n - start < 16 ? n - start : 16);
+    float v[16];
+    load_up_to_16(m.data, m.type, i + start, count, v);
+    for (int j = 0; j < 16; ++j) v[j] *= factor;
+    for (int t = 0; t < terms; ++t) {
+      uint16_t term[16];
+      for (int j = 0; j < 16; ++j) term[j] = float_to_bf16(v[j]);
+      for (int j = 0; j < 16; ++j) v[j] -= bf16_to_float(term[j]);
+      memcpy(out[t] + start, term, static_cast<size_t>(count) * 2);
+    }
+  }
+}
+
+// A dense matrix as matrices that a product of pairs takes: three bf16 terms, or itself.
 struct Terms {
   Source term[3];
   int count = 1;
 };
 
 template <bool kPairs>
-inline Terms split(const Source& s, float factor, bool transposed, void* buffer) {
+inline Terms split(const Source& s, bool threads, uint16_t* buffer) {
   Terms out;
-  const int64_t rows = transposed ? s.m.cols : s.m.rows, cols = transposed ? s.m.rows : s.m.cols;
-  out.count = !kPairs || (s.m.type == Type::bf16 && factor == 1.0f) ? 1 : 3;
-  uint16_t* bf16 = static_cast<uint16_t*>(buffer);
-  float* f32 = static_cast<float*>(buffer);
-  const int64_t n = rows * cols;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t from = transposed ? i % cols * rows + i / cols : i;
-    float v = load_one(s.m.data, s.m.type, from) * factor;
-    if constexpr (!kPairs) {
-      f32[i] = v;
-      continue;
-    }
-    for (int t = 0; t < out.count; ++t) {
-      bf16[t * n + i] = float_to_bf16(v);
-      v -= bf16_to_float(bf16[t * n + i]);
-    }
-  }
-  for (int t = 0; t < out.count; ++t)
-    out.term[t] = kPairs ? dense(bf16 + t * n, Type::bf16, rows, cols) : dense(f32, Type::f32, rows, cols);
+  out.term[0] = s;
+  if (!kPairs || s.m.type == Type::bf16) return out;
+  const int64_t n = s.m.rows * s.m.cols;
+  out.count = 3;
+  for (int t = 0; t < 3; ++t) out.term[t] = dense(buffer + t * n, Type::bf16, s.m.rows, s.m.cols);
+  in_parallel(s.m.rows, threads, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * s.m.cols;
+    uint16_t* const to[3] = {buffer + at, buffer + n + at, buffer + 2 * n + at};
+    bf16_terms(s.m, at, (end - begin) * s.m.cols, 1.0f, 3, to);
+  });
   return out;
 }
 
@@ -63,35 +70,38 @@ inline int64_t wide_rank(int64_t rank) {
 // Rows of an (n, rank) matrix times `factor` as those columns: [v1 | v2 | v1] beside [w1 | w1 | w2] of the other operand.
 template <bool kPairs>
 inline void widen_rows(const void* data, Type type, int64_t row0, int64_t row1, int64_t rank, float factor, bool first, void* out) {
+  const Source s = dense(data, type, row1, rank);
   for (int64_t n = row0; n < row1; ++n) {
-    for (int64_t r = 0; r < rank; ++r) {
-      const float v = load_one(data, type, n * rank + r) * factor;
-      if constexpr (!kPairs) {
-        static_cast<float*>(out)[n * rank + r] = v;
-        continue;
-      }
-      uint16_t* to = static_cast<uint16_t*>(out) + n * 3 * rank + r;
-      const uint16_t high = float_to_bf16(v), low = float_to_bf16(v - bf16_to_float(high));
-      to[0] = high;
-      to[rank] = first ? low : high;
-      to[2 * rank] = first ? high : low;
+    if constexpr (!kPairs) {
+      for (int64_t r = 0; r < rank; ++r) static_cast<float*>(out)[n * rank + r] = load_one(data, type, n * rank + r) * factor;
+      continue;
     }
+    uint16_t* to = static_cast<uint16_t*>(out) + n * 3 * rank;
+    uint16_t* const parts[2] = {to, to + (first ? 1 : 2) * rank};
+    bf16_terms(s.m, n * rank, rank, factor, 2, parts);
+    memcpy(to + (first ? 2 : 1) * rank, to, static_cast<size_t>(rank) * 2);
   }
 }
 
-// (rank, cols) times 1 as more rows of the contraction: [w1 ; w1 ; w2].
+// (rank, cols) as more rows of the contraction: [w1 ; w1 ; w2].
 template <bool kPairs>
-inline Source widen_columns(const Source& a, void* out) {
-  const int64_t n = a.m.rows * a.m.cols;
+inline Source widen_columns(const Source& a, bool threads, uint16_t* to) {
   if constexpr (!kPairs) return a;
-  uint16_t* to = static_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = load_one(a.m.data, a.m.type, i);
-    const uint16_t high = float_to_bf16(v);
-    to[i] = to[n + i] = high;
-    to[2 * n + i] = float_to_bf16(v - bf16_to_float(high));
-  }
+  const int64_t n = a.m.rows * a.m.cols;
+  in_parallel(a.m.rows, threads, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * a.m.cols, count = (end - begin) * a.m.cols;
+    uint16_t* const parts[2] = {to + at, to + 2 * n + at};
+    bf16_terms(a.m, at, count, 1.0f, 2, parts);
+    memcpy(to + n + at, to + at, static_cast<size_t>(count) * 2);
+  });
   return dense(to, Type::bf16, 3 * a.m.rows, a.m.cols);
+}
+
+// The transpose of a (rows, cols) matrix of floats.
+inline Source transposed(const float* data, int64_t rows, int64_t cols, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) out[c * rows + r] = data[r * cols + c];
+  return dense(out, Type::f32, cols, rows);
 }
 
 inline Dropout dropout_of(const Adapter& adapter) {
@@ -196,8 +206,7 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   Terms a;
   uint16_t* wide_h = nullptr;
   if (rank > 0) {
-    // Six bytes are three bf16 terms, and no less than a float.
-    a = split<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), 1.0f, false, scratch<uint16_t>(Slot::adapter, 3 * rank * k));
+    a = split<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth, scratch<uint16_t>(Slot::adapter, 3 * rank * k));
     uint16_t* wide_b = scratch<uint16_t>(Slot::transposed, aligned(3 * rank * n) + 3 * rank * kChunkRows);
     wide_h = wide_b + aligned(3 * rank * n);
     in_parallel(n, worth, [&](int64_t begin, int64_t end) {
@@ -265,8 +274,9 @@ inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64
   uint32_t* act = scratch<uint32_t>(Slot::activations, 6 * words);
   Segment segments[2];
   for (int which = 0; which < 2; ++which) {
-    const Terms t = split<kPairs>(dense(which == 0 ? dh : f.h, Type::f32, f.rows, rank), 1.0f, true,
-                                  scratch<uint16_t>(Slot::transposed, 3 * rank * f.rows));
+    float* turned = scratch<float>(Slot::transposed, rank * f.rows * 3);
+    const Terms t = split<kPairs>(transposed(which == 0 ? dh : f.h, f.rows, rank, turned), false,
+                                  reinterpret_cast<uint16_t*>(turned + rank * f.rows));
     Segment& s = segments[which];
     s.acts = t.count;
     s.steps = steps;
@@ -318,11 +328,11 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
   int first = 1;  // product[1] is the base
   if (rank > 0) {
     first = 0;
-    b = split<kPairs>(dense(f.adapter.b, f.adapter.type, n, rank), 1.0f, false, scratch<uint16_t>(Slot::adapter, 3 * rank * n));
+    b = split<kPairs>(dense(f.adapter.b, f.adapter.type, n, rank), worth, scratch<uint16_t>(Slot::adapter, 3 * rank * n));
     uint16_t* wide_a = scratch<uint16_t>(Slot::few_rows, aligned(3 * rank * k) + 3 * rank * kChunkRows + 2 * rank * f.rows);
     wide_dh = wide_a + aligned(3 * rank * k);
     dh = reinterpret_cast<float*>(wide_dh + 3 * rank * kChunkRows);  // 512 rows keep the alignment
-    if (f.dx != nullptr) product[0].w = widen_columns<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), wide_a);
+    if (f.dx != nullptr) product[0].w = widen_columns<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth, wide_a);
     product[0].steps = steps_for<kPairs>(wide, false);
     product[0].then_mask = dropout.on;
   }

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, LoraSettings, settings_for
 
@@ -272,6 +273,13 @@ def _check_layer(path: str, module: Any, who: str) -> None:
             )
         return
     kind = type(module)
+    if kind is FusedHeadLinear:
+        raise TypeError(
+            f"{who}: {path} is the output head, joined with the loss by optimize; call "
+            "peft_engine.unoptimize(model) first, and optimize after"
+        )
+    # A fused layer of ours is a subclass of the one it stands for.
+    kind = next(c for c in kind.__mro__ if not c.__module__.startswith("peft_engine."))
     library = kind.__module__.split(".")[0]
     if kind.__name__ == "Conv1D" and library == "transformers":
         why = "a transformers Conv1D, whose weight is stored transposed"
