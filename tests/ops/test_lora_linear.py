@@ -26,7 +26,7 @@ def exact_weight(weight, dtype):
 
 
 def assert_twice_as_good(got, plain, exact, terms, what):
-    """The largest error and the norm are at most twice plain torch's. Where that happens to be exact: plus one
+    """The largest error and the norm are at most twice plain torch's. Where that is exact by luck: plus one
     unit in the last place of the result and one of the float32 sum (its terms' magnitudes added up).
     """
     assert got.shape == exact.shape and got.dtype == plain.dtype, what
