@@ -77,17 +77,25 @@ PE_INLINE __m512 widen_bf16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_
 // One element of a dense matrix, as float.
 inline float load_one(const void* data, Type type, int64_t i) {
   switch (type) {
-    case Type::f32: return static_cast<const float*>(data)[i];
-    case Type::bf16: return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return f16_to_float(static_cast<const uint16_t*>(data)[i]);
+    case Type::f32:
+      return static_cast<const float*>(data)[i];
+    case Type::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return f16_to_float(static_cast<const uint16_t*>(data)[i]);
   }
 }
 
 inline void store_one(void* data, Type type, int64_t i, float v) {
   switch (type) {
-    case Type::f32: static_cast<float*>(data)[i] = v; break;
-    case Type::bf16: static_cast<uint16_t*>(data)[i] = float_to_bf16(v); break;
-    default: static_cast<uint16_t*>(data)[i] = float_to_f16(v);
+    case Type::f32:
+      static_cast<float*>(data)[i] = v;
+      break;
+    case Type::bf16:
+      static_cast<uint16_t*>(data)[i] = float_to_bf16(v);
+      break;
+    default:
+      static_cast<uint16_t*>(data)[i] = float_to_f16(v);
   }
 }
 

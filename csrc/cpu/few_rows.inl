@@ -60,8 +60,8 @@ inline void extras(const Extra& extra, int64_t n, int rows, float* out) {
 #if PE_LEVEL >= 3
 // x: rows of bf16, each `stride` values long, zeros beyond K, interleaved where the weight is.
 template <int kRows, bool kInterleaved>
-inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& source, int64_t n0, int64_t n1, const Extra& extra,
-                          Type type, void* y) {
+inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& source, int64_t n0, int64_t n1,
+                          const Extra& extra, Type type, void* y) {
   const Matrix& w = source.m;
   const int64_t blocks = (w.cols + 63) / 64;
   float* scale = scratch<float>(Slot::few_rows, blocks + 16);
@@ -85,19 +85,24 @@ inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& sourc
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q)
         for (int m = 0; m < kRows; ++m)
-          sum[m][q] = _mm512_dpbf16_ps(sum[m][q], (__m512bh)v[q], (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + q * 32));
+          sum[m][q] = _mm512_dpbf16_ps(sum[m][q], (__m512bh)v[q],
+                                       (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + q * 32));
     }
     float add[kRows];
     extras(extra, n, kRows, add);
     for (int m = 0; m < kRows; ++m)
-      store_one(y, type, m * w.rows + n, _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]), _mm512_add_ps(sum[m][2], sum[m][3]))) + add[m]);
+      store_one(y, type, m * w.rows + n,
+                _mm512_reduce_add_ps(
+                    _mm512_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]), _mm512_add_ps(sum[m][2], sum[m][3]))) +
+                    add[m]);
   }
 }
 #endif
 
 // x: rows of floats, each `stride` long, zeros beyond K.
 template <int kRows>
-inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_t n0, int64_t n1, const Extra& extra, Type type, void* y) {
+inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_t n0, int64_t n1, const Extra& extra,
+                         Type type, void* y) {
   for (int64_t n = n0; n < n1; ++n) {
     float sum[kRows][16] = {};
     for (int64_t k = 0; k < w.m.cols; k += 64) {
@@ -115,7 +120,8 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
 
 // Rows [n0, n1) of W for all of `rows` <= kRowsAtOnce rows of x.
 template <bool kPairs>
-inline void few_rows(const void* x, int64_t stride, int rows, const Source& w, int64_t n0, int64_t n1, const Extra& extra, Type type, void* y) {
+inline void few_rows(const void* x, int64_t stride, int rows, const Source& w, int64_t n0, int64_t n1,
+                     const Extra& extra, Type type, void* y) {
 #if PE_LEVEL >= 3
   if constexpr (kPairs) {
     const uint16_t* from = static_cast<const uint16_t*>(x);

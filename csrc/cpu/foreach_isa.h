@@ -49,7 +49,8 @@ namespace pe::avx512_bf16 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#pragma GCC target( \
+    "amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2,prefer-vector-width=512")
 #define PE_LEVEL 4
 #define PE_NAMESPACE amx
 namespace pe::amx {

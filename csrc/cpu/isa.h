@@ -26,7 +26,7 @@ void set_isa(Isa level);
 }  // namespace pe
 
 #if defined(__x86_64__)
-#define PE_CALL(function)                                              \
+#define PE_CALL(function)                                                        \
   (::pe::current_isa() == ::pe::Isa::amx           ? ::pe::amx::function         \
    : ::pe::current_isa() == ::pe::Isa::avx512_bf16 ? ::pe::avx512_bf16::function \
    : ::pe::current_isa() == ::pe::Isa::avx512      ? ::pe::avx512::function      \

@@ -194,4 +194,3 @@ void cross_entropy_gradient(const Logits& l, int64_t begin, int64_t end, const f
       return rows_gradient<Type::f16>(l, begin, end, stats);
   }
 }
-

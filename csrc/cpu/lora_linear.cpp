@@ -51,10 +51,10 @@ Adapter adapter_of(const std::optional<Tensor>& a, const std::optional<Tensor>& 
 }
 
 std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax,
-                                      std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
-                                      int64_t out_features, std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
-                                      double scaling, std::optional<Tensor> bias, double dropout_p,
-                                      std::optional<Tensor> seed) {
+                                      std::optional<Tensor> nested_absmax, std::optional<Tensor> offset,
+                                      int64_t blocksize, int64_t out_features, std::optional<Tensor> lora_a,
+                                      std::optional<Tensor> lora_b, double scaling, std::optional<Tensor> bias,
+                                      double dropout_p, std::optional<Tensor> seed) {
   const int64_t k = x.size(x.dim() - 1);
   LoraLinearForward f{};
   f.rows = 1;
@@ -73,17 +73,20 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std
     f.bias_type = type_of(*bias);
   }
   Tensor y = torch::stable::new_empty(x, shape);
-  Tensor h = torch::stable::new_empty(x, {f.adapter.rank > 0 ? f.rows : 0, f.adapter.rank}, torch::headeronly::ScalarType::Float);
+  Tensor h = torch::stable::new_empty(x, {f.adapter.rank > 0 ? f.rows : 0, f.adapter.rank},
+                                      torch::headeronly::ScalarType::Float);
   f.y = y.mutable_data_ptr();
   f.h = static_cast<float*>(h.mutable_data_ptr());
   if (f.rows > 0 && out_features > 0) PE_CALL(lora_linear_forward)(f, torch::stable::get_num_threads(), most_tiles());
   return {y, h};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x, const Tensor& weight, std::optional<Tensor> absmax,
-                                               std::optional<Tensor> nested_absmax, std::optional<Tensor> offset, int64_t blocksize,
-                                               std::optional<Tensor> lora_a, std::optional<Tensor> lora_b, std::optional<Tensor> h,
-                                               double scaling, double dropout_p, std::optional<Tensor> seed, bool need_dx) {
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                               std::optional<Tensor> absmax, std::optional<Tensor> nested_absmax,
+                                               std::optional<Tensor> offset, int64_t blocksize,
+                                               std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
+                                               std::optional<Tensor> h, double scaling, double dropout_p,
+                                               std::optional<Tensor> seed, bool need_dx) {
   const int64_t k = x.size(x.dim() - 1), n = dy.size(dy.dim() - 1);
   LoraLinearBackward f{};
   f.rows = 1;

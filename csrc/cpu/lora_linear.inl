@@ -69,11 +69,13 @@ inline int64_t wide_rank(int64_t rank) {
 
 // Rows of an (n, rank) matrix times `factor` as those columns: [v1 | v2 | v1] beside [w1 | w1 | w2] of the other operand.
 template <bool kPairs>
-inline void widen_rows(const void* data, Type type, int64_t row0, int64_t row1, int64_t rank, float factor, bool first, void* out) {
+inline void widen_rows(const void* data, Type type, int64_t row0, int64_t row1, int64_t rank, float factor, bool first,
+                       void* out) {
   const Source s = dense(data, type, row1, rank);
   for (int64_t n = row0; n < row1; ++n) {
     if constexpr (!kPairs) {
-      for (int64_t r = 0; r < rank; ++r) static_cast<float*>(out)[n * rank + r] = load_one(data, type, n * rank + r) * factor;
+      for (int64_t r = 0; r < rank; ++r)
+        static_cast<float*>(out)[n * rank + r] = load_one(data, type, n * rank + r) * factor;
       continue;
     }
     uint16_t* to = static_cast<uint16_t*>(out) + n * 3 * rank;
@@ -170,11 +172,13 @@ inline void forward_few_rows(const LoraLinearForward& f) {
         read64_bf16(x, m, c, &v[0], &v[1]);
         read64_bf16(x, m, c + 64, &v[2], &v[3]);
         if (can_interleave<kPairs>(f.w)) interleave128(v);
-        for (int q = 0; q < 4; ++q) _mm512_storeu_si512(static_cast<uint16_t*>(activations) + m * padded + c + 32 * q, v[q]);
+        for (int q = 0; q < 4; ++q)
+          _mm512_storeu_si512(static_cast<uint16_t*>(activations) + m * padded + c + 32 * q, v[q]);
         continue;
       }
 #endif
-      for (int part = 0; part < 128; part += 64) read64(x, m, c + part, static_cast<float*>(activations) + m * padded + c + part);
+      for (int part = 0; part < 128; part += 64)
+        read64(x, m, c + part, static_cast<float*>(activations) + m * padded + c + part);
     }
   }
   constexpr int64_t kWeightRows = 8, word = kPairs ? 2 : 4;
@@ -206,7 +210,8 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   Terms a;
   uint16_t* wide_h = nullptr;
   if (rank > 0) {
-    a = split<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth, scratch<uint16_t>(Slot::adapter, 3 * rank * k));
+    a = split<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth,
+                      scratch<uint16_t>(Slot::adapter, 3 * rank * k));
     uint16_t* wide_b = scratch<uint16_t>(Slot::transposed, aligned(3 * rank * n) + 3 * rank * kChunkRows);
     wide_h = wide_b + aligned(3 * rank * n);
     in_parallel(n, worth, [&](int64_t begin, int64_t end) {
@@ -248,14 +253,17 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
     for (int t = 0; t < a.count; ++t) down[t].act[0] = act_dropped;
     in_parallel(tiles, worth, [&](int64_t begin, int64_t end) {
       const TileUnit unit;
-      right_panel_of_rows<kPairs>(x, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps, act + begin * x_words);
+      right_panel_of_rows<kPairs>(x, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps,
+                                  act + begin * x_words);
       if (rank == 0) return;
       if (dropout.on)
-        right_panel_of_rows<kPairs>(dropped, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps, act_dropped + begin * x_words);
+        right_panel_of_rows<kPairs>(dropped, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps,
+                                    act_dropped + begin * x_words);
       product_task<kPairs, true>(down, a.count, 0, (rank + 15) / 16, begin, end, row0, kBlockSteps, dropout, h);
       const int64_t last = 16 * end < rows ? 16 * end : rows;
       widen_rows<kPairs>(f.h + row0 * rank, Type::f32, 16 * begin, last, rank, 1.0f, true, wide_h);
-      right_panel_of_rows<kPairs>(dense(wide_h, kWord[kPairs], rows, wide), false, 16 * begin, end - begin, 0, product[1].steps, act_h + begin * h_words);
+      right_panel_of_rows<kPairs>(dense(wide_h, kWord[kPairs], rows, wide), false, 16 * begin, end - begin, 0,
+                                  product[1].steps, act_h + begin * h_words);
     });
     const Plan plan(n, tiles, threads, most_tiles, false);
     in_parallel(plan.tasks(), worth, [&](int64_t begin, int64_t end) {
@@ -268,7 +276,8 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
 
 template <bool kPairs>
 inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64_t threads, int64_t most_tiles) {
-  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank, steps = steps_for<kPairs>(f.rows, false), tiles = (rank + 15) / 16;
+  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank, steps = steps_for<kPairs>(f.rows, false),
+                tiles = (rank + 15) / 16;
   const Dropout dropout = dropout_of(f.adapter);
   const int64_t words = tiles * steps * kTile;
   uint32_t* act = scratch<uint32_t>(Slot::activations, 6 * words);
@@ -328,11 +337,14 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
   int first = 1;  // product[1] is the base
   if (rank > 0) {
     first = 0;
-    b = split<kPairs>(dense(f.adapter.b, f.adapter.type, n, rank), worth, scratch<uint16_t>(Slot::adapter, 3 * rank * n));
-    uint16_t* wide_a = scratch<uint16_t>(Slot::few_rows, aligned(3 * rank * k) + 3 * rank * kChunkRows + 2 * rank * f.rows);
+    b = split<kPairs>(dense(f.adapter.b, f.adapter.type, n, rank), worth,
+                      scratch<uint16_t>(Slot::adapter, 3 * rank * n));
+    uint16_t* wide_a =
+        scratch<uint16_t>(Slot::few_rows, aligned(3 * rank * k) + 3 * rank * kChunkRows + 2 * rank * f.rows);
     wide_dh = wide_a + aligned(3 * rank * k);
     dh = reinterpret_cast<float*>(wide_dh + 3 * rank * kChunkRows);  // 512 rows keep the alignment
-    if (f.dx != nullptr) product[0].w = widen_columns<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth, wide_a);
+    if (f.dx != nullptr)
+      product[0].w = widen_columns<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth, wide_a);
     product[0].steps = steps_for<kPairs>(wide, false);
     product[0].then_mask = dropout.on;
   }
@@ -368,7 +380,8 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
       if (f.dx == nullptr) return;
       const int64_t last = 16 * end < rows ? 16 * end : rows;
       widen_rows<kPairs>(dh + row0 * rank, Type::f32, 16 * begin, last, rank, 1.0f, true, wide_dh);
-      left_panel<kPairs>(dense(wide_dh, kWord[kPairs], rows, wide), false, 16 * begin, end - begin, 0, product[0].steps, act_h + begin * h_words);
+      left_panel<kPairs>(dense(wide_dh, kWord[kPairs], rows, wide), false, 16 * begin, end - begin, 0, product[0].steps,
+                         act_h + begin * h_words);
     });
     if (f.dx == nullptr) continue;
     const Plan plan(k, tiles, threads, most_tiles, true);

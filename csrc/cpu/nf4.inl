@@ -21,15 +21,16 @@ inline void encode(const float* values, int n, float factor, bool divide, uint8_
 }
 
 // Blocks [begin, end) of `blocksize` values out of n.
-inline void quantize(const void* weight, Type type, int64_t n, int blocksize, int64_t begin, int64_t end, uint8_t* packed,
-                     float* absmax) {
+inline void quantize(const void* weight, Type type, int64_t n, int blocksize, int64_t begin, int64_t end,
+                     uint8_t* packed, float* absmax) {
   constexpr float kSmallest = 1e-38f;
   float values[4096];
   uint8_t index[4096 + 1];
   for (int64_t b = begin; b < end; ++b) {
     const int64_t start = b * blocksize;
     const int count = static_cast<int>(n - start < blocksize ? n - start : blocksize);
-    for (int j = 0; j < count; j += 16) load_up_to_16(weight, type, start + j, count - j < 16 ? count - j : 16, values + j);
+    for (int j = 0; j < count; j += 16)
+      load_up_to_16(weight, type, start + j, count - j < 16 ? count - j : 16, values + j);
     int32_t magnitude = 0;  // as integers float magnitudes order the same, and inf and NaN are above all: they stay
     for (int j = 0; j < count; ++j) {
       int32_t bits;

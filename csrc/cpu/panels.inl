@@ -49,7 +49,8 @@ inline void read64(const Source& s, int64_t row, int64_t col, float* out) {
     if (n == 64 && i % 64 == 0) decode64(s.m, i, out);
     else decode_any(s.m, i, n, out);
   } else {
-    for (int j = 0; j < 64; j += 16) load_up_to_16(s.m.data, s.m.type, i + j, n - j < 0 ? 0 : n - j < 16 ? n - j : 16, out + j);
+    for (int j = 0; j < 64; j += 16)
+      load_up_to_16(s.m.data, s.m.type, i + j, n - j < 0 ? 0 : n - j < 16 ? n - j : 16, out + j);
   }
   if (s.dropout.on) {
     const uint32_t key = s.dropout.row_key(row);
@@ -78,8 +79,10 @@ PE_INLINE void interleave128(__m512i v[4]) {
   constexpr int kShift[4] = {16, 0, 48, 32};  // index q of a word is value 1, 0, 3, 2 of its four
   for (int q = 0; q < 4; ++q) {
     __m128i part[4];
-    for (int i = 0; i < 4; ++i) part[i] = _mm512_cvtepi64_epi16(_mm512_srli_epi64(v[i], static_cast<unsigned>(kShift[q])));
-    out[q] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(part[1], part[0])), _mm256_set_m128i(part[3], part[2]), 1);
+    for (int i = 0; i < 4; ++i)
+      part[i] = _mm512_cvtepi64_epi16(_mm512_srli_epi64(v[i], static_cast<unsigned>(kShift[q])));
+    out[q] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(part[1], part[0])),
+                                _mm256_set_m128i(part[3], part[2]), 1);
   }
   for (int q = 0; q < 4; ++q) v[q] = out[q];
 }
@@ -92,9 +95,11 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
     for (; b + 16 <= blocks; b += 16) {
       const int64_t from = first + b;
       if ((from >> 8) != ((from + 15) >> 8)) break;  // two nested scales: one at a time
-      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax_index + from)));
+      const __m512i index =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax_index + from)));
       const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
-      _mm512_storeu_ps(out + b, _mm512_add_ps(_mm512_mul_ps(code, _mm512_set1_ps(w.nested_absmax[from >> 8])), _mm512_set1_ps(w.offset)));
+      _mm512_storeu_ps(out + b, _mm512_add_ps(_mm512_mul_ps(code, _mm512_set1_ps(w.nested_absmax[from >> 8])),
+                                              _mm512_set1_ps(w.offset)));
     }
   }
   for (; b < blocks; ++b) out[b] = w.scale((first + b) >> (w.block_shift - 6));
@@ -111,9 +116,12 @@ PE_INLINE void decode128(const uint8_t* packed, const float* scale, bool whole, 
                               : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
   // (words & nibble) | lane_bit
   out[0] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, nibble, lane_bit, 0xEA), table);
-  out[1] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, lane_bit, 0xEA), table);
-  out[2] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 8), nibble, lane_bit, 0xEA), table);
-  out[3] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 12), nibble, lane_bit, 0xEA), table);
+  out[1] =
+      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, lane_bit, 0xEA), table);
+  out[2] =
+      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 8), nibble, lane_bit, 0xEA), table);
+  out[3] =
+      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 12), nibble, lane_bit, 0xEA), table);
 }
 #endif
 
@@ -134,7 +142,8 @@ inline bool can_interleave(const Matrix& w) {
 
 // Left operand: rows [row0, row0 + 16 tiles) and steps [step0, step0 + steps) of a matrix, the contraction along its rows.
 template <bool kPairs>
-inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0, int64_t steps, uint32_t* out) {
+inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0, int64_t steps,
+                       uint32_t* out) {
   const int64_t stride = steps * kTile;
   for (int64_t r = 0; r < tiles * 16; ++r) {
     const int64_t row = row0 + r;
@@ -180,8 +189,8 @@ inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t 
 
 // Right operand, transposed: columns of the product are rows [row0, row0 + 16 tiles) of a matrix.
 template <bool kPairs>
-inline void right_panel_of_rows(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0, int64_t steps,
-                                uint32_t* out) {
+inline void right_panel_of_rows(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0,
+                                int64_t steps, uint32_t* out) {
   for (int64_t t = 0; t < tiles; ++t) {
     uint32_t* to = out + t * steps * kTile;
     left_panel<kPairs>(s, interleaved, row0 + 16 * t, 1, step0, steps, to);

@@ -53,15 +53,16 @@ inline void store_tile(const Out& out, float* tile, int64_t tile_row, int64_t ti
 inline void mask_tile(const Dropout& dropout, float* tile, int64_t row0, int64_t col0) {
   for (int r = 0; r < 16; ++r) {
     const uint32_t key = dropout.row_key(row0 + r);
-    for (int j = 0; j < 16; ++j) tile[16 * r + j] = dropout.keep(key, col0 + j) ? tile[16 * r + j] * dropout.scale : 0.0f;
+    for (int j = 0; j < 16; ++j)
+      tile[16 * r + j] = dropout.keep(key, col0 + j) ? tile[16 * r + j] * dropout.scale : 0.0f;
   }
 }
 
 // Weight tiles [panel0, panel0 + panel_tiles) against activation tiles [act0, act1), whose first row in `out` is act_row0.
 // kPanelLeft: y^T = W x^T, the contraction along the weight's rows. Else: dx = dy W, the contraction down its columns.
 template <bool kPairs, bool kPanelLeft>
-inline void product_task(const Segment* segments, int count, int64_t panel0, int64_t panel_tiles, int64_t act0, int64_t act1,
-                         int64_t act_row0, int64_t block_steps, const Dropout& dropout, const Out& out) {
+inline void product_task(const Segment* segments, int count, int64_t panel0, int64_t panel_tiles, int64_t act0,
+                         int64_t act1, int64_t act_row0, int64_t block_steps, const Dropout& dropout, const Out& out) {
   const int64_t acts = act1 - act0, filled = kPanelLeft ? panel_tiles : (panel_tiles + 3) / 4 * 4;
   if (acts <= 0 || panel_tiles <= 0) return;
   float* c = scratch<float>(Slot::accumulators, panel_tiles * acts * kTile);
@@ -79,9 +80,11 @@ inline void product_task(const Segment* segments, int count, int64_t panel0, int
           const int64_t pair = acts - t < 2 ? 1 : 2;
           const uint32_t* act = s.act[k] + (act0 + t) * act_stride + step0 * kTile;
           if constexpr (kPanelLeft)
-            multiply<kPairs>(panel, steps * kTile, panel_tiles, act, act_stride, pair, steps, c + t * kTile, acts * kTile);
+            multiply<kPairs>(panel, steps * kTile, panel_tiles, act, act_stride, pair, steps, c + t * kTile,
+                             acts * kTile);
           else
-            multiply<kPairs>(act, act_stride, pair, panel, steps * kTile, panel_tiles, steps, c + t * panel_tiles * kTile, panel_tiles * kTile);
+            multiply<kPairs>(act, act_stride, pair, panel, steps * kTile, panel_tiles, steps,
+                             c + t * panel_tiles * kTile, panel_tiles * kTile);
         }
       }
     }
@@ -128,11 +131,11 @@ struct Plan {
 };
 
 template <bool kPairs, bool kPanelLeft>
-inline void run_task(const Plan& plan, int64_t task, const Segment* segments, int count, int64_t act_row0, const Dropout& dropout,
-                     const Out& out) {
+inline void run_task(const Plan& plan, int64_t task, const Segment* segments, int count, int64_t act_row0,
+                     const Dropout& dropout, const Out& out) {
   const int64_t p0 = task / plan.groups * plan.panel_tiles, a0 = task % plan.groups * plan.group_tiles;
   const int64_t p_left = plan.all_panel_tiles - p0, a_left = plan.all_act_tiles - a0;
   product_task<kPairs, kPanelLeft>(segments, count, p0, p_left < plan.panel_tiles ? p_left : plan.panel_tiles, a0,
-                                   a0 + (a_left < plan.group_tiles ? a_left : plan.group_tiles), act_row0, plan.block_steps,
-                                   dropout, out);
+                                   a0 + (a_left < plan.group_tiles ? a_left : plan.group_tiles), act_row0,
+                                   plan.block_steps, dropout, out);
 }

@@ -16,16 +16,21 @@ using torch::stable::Tensor;
 inline Type type_of(const Tensor& t) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default: STD_TORCH_CHECK(false, "peft_engine: expected float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    default:
+      STD_TORCH_CHECK(false, "peft_engine: expected float32, bfloat16 or float16");
   }
 }
 
 // The weight of a call: NF4 when there is an absmax, else dense.
-inline Matrix matrix_of(const Tensor& weight, const std::optional<Tensor>& absmax, const std::optional<Tensor>& nested_absmax,
-                        const std::optional<Tensor>& offset, int64_t blocksize, int64_t rows, int64_t cols) {
+inline Matrix matrix_of(const Tensor& weight, const std::optional<Tensor>& absmax,
+                        const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
+                        int64_t blocksize, int64_t rows, int64_t cols) {
   Matrix w;
   w.data = weight.const_data_ptr();
   w.rows = rows;

@@ -5,8 +5,8 @@
 // contraction, each for 16 columns. Tiles are 1 KiB, contiguous, step after step: the layout AMX loads, and the one
 // from which the vector units broadcast. The result is 16 x 16 floats.
 
-constexpr int kTile = 256;           // words in a tile
-constexpr int64_t kMaxSteps = 64;    // the most steps a panel holds
+constexpr int kTile = 256;         // words in a tile
+constexpr int64_t kMaxSteps = 64;  // the most steps a panel holds
 
 inline void transpose16(const uint32_t* in, uint32_t* out) {
 #if PE_LEVEL >= 2
@@ -53,8 +53,8 @@ struct TileUnit {
 };
 
 template <int kRows, int kCols>
-inline void amx_multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t steps, float* c,
-                         int64_t c_stride) {
+inline void amx_multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t steps,
+                         float* c, int64_t c_stride) {
   _tile_loadd(0, c, 64);
   if constexpr (kCols > 1) _tile_loadd(1, c + kTile, 64);
   if constexpr (kRows > 1) _tile_loadd(2, c + c_stride, 64);
@@ -194,26 +194,30 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 
 // C += A B over `steps`: rows tiles of A, cols tiles of B, C tile (r, j) at c + r * c_stride + j * kTile. Strides in words.
 template <bool kPairs>
-inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride, int64_t cols,
-                     int64_t steps, float* c, int64_t c_stride) {
+inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
+                     int64_t cols, int64_t steps, float* c, int64_t c_stride) {
 #if PE_LEVEL >= 4
   if constexpr (kPairs) {
     int64_t j = 0;
     for (; j + 2 <= cols; j += 2) {
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2)
-        amx_multiply<2, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+        amx_multiply<2, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
+                           c_stride);
       if (r < rows)
-        amx_multiply<1, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+        amx_multiply<1, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
+                           c_stride);
     }
     if (j < cols) {
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4)
         amx_multiply_4x1(a + r * a_stride, a_stride, b + j * b_stride, steps, c + r * c_stride + j * kTile, c_stride);
       for (; r + 2 <= rows; r += 2)
-        amx_multiply<2, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+        amx_multiply<2, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
+                           c_stride);
       if (r < rows)
-        amx_multiply<1, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile, c_stride);
+        amx_multiply<1, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
+                           c_stride);
     }
     return;
   }
