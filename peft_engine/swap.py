@@ -27,6 +27,7 @@ ModelType = TypeVar("ModelType", bound=torch.nn.Module)
 STAND_INS = ("peft_engine.layers", "peft_engine.bnb_layers", "peft_engine.peft_layers")
 
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
+DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"
 
 
@@ -249,6 +250,8 @@ def _our_line(name: str, module: Any) -> LayerReport:
     active = getattr(module, "active_adapter", None)
     names = active if isinstance(active, tuple) else (active,)
     adapter = next((adapters[n] for n in names if n in adapters), None)
+    if adapter is None and not nf4:
+        return _line(name, module, "linear", "torch", False, DENSE_ALONE)
     return _product_line(name, module, weight, dtype, adapter)
 
 
@@ -282,8 +285,7 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
 def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
     if isinstance(module, torch.nn.Linear):
         plain = type(module) is torch.nn.Linear
-        why = "a dense weight without an adapter: torch's product is as fast"
-        yield _own(name, module, "linear", why if plain else f"no kernel for {type(module).__name__}")
+        yield _own(name, module, "linear", DENSE_ALONE if plain else f"no kernel for {type(module).__name__}")
         return
     if _is_stand_in(module):
         from peft_engine import layers

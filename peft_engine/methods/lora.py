@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from peft_engine.methods import copies
 from peft_engine.nn import NF4Linear
@@ -129,7 +130,10 @@ class _Lora(nn.Module):
 
 
 class LoraLinear(_Lora, nn.Linear):
-    """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input."""
+    """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input.
+
+    Rows without an adapter run nn.Linear's own product: to the bit as before attach, and as fast.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _forward(self, input, self._parameters["weight"])  # type: ignore[arg-type]
@@ -173,6 +177,8 @@ def _product(
     layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor, name: str | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     settings = None if name is None else layer.lora.get(name)
+    if settings is None and not isinstance(weight, NF4Tensor):
+        return F.linear(x, weight, bias)
     if settings is None:
         return lora_linear(x, weight, None, None, 1.0, bias=bias)
     p = settings.dropout if layer.training else 0.0

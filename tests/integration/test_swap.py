@@ -141,6 +141,18 @@ def test_explain_follows_the_active_adapter(tiny_llama, which):
     assert {(call.dtype, call.base) for call in asked} == {(torch.bfloat16, "nf4")}
 
 
+def test_explain_gives_dense_layers_without_their_adapter_the_line_of_plain_ones(tiny_llama):
+    def lines(model):
+        layers = [layer for layer in pe.explain(model).layers if layer.name.endswith("_proj")]
+        return [(layer.name, layer.op, layer.backend, layer.fused, layer.reason) for layer in layers]
+
+    plain = lines(tiny_llama())
+    model = _adapted(tiny_llama, nf4=False)
+    with pe.active(model, None):
+        assert lines(model) == plain
+    assert {op for _, op, *_ in lines(model)} == {"lora_linear"}
+
+
 def test_training_with_our_adapter_is_the_same_before_and_after_optimize(tiny_llama):
     model = _adapted(tiny_llama, nf4=True, dtype=torch.float32)
     with pe.force_backend("reference"):

@@ -72,10 +72,25 @@ def test_attach_freezes_all_but_the_adapter_and_keeps_isinstance(tiny_llama):
     assert all(isinstance(m, (NF4Linear, nn.Linear)) for m in model.modules() if hasattr(m, "lora_A"))
 
 
-def test_a_fresh_adapter_changes_no_output(tiny_llama):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_over_nf4_changes_no_bit(tiny_llama, backend, dtype):
+    model = quantized(tiny_llama(dtype))
+    inputs = (IDS, IDS[:1, :1])
+    before = [model(ids).logits for ids in inputs]
+    attach(model, ALL)
+    assert all(torch.equal(model(ids).logits, logits) for ids, logits in zip(inputs, before, strict=True))
+
+
+def test_a_fresh_adapter_over_dense_weights_changes_no_output(tiny_llama, backend):
     model = tiny_llama()
-    before = model(IDS).logits
-    assert torch.equal(attach(model, ALL)(IDS).logits, before)
+    before, exact = model(IDS).logits, copy.deepcopy(model).double()(IDS).logits
+    after = attach(model, ALL)(IDS).logits
+    if backend == "reference":
+        assert torch.equal(after, before)
+    # The kernel sums in another order than torch: its error against float64 is at most twice torch's.
+    error, allowed = after.double() - exact, before.double() - exact
+    ulp = torch.finfo(after.dtype).eps * exact.abs().max()
+    assert error.abs().max() <= 2 * allowed.abs().max() + ulp and error.norm() <= 2 * allowed.norm() + ulp
 
 
 @pytest.mark.peers
@@ -159,7 +174,7 @@ def three(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_active_switches_at_once_and_with_restores(tiny_llama):
+def test_active_switches_at_once_and_with_restores(tiny_llama, backend):
     model = tiny_llama(attention_bias=True)
     base = model(IDS).logits
     three(model)
