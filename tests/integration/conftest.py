@@ -1,10 +1,13 @@
-"""The models that PEFT's adapters are put on in these tests."""
+"""The models of these tests: with adapters of PEFT, and with the head joined with its loss."""
+
+import copy
 
 import pytest
 import torch
 import transformers
 
 import peft_engine as pe
+from peft_engine.heads import attach_head
 
 
 @pytest.fixture
@@ -49,3 +52,17 @@ def make(make_base):
         return model
 
     return build
+
+
+@pytest.fixture
+def head_pair(tiny_llama):
+    """A factory: a plain model, and a copy of it with its head joined with its loss."""
+
+    def make(dtype=torch.float32, **changes):
+        plain = tiny_llama(dtype, **changes)
+        fused = copy.deepcopy(plain)
+        report = attach_head(fused)
+        assert report.fused and report.backend == "cpu" and report.name == "lm_head", report
+        return plain, fused
+
+    return make
