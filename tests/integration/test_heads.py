@@ -1,4 +1,4 @@
-"""The head joined with its loss: loss and gradients of the plain model; in a Trainer, under PEFT, in copies."""
+"""The head joined with its loss: the loss and gradients of the plain model, in Trainer, PEFT and copies."""
 
 import copy
 import pickle
