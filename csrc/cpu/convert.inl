@@ -99,18 +99,19 @@ inline void store_one(void* data, Type type, int64_t i, float v) {
   }
 }
 
-// n contiguous values, n <= 16, from and to a storage type.
+// n contiguous values, n <= 16, from and to a storage type; zeros beyond n.
+#if PE_LEVEL >= 2
+PE_INLINE __m512 load_vector(const void* data, Type type, int64_t i, int n) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  if (type == Type::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + i);
+  return type == Type::bf16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
+}
+#endif
+
 inline void load_up_to_16(const void* data, Type type, int64_t i, int n, float* out) {
 #if PE_LEVEL >= 2
-  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
-  __m512 v;
-  if (type == Type::f32) {
-    v = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + i);
-  } else {
-    const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + i);
-    v = type == Type::bf16 ? widen_bf16(half) : _mm512_cvtph_ps(half);
-  }
-  _mm512_storeu_ps(out, v);
+  _mm512_storeu_ps(out, load_vector(data, type, i, n));
 #else
   for (int j = 0; j < n; ++j) out[j] = load_one(data, type, i + j);
   for (int j = n; j < 16; ++j) out[j] = 0.0f;

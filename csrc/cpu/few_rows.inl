@@ -3,43 +3,28 @@
 
 constexpr int kRowsAtOnce = 4;  // their sums fit the registers
 
-// The most rows for which this is faster than panels: ms at 4096 x 4096 on one thread, AMX 1.38 by panels against 1.37
-// and 1.67 at 3 and 4 rows here; AVX512-BF16 6.5 by panels at any number up to 16 against 0.44 + 0.31 a row here
-// (bench/results/cpu-intel-r-xeon-r-processor/lora_linear.csv).
-#if PE_LEVEL >= 4
-template <bool kPairs>
-constexpr int kFewRows = kPairs ? 3 : 12;
-#else
-template <bool kPairs>
-constexpr int kFewRows = 12;
-#endif
-constexpr int kMostFewRows = 12;
+// The most rows for which this is faster than panels. At 4096 x 4096 with an adapter of rank 16, ms on two threads: AMX 4
+// rows 0.84 here and 1.09 by panels, 5 rows 1.10 and 1.08; AVX512-BF16 12 rows 2.0 here, 16 by panels 3.1.
+constexpr int kMostFewRows = 12, kFewRowsOfPairs = PE_LEVEL >= 4 ? 4 : kMostFewRows;
 
 inline float sum16(const float* v) {
-  float s = 0.0f;
-  for (int i = 0; i < 16; ++i) s += v[i];
-  return s;
+  float s[8];
+  for (int i = 0; i < 8; ++i) s[i] = v[i] + v[i + 8];
+  for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+  return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// dot(a, b) of n <= 64 floats.
-inline float dot(const float* a, const float* b, int n) {
-  float lanes[16] = {};
-  for (int i = 0; i < n; ++i) lanes[i & 15] += a[i] * b[i];
-  return sum16(lanes);
-}
-
-// The same of exactly 64.
-inline float dot64(const float* a, const float* b) {
-  float lanes[16] = {};
-  for (int i = 0; i < 64; i += 16)
-    for (int j = 0; j < 16; ++j) lanes[j] += a[i + j] * b[i + j];
-  return sum16(lanes);
+// Adds the products of 64 pairs to 16 sums.
+inline void add_dot64(const float* a, const float* b, float* lanes) {
+  for (int j = 0; j < 16; ++j)
+    lanes[j] += (a[j] * b[j] + a[16 + j] * b[16 + j]) + (a[32 + j] * b[32 + j] + a[48 + j] * b[48 + j]);
 }
 
 // What is added to every output: the adapter's s B h and the bias.
 struct Extra {
-  const float* h = nullptr;  // (rows, rank), scaled
-  Source b;                  // (out_features, rank)
+  const float* h = nullptr;  // (rows, rank), scaled; rows of `stride`, a multiple of 16, zeros beyond the rank
+  int64_t stride = 0;
+  Matrix b;  // (out_features, rank)
   int64_t rank = 0;
   const void* bias = nullptr;
   Type bias_type = Type::f32;
@@ -48,50 +33,123 @@ struct Extra {
 // The part of row n of y that is not the base product, for each row of x.
 inline void extras(const Extra& extra, int64_t n, int rows, float* out) {
   const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n);
-  for (int m = 0; m < rows; ++m) out[m] = bias;
-  for (int64_t r = 0; r < extra.rank; r += 64) {
-    float b[64];
-    read64(extra.b, n, r, b);
-    const int count = static_cast<int>(extra.rank - r < 64 ? extra.rank - r : 64);
-    for (int m = 0; m < rows; ++m) out[m] += dot(extra.h + m * extra.rank + r, b, count);
+  float lanes[kRowsAtOnce][16] = {};
+  for (int64_t r = 0; r < extra.rank; r += 16) {
+    float b[16];
+    load_up_to_16(extra.b.data, extra.b.type, n * extra.rank + r,
+                  static_cast<int>(extra.rank - r < 16 ? extra.rank - r : 16), b);
+    for (int m = 0; m < rows; ++m)
+      for (int j = 0; j < 16; ++j) lanes[m][j] += b[j] * extra.h[m * extra.stride + r + j];
   }
+  for (int m = 0; m < rows; ++m) out[m] = bias + sum16(lanes[m]);
 }
 
+#if PE_LEVEL >= 2
+// Whether rows of w start at a block and are whole blocks of 64.
+inline bool in_blocks(const Matrix& w) { return w.type == Type::nf4 && w.cols % 64 == 0; }
+
+// 128 values in the order in which few_rows_nf4 meets them: a dword of packed bytes has the indices of 8 weights, the
+// first of a byte in its high half; vector j has those that a shift by 4 j brings to the low bits.
+inline void by_shift128(const float* from, float* to) {
+  for (int j = 0; j < 8; ++j)
+    for (int lane = 0; lane < 16; ++lane) to[16 * j + lane] = from[8 * lane + (j ^ 1)];
+}
+
+// Without it the compiler reads the value from memory at each use, and the loads take as long as the arithmetic.
+PE_INLINE void keep_in_register(__m512& v) { asm("" : "+v"(v)); }
+
+// Rows n .. n + kWeightRows of W, a multiple of 64 wide, for kRows rows of x: floats, each `stride` long, by_shift128.
+// y = sum over blocks of absmax * (sum of code * x), so a weight costs one lookup, one shift and kRows multiplications,
+// and is not rounded to x's dtype on the way.
+template <int kRows, int kWeightRows>
+inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, int64_t n, const Extra& extra, Type type,
+                         void* y) {
+  const int64_t blocks = w.cols / 64;
+  float* scales = scratch<float>(Slot::few_rows, kWeightRows * (blocks + 16));
+  const uint8_t* packed[kWeightRows];
+  __m512 total[kWeightRows][kRows];
+  for (int i = 0; i < kWeightRows; ++i) {
+    const int64_t at = (n + i) * w.cols;
+    packed[i] = static_cast<const uint8_t*>(w.data) + (at >> 1);
+    read_scales(w, at, blocks, scales + i * (blocks + 16));
+    scales[i * (blocks + 16) + blocks] = 0.0f;
+    for (int m = 0; m < kRows; ++m) total[i][m] = _mm512_setzero_ps();
+  }
+  int64_t ahead = kWeightRows * w.cols / 2;  // the rows after these
+  while (ahead < 2048) ahead *= 2;
+  __m512 code = _mm512_loadu_ps(kNf4Code);
+  keep_in_register(code);
+  for (int64_t b = 0; b < blocks; b += 2) {
+    __m512i words[kWeightRows];
+    __m512 part[kWeightRows][kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kWeightRows; ++i) {
+      const uint8_t* from = packed[i] + b * 32;
+      _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
+      words[i] = b + 1 < blocks ? _mm512_loadu_si512(from)
+                                : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      __m512 v[kWeightRows];
+#pragma GCC unroll 4
+      for (int i = 0; i < kWeightRows; ++i)
+        v[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(words[i], static_cast<unsigned>(4 * j)), code);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        __m512 at = _mm512_loadu_ps(x + m * stride + b * 64 + 16 * j);
+        if (kWeightRows > 1) keep_in_register(at);
+#pragma GCC unroll 4
+        for (int i = 0; i < kWeightRows; ++i)
+          part[i][m] = j == 0 ? _mm512_mul_ps(v[i], at) : _mm512_fmadd_ps(v[i], at, part[i][m]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kWeightRows; ++i) {
+      const float* s = scales + i * (blocks + 16) + b;
+      const __m512 scale = _mm512_mask_mov_ps(_mm512_set1_ps(s[0]), 0xFF00, _mm512_set1_ps(s[1]));
+      for (int m = 0; m < kRows; ++m) total[i][m] = _mm512_fmadd_ps(part[i][m], scale, total[i][m]);
+    }
+  }
+  for (int64_t r = 0; r < extra.rank; r += 16) {
+    const int count = static_cast<int>(extra.rank - r < 16 ? extra.rank - r : 16);
+    for (int i = 0; i < kWeightRows; ++i) {
+      const __m512 up = load_vector(extra.b.data, extra.b.type, (n + i) * extra.rank + r, count);
+      for (int m = 0; m < kRows; ++m)
+        total[i][m] = _mm512_fmadd_ps(up, _mm512_loadu_ps(extra.h + m * extra.stride + r), total[i][m]);
+    }
+  }
+  for (int i = 0; i < kWeightRows; ++i) {
+    const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n + i);
+    for (int m = 0; m < kRows; ++m) store_one(y, type, m * w.rows + n + i, _mm512_reduce_add_ps(total[i][m]) + bias);
+  }
+}
+#endif
+
 #if PE_LEVEL >= 3
-// x: rows of bf16, each `stride` values long, zeros beyond K, interleaved where the weight is.
-template <int kRows, bool kInterleaved>
-inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& source, int64_t n0, int64_t n1,
+// x: rows of bf16, each `stride` values long, zeros beyond K; the weight anything that is read as bf16.
+template <int kRows>
+inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& w, int64_t n0, int64_t n1,
                           const Extra& extra, Type type, void* y) {
-  const Matrix& w = source.m;
-  const int64_t blocks = (w.cols + 63) / 64;
-  float* scale = scratch<float>(Slot::few_rows, blocks + 16);
   for (int64_t n = n0; n < n1; ++n) {
-    const int64_t i = n * w.cols;
-    const uint8_t* packed = static_cast<const uint8_t*>(w.data) + (i >> 1);
-    if constexpr (kInterleaved) read_scales(w, i, blocks, scale);
     __m512 sum[kRows][4];  // a dot instruction waits for the one before it on the same sum: four are in flight
     for (int m = 0; m < kRows; ++m)
       for (int q = 0; q < 4; ++q) sum[m][q] = _mm512_setzero_ps();
 #pragma GCC unroll 2
-    for (int64_t b = 0; b < blocks; b += 2) {
+    for (int64_t k = 0; k < w.m.cols; k += 128) {
       __m512i v[4];
-      if constexpr (kInterleaved) {
-        _mm_prefetch(reinterpret_cast<const char*>(packed + b * 32 + 2048), _MM_HINT_T0);
-        decode128(packed + b * 32, scale + b, b + 1 < blocks, v);
-      } else {
-        read64_bf16(source, n, b * 64, &v[0], &v[1]);
-        read64_bf16(source, n, b * 64 + 64, &v[2], &v[3]);
-      }
+      read64_bf16(w, n, k, &v[0], &v[1]);
+      read64_bf16(w, n, k + 64, &v[2], &v[3]);
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q)
         for (int m = 0; m < kRows; ++m)
-          sum[m][q] = _mm512_dpbf16_ps(sum[m][q], (__m512bh)v[q],
-                                       (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + q * 32));
+          sum[m][q] =
+              _mm512_dpbf16_ps(sum[m][q], (__m512bh)v[q], (__m512bh)_mm512_loadu_si512(x + m * stride + k + q * 32));
     }
     float add[kRows];
     extras(extra, n, kRows, add);
     for (int m = 0; m < kRows; ++m)
-      store_one(y, type, m * w.rows + n,
+      store_one(y, type, m * w.m.rows + n,
                 _mm512_reduce_add_ps(
                     _mm512_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]), _mm512_add_ps(sum[m][2], sum[m][3]))) +
                     add[m]);
@@ -118,28 +176,47 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
   }
 }
 
-// Rows [n0, n1) of W for all of `rows` <= kRowsAtOnce rows of x.
+// How few_rows takes x.
+enum class Take { floats, by_shift, bf16 };
+
 template <bool kPairs>
-inline void few_rows(const void* x, int64_t stride, int rows, const Source& w, int64_t n0, int64_t n1,
+inline Take few_rows_take(const Matrix& w) {
+#if PE_LEVEL >= 2
+  if (in_blocks(w)) return Take::by_shift;
+#endif
+  return kPairs ? Take::bf16 : Take::floats;
+}
+
+// Rows [n0, n1) of W for kRows rows of x.
+template <int kRows>
+inline void few_rows(const void* x, int64_t stride, Take take, const Source& w, int64_t n0, int64_t n1,
                      const Extra& extra, Type type, void* y) {
-#if PE_LEVEL >= 3
-  if constexpr (kPairs) {
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    const bool interleaved = can_interleave<kPairs>(w.m);
-    const auto run = [&]<int kRows>() {
-      if (interleaved) few_rows_bf16<kRows, true>(from, stride, w, n0, n1, extra, type, y);
-      else few_rows_bf16<kRows, false>(from, stride, w, n0, n1, extra, type, y);
-    };
-    if (rows == 1) run.template operator()<1>();
-    else if (rows == 2) run.template operator()<2>();
-    else if (rows == 3) run.template operator()<3>();
-    else run.template operator()<4>();
+  const float* from = static_cast<const float*>(x);
+#if PE_LEVEL >= 2
+  if (take == Take::by_shift) {
+    int64_t n = n0;
+    // More rows of W at once spare loads of x, but read as many streams: of long rows, two are faster.
+    if (kRows == 1 && w.m.cols <= 2048)
+      for (; n + 4 <= n1; n += 4) few_rows_nf4<kRows, 4>(from, stride, w.m, n, extra, type, y);
+    for (; n + 2 <= n1; n += 2) few_rows_nf4<kRows, 2>(from, stride, w.m, n, extra, type, y);
+    for (; n < n1; ++n) few_rows_nf4<kRows, 1>(from, stride, w.m, n, extra, type, y);
     return;
   }
 #endif
-  const float* from = static_cast<const float*>(x);
-  if (rows == 1) few_rows_f32<1>(from, stride, w, n0, n1, extra, type, y);
-  else if (rows == 2) few_rows_f32<2>(from, stride, w, n0, n1, extra, type, y);
-  else if (rows == 3) few_rows_f32<3>(from, stride, w, n0, n1, extra, type, y);
-  else few_rows_f32<4>(from, stride, w, n0, n1, extra, type, y);
+#if PE_LEVEL >= 3
+  if (take == Take::bf16) {
+    few_rows_bf16<kRows>(static_cast<const uint16_t*>(x), stride, w, n0, n1, extra, type, y);
+    return;
+  }
+#endif
+  few_rows_f32<kRows>(from, stride, w, n0, n1, extra, type, y);
+}
+
+// The same for `rows` <= kRowsAtOnce.
+inline void few_rows(const void* x, int64_t stride, Take take, int rows, const Source& w, int64_t n0, int64_t n1,
+                     const Extra& extra, Type type, void* y) {
+  if (rows == 1) few_rows<1>(x, stride, take, w, n0, n1, extra, type, y);
+  else if (rows == 2) few_rows<2>(x, stride, take, w, n0, n1, extra, type, y);
+  else if (rows == 3) few_rows<3>(x, stride, take, w, n0, n1, extra, type, y);
+  else few_rows<4>(x, stride, take, w, n0, n1, extra, type, y);
 }

@@ -127,9 +127,8 @@ constexpr int64_t kWorthThreads = 1 << 19;
 
 template <bool kPairs>
 inline void forward_few_rows(const LoraLinearForward& f) {
-  const int64_t k = f.w.cols, rank = f.adapter.rank, padded = (k + 127) / 128 * 128;
+  const int64_t k = f.w.cols, rank = f.adapter.rank, padded = (k + 127) / 128 * 128, wide_rank = (rank + 15) / 16 * 16;
   const int rows = static_cast<int>(f.rows);
-  const bool threads = f.w.rows * k >= kWorthThreads;
   Source x = dense(f.x, f.type, f.rows, k), w;
   w.m = f.w;
   const Dropout dropout = dropout_of(f.adapter);
@@ -140,58 +139,67 @@ inline void forward_few_rows(const LoraLinearForward& f) {
     for (int m = 0; m < rows; ++m)
       for (int64_t c = 0; c < padded; c += 64) read64(x, m, c, wide + m * padded + c);
     x.dropout = Dropout();
-    float* scaled = scratch<float>(Slot::adapter, rows * rank);
+    float* scaled = scratch<float>(Slot::adapter, rows * wide_rank);
+    memset(scaled, 0, static_cast<size_t>(rows * wide_rank) * sizeof(float));
     const Source a = dense(f.adapter.a, f.adapter.type, rank, k);
     in_parallel(rank, rank * k * rows >= kWorthThreads, [&](int64_t begin, int64_t end) {
       float v[64];
       for (int64_t r = begin; r < end; ++r) {
-        float sum[kMostFewRows] = {};
+        float lanes[kMostFewRows][16] = {};
         for (int64_t c = 0; c < k; c += 64) {
           read64(a, r, c, v);
-          for (int m = 0; m < rows; ++m) sum[m] += dot64(wide + m * padded + c, v);
+          for (int m = 0; m < rows; ++m) add_dot64(wide + m * padded + c, v, lanes[m]);
         }
         for (int m = 0; m < rows; ++m) {
-          const float h = sum[m] * dropout.scale;
+          const float h = sum16(lanes[m]) * dropout.scale;
           f.h[m * rank + r] = h;
-          scaled[m * rank + r] = h * f.adapter.scaling;
+          scaled[m * wide_rank + r] = h * f.adapter.scaling;
         }
       }
     });
     extra.h = scaled;
+    extra.stride = wide_rank;
     extra.rank = rank;
-    extra.b = dense(f.adapter.b, f.adapter.type, f.w.rows, rank);
+    extra.b = dense(f.adapter.b, f.adapter.type, f.w.rows, rank).m;
   }
   extra.bias = f.bias;
   extra.bias_type = f.bias_type;
+  const Take take = few_rows_take<kPairs>(f.w);
   void* activations = scratch<float>(Slot::activations, rows * padded);
   for (int m = 0; m < rows; ++m) {
     for (int64_t c = 0; c < padded; c += 128) {
+      const int64_t at = m * padded + c;
 #if PE_LEVEL >= 3
-      if constexpr (kPairs) {
+      if (take == Take::bf16) {
         __m512i v[4];
         read64_bf16(x, m, c, &v[0], &v[1]);
         read64_bf16(x, m, c + 64, &v[2], &v[3]);
-        if (can_interleave<kPairs>(f.w)) interleave128(v);
-        for (int q = 0; q < 4; ++q)
-          _mm512_storeu_si512(static_cast<uint16_t*>(activations) + m * padded + c + 32 * q, v[q]);
+        for (int q = 0; q < 4; ++q) _mm512_storeu_si512(static_cast<uint16_t*>(activations) + at + 32 * q, v[q]);
         continue;
       }
 #endif
-      for (int part = 0; part < 128; part += 64)
-        read64(x, m, c + part, static_cast<float*>(activations) + m * padded + c + part);
+      float v[128], *to = static_cast<float*>(activations) + at;
+      for (int part = 0; part < 128; part += 64) read64(x, m, c + part, v + part);
+#if PE_LEVEL >= 2
+      if (take == Take::by_shift) {
+        by_shift128(v, to);
+        continue;
+      }
+#endif
+      memcpy(to, v, sizeof v);
     }
   }
-  constexpr int64_t kWeightRows = 8, word = kPairs ? 2 : 4;
-  in_parallel(f.w.rows, threads, [&](int64_t begin, int64_t end) {
+  constexpr int kWeightRows = 8;
+  const int64_t word = take == Take::bf16 ? 2 : 4;
+  in_parallel(f.w.rows, f.w.rows * k >= kWorthThreads, [&](int64_t begin, int64_t end) {
     // The weight's rows a few at a time, so that the second four rows of x find them in the L1 cache.
     for (int64_t n = begin; n < end; n += kWeightRows) {
       for (int m = 0; m < rows; m += kRowsAtOnce) {
         Extra part = extra;
-        part.h = extra.h == nullptr ? nullptr : extra.h + m * rank;
-        few_rows<kPairs>(static_cast<const char*>(activations) + m * padded * word, padded,
-                         rows - m < kRowsAtOnce ? rows - m : kRowsAtOnce, w, n,
-                         n + kWeightRows < end ? n + kWeightRows : end, part, f.type,
-                         static_cast<char*>(f.y) + m * f.w.rows * (f.type == Type::f32 ? 4 : 2));
+        part.h = extra.h == nullptr ? nullptr : extra.h + m * wide_rank;
+        few_rows(static_cast<const char*>(activations) + m * padded * word, padded, take,
+                 rows - m < kRowsAtOnce ? rows - m : kRowsAtOnce, w, n, n + kWeightRows < end ? n + kWeightRows : end,
+                 part, f.type, static_cast<char*>(f.y) + m * f.w.rows * (f.type == Type::f32 ? 4 : 2));
       }
     }
   });
@@ -397,12 +405,12 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
 inline void lora_linear_forward(const LoraLinearForward& f, int64_t threads, int64_t most_tiles) {
 #if PE_LEVEL >= 3
   if (f.type == Type::bf16) {
-    if (f.rows <= kFewRows<true>) forward_few_rows<true>(f);
+    if (f.rows <= kFewRowsOfPairs) forward_few_rows<true>(f);
     else forward_panels<true>(f, threads, most_tiles);
     return;
   }
 #endif
-  if (f.rows <= kFewRows<false>) forward_few_rows<false>(f);
+  if (f.rows <= kMostFewRows) forward_few_rows<false>(f);
   else forward_panels<false>(f, threads, most_tiles);
 }
 

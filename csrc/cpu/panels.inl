@@ -58,8 +58,30 @@ inline void read64(const Source& s, int64_t row, int64_t col, float* out) {
   }
 }
 
+#if PE_LEVEL >= 2
+// Scales of `blocks` blocks of 64 from value i (a multiple of 64) of an NF4 matrix.
+inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) {
+  const int64_t first = i >> 6;
+  if (w.block_shift != 6 || w.absmax_index == nullptr) {
+    for (int64_t b = 0; b < blocks; ++b) out[b] = w.scale((first + b) >> (w.block_shift - 6));
+    return;
+  }
+  for (int64_t b = 0, n; b < blocks; b += n) {
+    const int64_t from = first + b, group_left = 256 - (from & 255);  // 256 share a nested scale
+    n = blocks - b < group_left ? blocks - b : group_left;
+    if (n > 16) n = 16;
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.absmax_index + from));
+    const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
+    _mm512_mask_storeu_ps(
+        out + b, mask,
+        _mm512_add_ps(_mm512_mul_ps(code, _mm512_set1_ps(w.nested_absmax[from >> 8])), _mm512_set1_ps(w.offset)));
+  }
+}
+#endif
+
 #if PE_LEVEL >= 3
-// The same as bf16, two registers.
+// read64 as bf16, two registers.
 inline void read64_bf16(const Source& s, int64_t row, int64_t col, __m512i* first, __m512i* second) {
   if (s.m.type == Type::bf16 && !s.dropout.on && row < s.m.rows && col + 64 <= s.m.cols) {
     const uint16_t* from = static_cast<const uint16_t*>(s.m.data) + row * s.m.cols + col;
@@ -85,24 +107,6 @@ PE_INLINE void interleave128(__m512i v[4]) {
                                 _mm256_set_m128i(part[3], part[2]), 1);
   }
   for (int q = 0; q < 4; ++q) v[q] = out[q];
-}
-
-// Scales of `blocks` blocks of 64 from value i (a multiple of 64) of an NF4 matrix.
-inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) {
-  const int64_t first = i >> 6;
-  int64_t b = 0;
-  if (w.block_shift == 6 && w.absmax_index != nullptr) {
-    for (; b + 16 <= blocks; b += 16) {
-      const int64_t from = first + b;
-      if ((from >> 8) != ((from + 15) >> 8)) break;  // two nested scales: one at a time
-      const __m512i index =
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax_index + from)));
-      const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
-      _mm512_storeu_ps(out + b, _mm512_add_ps(_mm512_mul_ps(code, _mm512_set1_ps(w.nested_absmax[from >> 8])),
-                                              _mm512_set1_ps(w.offset)));
-    }
-  }
-  for (; b < blocks; ++b) out[b] = w.scale((first + b) >> (w.block_shift - 6));
 }
 
 // 128 NF4 values, interleaved, as bf16; the second 64 are zeros when only one block is left.
