@@ -23,24 +23,36 @@ from peft_engine.ops.linear_cross_entropy import (
     LinearCrossEntropyCall,
     linear_cross_entropy,
 )
+from peft_engine.ops.lora_linear import lora_linear
+from peft_engine.ops.nf4 import DTYPES
 from peft_engine.report import LayerReport
 
 OP = "linear_cross_entropy"
 
 
+_FEW_ROWS = 4
+
+
 class FusedHeadLinear(nn.Linear):
-    """An output head that leaves its product to the loss when its model was called with labels."""
+    """An output head that leaves its product to the loss when its model was called with labels.
+
+    Without labels its product is torch's, or lora_linear's where no gradient is asked for and rows are few.
+    """
 
     labels_given: bool
     labels_position: int  # of `labels` among the arguments of the model's forward
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self.labels_given:
-            return super().forward(input)
-        self.labels_given = False
+        lazy, self.labels_given = self.labels_given, False
         if torch.compiler.is_compiling():
             return super().forward(input)
-        return LazyLogits.of(input, self.weight, self.bias)
+        if lazy:
+            return LazyLogits.of(input, self.weight, self.bias)
+        few = input.numel() <= _FEW_ROWS * self.in_features
+        if few and self.weight.dtype in DTYPES and not torch.is_grad_enabled():
+            # The logits of the next tokens: torch's own product takes longer for so few rows.
+            return lora_linear(input, self.weight.detach(), None, None, 1.0, bias=self.bias)
+        return super().forward(input)
 
 
 def note_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

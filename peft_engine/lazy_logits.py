@@ -12,9 +12,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from peft_engine.ops.lora_linear import lora_linear
-from peft_engine.ops.nf4 import DTYPES
-
 
 class Source:
     """hidden (..., K), weight (N, K), bias (N,) or None, and the dtype of their product."""
@@ -50,13 +47,7 @@ class Source:
         value = self._value
         if value is None or (self.wants_graph() and not value.requires_grad):
             with torch.autocast(self.hidden.device.type, enabled=False):
-                hidden, weight, bias = self.inputs()
-                if self.wants_graph() or hidden.dtype not in DTYPES:
-                    value = self._value = F.linear(hidden, weight, bias)
-                else:  # the last token's, while generating: torch's own takes longer for so few rows
-                    value = self._value = lora_linear(
-                        hidden.detach(), weight.detach(), None, None, 1.0, bias=bias
-                    )
+                value = self._value = F.linear(*self.inputs())
         return value
 
 

@@ -138,6 +138,10 @@ inline void few_rows_bf16(const uint16_t* x, int64_t stride, const Source& w, in
 #pragma GCC unroll 2
     for (int64_t k = 0; k < w.m.cols; k += 128) {
       __m512i v[4];
+      if (w.m.type == Type::bf16) {  // the processor's own prefetch stops at each page
+        const char* ahead = static_cast<const char*>(w.m.data) + 2 * (n * w.m.cols + k) + 4096;
+        for (int line = 0; line < 256; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+      }
       read64_bf16(w, n, k, &v[0], &v[1]);
       read64_bf16(w, n, k + 64, &v[2], &v[3]);
 #pragma GCC unroll 4
