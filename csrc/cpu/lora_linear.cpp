@@ -72,9 +72,8 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std
     f.bias = bias->const_data_ptr();
     f.bias_type = type_of(*bias);
   }
-  Tensor y = torch::stable::new_empty(x, shape);
-  Tensor h = torch::stable::new_empty(x, {f.adapter.rank > 0 ? f.rows : 0, f.adapter.rank},
-                                      torch::headeronly::ScalarType::Float);
+  Tensor y = empty(shape.data(), static_cast<int64_t>(shape.size()), x.scalar_type());
+  Tensor h = empty({f.adapter.rank > 0 ? f.rows : 0, f.adapter.rank}, torch::headeronly::ScalarType::Float);
   f.y = y.mutable_data_ptr();
   f.h = static_cast<float*>(h.mutable_data_ptr());
   if (f.rows > 0 && out_features > 0) PE_CALL(lora_linear_forward)(f, torch::stable::get_num_threads(), most_tiles());
@@ -99,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   std::vector<int64_t> shape;
   for (int64_t d = 0; need_dx && d < x.dim(); ++d) shape.push_back(x.size(d));
   if (!need_dx) shape.push_back(0);
-  Tensor dx = torch::stable::new_empty(dy, shape);
+  Tensor dx = empty(shape.data(), static_cast<int64_t>(shape.size()), dy.scalar_type());
   const bool adapter_grads = lora_a && h;
-  Tensor da = lora_a ? torch::stable::empty_like(*lora_a) : torch::stable::new_empty(dy, {0});
-  Tensor db = lora_b ? torch::stable::empty_like(*lora_b) : torch::stable::new_empty(dy, {0});
+  Tensor da = lora_a ? torch::stable::empty_like(*lora_a) : like(dy, {0});
+  Tensor db = lora_b ? torch::stable::empty_like(*lora_b) : like(dy, {0});
   if (need_dx) f.dx = dx.mutable_data_ptr();
   if (adapter_grads) {
     f.h = static_cast<const float*>(h->const_data_ptr());

@@ -18,10 +18,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// rstd in float32: x is any dtype, so the buffer is made of a float view of nothing.
-Tensor floats(const Tensor& x, int64_t n) {
-  return torch::stable::new_empty(x, {n}, torch::headeronly::ScalarType::Float);
-}
+// rstd is float32 whatever the dtype of x.
+Tensor floats(const Tensor& x, int64_t n) { return pe::empty({n}, torch::headeronly::ScalarType::Float); }
 
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps, double offset) {
   const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;

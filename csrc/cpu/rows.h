@@ -3,27 +3,10 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include "nf4.h"
+#include "cpu/tensors.h"
 
 namespace pe {
-
-inline Type type_of(const torch::stable::Tensor& t) {
-  switch (t.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return Type::f32;
-    case torch::headeronly::ScalarType::BFloat16:
-      return Type::bf16;
-    default:
-      return Type::f16;
-  }
-}
-
-// A tensor of x's dtype and device; new_empty costs a dispatcher call and no more.
-inline torch::stable::Tensor like(const torch::stable::Tensor& x, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
-}
 
 // body(first, last) over n rows of `width` elements; a piece is at least 32K elements, so that one row does not wait
 // for a second thread.
