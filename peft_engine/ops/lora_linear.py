@@ -73,11 +73,10 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
     nf4 = isinstance(weight, NF4Tensor)
     if x.dtype not in DTYPES:
         raise TypeError(f"lora_linear: x must be float32, bfloat16 or float16, got {x.dtype}")
-    if len(weight.shape) != 2:
-        raise ValueError(
-            f"lora_linear: weight must be (out_features, in_features), got {tuple(weight.shape)}"
-        )
-    n, k = weight.shape
+    shape = weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"lora_linear: weight must be (out_features, in_features), got {tuple(shape)}")
+    n, k = shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"lora_linear: x must be (..., in_features)=(..., {k}), got {tuple(x.shape)}")
     if x.device != weight.device:
@@ -93,12 +92,12 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
         raise ValueError("lora_linear: give both lora_a and lora_b, or neither")
     if lora_a is not None:
         r = lora_a.shape[0]
-        if tuple(lora_a.shape) != (r, k):
+        if lora_a.shape != (r, k):
             raise ValueError(
                 f"lora_linear: A must be (r, in_features)=({r}, {k}), got {tuple(lora_a.shape)}; "
                 "was this adapter trained for another layer?"
             )
-        if tuple(lora_b.shape) != (n, r):
+        if lora_b.shape != (n, r):
             raise ValueError(
                 f"lora_linear: B must be (out_features, r)=({n}, {r}), got {tuple(lora_b.shape)}; "
                 "was this adapter trained for another layer?"
@@ -112,7 +111,7 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
             raise ValueError(
                 f"lora_linear: x is on {x.device}, A on {lora_a.device}, B on {lora_b.device}; move them"
             )
-    if bias is not None and tuple(bias.shape) != (n,):
+    if bias is not None and bias.shape != (n,):
         raise ValueError(f"lora_linear: bias must be (out_features,)=({n},), got {tuple(bias.shape)}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}")
@@ -242,7 +241,7 @@ def _cpu(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Ten
         t is not None and t.requires_grad for t in (x, lora_a, lora_b, bias)
     )
     # An autograd.Function costs 5 us a call, the bare op 1: a token decoded by 30 layers has 210 of them.
-    return _LoraLinear.apply(*args) if learns else torch.ops.peft_engine.lora_linear_forward(*args)[0]
+    return _LoraLinear.apply(*args) if learns else torch.ops.peft_engine.lora_linear_forward.default(*args)[0]
 
 
 LORA_LINEAR.register("cpu", _cpu, refuse_unless_cpu)
