@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import subprocess
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -255,11 +256,22 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
             axes.bar(
                 places, heights, width, yerr=spread, label=contender, color=f"C{i}", error_kw={"lw": 0.8}
             )
-        axes.set_xticks(range(len(cases)), cases, rotation=20 if len(cases) > 6 else 0)
+        # What all cases begin with is said once, below; the rest is folded to fit.
+        parts = [case.split(", ") for case in cases]
+        common = 0
+        while len(cases) > 1 and len({tuple(p[: common + 1]) for p in parts}) == 1:
+            common += 1
+        labels = [
+            textwrap.fill(", ".join(p[common:]), max(4, 80 // len(cases)), break_long_words=False)
+            for p in parts
+        ]
+        axes.set_xticks(range(len(cases)), labels)
+        axes.set_xlabel(", ".join(parts[0][:common]))
         axes.set_ylabel(f"{metric}, {unit}")
         positive = [r.median for r in shown if r.median > 0]
         if positive and max(positive) > 30 * min(positive):
             axes.set_yscale("log")
     figure.suptitle(f"{suite}: {where}", fontsize="medium")
-    figure.axes[0].legend(fontsize="small")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=min(len(names), 5))
     figure.savefig(path, dpi=110)
