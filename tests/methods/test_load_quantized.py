@@ -176,7 +176,7 @@ def test_peak_memory_is_the_quantised_model_and_its_largest_layer(saved, tmp_pat
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     dense = sum(t.numel() * 2 for t in tensors.values())
     # What is freed goes back at once: by default glibc keeps up to twice the largest block it has seen freed.
-    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 15), "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, saved, folder], capture_output=True, text=True, env=settings
     )
