@@ -6,11 +6,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and bitsandbytes are i
 
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 import transformers
 
 from peft_engine import dispatch, native
+
+# The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("explore", max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -61,8 +61,8 @@ inline void rms_norm_backward_rows(const void* dy, const void* x, const void* w,
   });
 }
 
-// dw[i] = sum over rows of dy * x * rstd, for the kWidth columns from i; in double across blocks of 64 rows, so that
-// the sum over many rows keeps its digits. Each column is summed by one thread in the order of rows.
+// dw[i] = sum over rows of dy * x * rstd, for the kWidth columns from i; in double across blocks of kRows rows, so that
+// the sum over many rows keeps its digits (torch sums in pairs). Each column is summed by one thread in the order of rows.
 inline void rms_norm_weight_columns(const void* dy, const void* x, const float* rstd, void* dw, Type type,
                                     Type weight_type, int64_t rows, int64_t n, int64_t first, int64_t last) {
   with_type(type, [&](auto t) {
@@ -71,10 +71,11 @@ inline void rms_norm_weight_columns(const void* dy, const void* x, const float* 
       using W = decltype(u);
       for (int64_t block = first; block < last; ++block) {
         const int64_t i = block * kWidth;
+        constexpr int64_t kRows = 8;
         double total[kWidth] = {};
-        for (int64_t start = 0; start < rows; start += 64) {
+        for (int64_t start = 0; start < rows; start += kRows) {
           Floats part = {};
-          for (int64_t m = start; m < rows && m < start + 64; ++m)
+          for (int64_t m = start; m < rows && m < start + kRows; ++m)
             part += load<T>(static_cast<const typename T::Value*>(dy) + m * n + i, n - i) *
                     load<T>(static_cast<const typename T::Value*>(x) + m * n + i, n - i) * rstd[m];
           for (int j = 0; j < kWidth; ++j) total[j] += part[j];

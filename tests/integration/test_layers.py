@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from accuracy import assert_twice_as_good
 
 from peft_engine import dispatch, layers
 
@@ -59,13 +60,6 @@ def fuse(model):
     return ops
 
 
-def assert_twice_as_good(got, plain, exact, what=""):
-    error, allowed = (got.double() - exact), (plain.double() - exact)
-    ulp = torch.finfo(got.dtype).eps * exact.abs().max()
-    assert error.abs().max() <= 2 * allowed.abs().max() + ulp, what
-    assert error.norm() <= 2 * allowed.norm() + ulp, what
-
-
 def run(model, ids, **arguments):
     """Logits, and the gradients of all parameters for a loss that touches all logits that are not padding."""
     logits = model(input_ids=ids, **arguments).logits
@@ -84,9 +78,9 @@ def check(family, dtype, ids, **arguments):
     exact = copy.deepcopy(plain).double()
     assert set(fuse(fused)) == {"rms_norm", "swiglu", "attention"}
     results = [run(model, ids, **arguments) for model in (fused, plain, exact)]
-    assert_twice_as_good(*(logits for logits, _ in results), f"{family} logits")
+    assert_twice_as_good(*(logits for logits, _ in results), what=f"{family} logits")
     gradients = (torch.cat([t.flatten() for t in grads]) for _, grads in results)
-    assert_twice_as_good(*gradients, f"{family} gradients")
+    assert_twice_as_good(*gradients, what=f"{family} gradients")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

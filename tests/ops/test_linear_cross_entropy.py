@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accuracy import assert_twice_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,30 +49,32 @@ def run(loss_of, x, weight, labels, bias, reduction, dtype=None):
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def assert_as_good_as_the_reference(x, weight, labels, bias, reduction):
-    """Errors against float64, the largest and the norm, at most twice the reference's.
+def terms(x, weight, labels, bias, reduction):
+    """The magnitudes added up to the loss, dx, dW and db; the rounding of a logit moves its probability."""
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    sizes = x.abs() @ weight.abs().T + bias.abs()
+    p = torch.nn.functional.linear(x, weight, bias).softmax(-1)
+    kept = (labels != -100).double()
+    upstream = kept * 1.5 / (kept.sum().clamp(min=1) if reduction == "mean" else 1)
+    dlogits = p * (1 + sizes + (p * sizes).sum(-1, keepdim=True))
+    dlogits[torch.arange(len(labels)), labels.clamp(min=0)] += 1
+    dlogits *= upstream[:, None]
+    losses = 2 * upstream * sizes.amax(-1)
+    loss = losses if reduction == "none" else losses.sum()
+    return loss, dlogits @ weight.abs(), dlogits.T @ x.abs(), dlogits.sum(0)
 
-    Plus one unit in the last place of the largest term of the sums that each result is: where there are few
-    elements, the reference can be exact by luck.
-    """
-    if x.numel():
-        upstream = 1.5 / ((labels != -100).sum().clamp(min=1) if reduction == "mean" else 1)
-        logits = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).abs().max()
-        terms = [logits, weight.abs().max() * upstream, x.abs().max() * upstream, upstream]
-    else:
-        terms = [0.0] * 4
+
+def assert_as_good_as_the_reference(x, weight, labels, bias, reduction):
     exact = run(reference, x, weight, labels, bias, reduction, torch.float64)
     usual = run(reference, x, weight, labels, bias, reduction)
     got = run(linear_cross_entropy, x, weight, labels, bias, reduction)
-    for name, truth, r, g, term in zip(("loss", "dx", "dW", "db"), exact, usual, got, terms, strict=True):
-        assert g.shape == truth.shape and g.dtype == r.dtype, name
-        if not truth.numel() or not r.isfinite().all():
+    sizes = terms(x, weight, labels, bias, reduction)
+    for name, truth, r, g, size in zip(("loss", "dx", "dW", "db"), exact, usual, got, sizes, strict=True):
+        if not r.isfinite().all():
             # Beyond float16's range the reference has NaN in ignored rows too; here those are not computed.
             assert (g.isfinite() | ~r.isfinite()).all(), name
-            continue
-        ulp = torch.finfo(r.dtype).eps * max(float(term), float(truth.abs().max()))
-        for size in (lambda t: t.abs().max(), torch.linalg.vector_norm):
-            assert size(g.double() - truth) <= 2 * size(r.double() - truth) + ulp, name
+        else:
+            assert_twice_as_good(g, r, truth, size, what=name)
 
 
 # --- the maths -------------------------------------------------------------------------------------------
@@ -109,8 +112,7 @@ def test_every_instruction_set_is_as_good_as_the_reference(
 
 
 @needs_cpu
-# The same examples in every run: a loss is one number, and some reference is exact by luck.
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.sampled_from([0, 1, 2, 31, 200]),
     vocabulary=st.sampled_from([1, 2, 16, 63, 65, 257, 1009]),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_twice_as_good
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,19 +24,6 @@ def gradients(function, x, lora_a, lora_b, bias, dy):
 
 def exact_weight(weight, dtype):
     return reference_dequantize(weight, dtype) if isinstance(weight, NF4Tensor) else weight.to(dtype)
-
-
-def assert_twice_as_good(got, plain, exact, terms, what):
-    """The largest error and the norm are at most twice plain torch's. Where that is exact by luck: plus one
-    unit in the last place of the result and one of the float32 sum (its terms' magnitudes added up).
-    """
-    assert got.shape == exact.shape and got.dtype == plain.dtype, what
-    if exact.numel() == 0:
-        return
-    error, allowed = got.double() - exact, plain.double() - exact
-    unit = torch.finfo(got.dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * terms
-    assert error.abs().max() <= 2 * allowed.abs().max() + unit.max(), what
-    assert error.norm() <= 2 * allowed.norm() + unit.norm(), what
 
 
 def wide(t):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_twice_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,16 +10,6 @@ from peft_engine.ops import rotary as module
 from peft_engine.ops.rotary import reference, rotary
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def assert_twice_as_good(got, plain, exact, what=""):
-    if exact.numel() == 0:
-        assert got.shape == exact.shape
-        return
-    error, allowed = (got.double() - exact), (plain.double() - exact)
-    ulp = torch.finfo(got.dtype).eps * exact.abs().max()
-    assert error.abs().max() <= 2 * allowed.abs().max() + ulp, what
-    assert error.norm() <= 2 * allowed.norm() + ulp, what
 
 
 def angles(batch, tokens, rotated, dtype):
@@ -39,7 +30,7 @@ def check(q, k, cos, sin, what=""):
     got, plain = run(rotary, *inputs), run(reference, *inputs)
     exact = run(reference, *(t.double() for t in inputs))
     for name, a, b, c in zip(("q", "k", "dq", "dk"), got, plain, exact, strict=True):
-        assert_twice_as_good(a, b, c, f"{name} {what}")
+        assert_twice_as_good(a, b, c, what=f"{name} {what}")
 
 
 def heads(batch, count, tokens, head_dim, dtype):

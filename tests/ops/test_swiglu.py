@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_twice_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,16 +10,6 @@ from peft_engine.ops import swiglu as module
 from peft_engine.ops.swiglu import reference, swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def assert_twice_as_good(got, plain, exact, what=""):
-    if exact.numel() == 0:
-        assert got.shape == exact.shape
-        return
-    error, allowed = (got.double() - exact), (plain.double() - exact)
-    ulp = torch.finfo(got.dtype).eps * exact.abs().max()
-    assert error.abs().max() <= 2 * allowed.abs().max() + ulp, what
-    assert error.norm() <= 2 * allowed.norm() + ulp, what
 
 
 def run(function, gate, up, dy):
@@ -31,7 +22,7 @@ def check(gate, up, dy, what):
     got, plain = run(swiglu, gate, up, dy), run(reference, gate, up, dy)
     exact = run(reference, gate.double(), up.double(), dy.double())
     for name, a, b, c in zip(("y", "dgate", "dup"), got, plain, exact, strict=True):
-        assert_twice_as_good(a, b, c, f"{name} {what}")
+        assert_twice_as_good(a, b, c, what=f"{name} {what}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
