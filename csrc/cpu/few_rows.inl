@@ -3,8 +3,8 @@
 
 constexpr int kRowsAtOnce = 4;  // their sums fit the registers
 
-// The most rows for which this is faster than panels. At 4096 x 4096 with an adapter of rank 16, ms on two threads: AMX 4
-// rows 0.84 here and 1.09 by panels, 5 rows 1.10 and 1.08; AVX512-BF16 12 rows 2.0 here, 16 by panels 3.1.
+// The most rows for which this is faster than panels. At 4096 x 4096 with an adapter of rank 16, ms on two threads: AMX,
+// dense, 4 rows 0.84 here and 1.09 by panels, 5 rows 1.10 and 1.08; AVX512-BF16 12 rows 2.0 here, 16 by panels 3.1.
 constexpr int kMostFewRows = 12, kFewRowsOfPairs = PE_LEVEL >= 4 ? 4 : kMostFewRows;
 
 inline float sum16(const float* v) {
@@ -19,16 +19,6 @@ inline void add_dot64(const float* a, const float* b, float* lanes) {
   for (int j = 0; j < 16; ++j)
     lanes[j] += (a[j] * b[j] + a[16 + j] * b[16 + j]) + (a[32 + j] * b[32 + j] + a[48 + j] * b[48 + j]);
 }
-
-// What is added to every output: the adapter's s B h and the bias.
-struct Extra {
-  const float* h = nullptr;  // (rows, rank), scaled; rows of `stride`, a multiple of 16, zeros beyond the rank
-  int64_t stride = 0;
-  Matrix b;  // (out_features, rank)
-  int64_t rank = 0;
-  const void* bias = nullptr;
-  Type bias_type = Type::f32;
-};
 
 // The part of row n of y that is not the base product, for each row of x.
 inline void extras(const Extra& extra, int64_t n, int rows, float* out) {

@@ -9,45 +9,77 @@
 #include "cpu/adapter.inl"
 #include "cpu/few_rows.inl"
 
+// The adapter's h = x A^T for a few rows, in floats, and what it and the bias add to y.
+inline Extra extra_of_few_rows(const LoraLinearForward& f) {
+  Extra extra;
+  extra.bias = f.bias;
+  extra.bias_type = f.bias_type;
+  const int64_t k = f.w.cols, rank = f.adapter.rank, padded = (k + 63) / 64 * 64;
+  if (rank == 0) return extra;
+  const int rows = static_cast<int>(f.rows);
+  Source x = dense(f.x, f.type, f.rows, k);
+  x.dropout = dropout_of(f.adapter);
+  float* wide = scratch<float>(Slot::dropped, rows * padded);
+  for (int m = 0; m < rows; ++m)
+    for (int64_t c = 0; c < padded; c += 64) read64(x, m, c, wide + m * padded + c);
+  extra.rank = rank;
+  extra.stride = (rank + 15) / 16 * 16;
+  extra.b = dense(f.adapter.b, f.adapter.type, f.w.rows, rank).m;
+  float* scaled = scratch<float>(Slot::adapter, rows * extra.stride);
+  extra.h = scaled;
+  memset(scaled, 0, static_cast<size_t>(rows * extra.stride) * sizeof(float));
+  const Source a = dense(f.adapter.a, f.adapter.type, rank, k);
+  in_parallel(rank, rank * k * rows >= kWorthThreads, [&](int64_t begin, int64_t end) {
+    float v[64];
+    for (int64_t r = begin; r < end; ++r) {
+      float lanes[16][16] = {};
+      for (int64_t c = 0; c < k; c += 64) {
+        read64(a, r, c, v);
+        for (int m = 0; m < rows; ++m) add_dot64(wide + m * padded + c, v, lanes[m]);
+      }
+      for (int m = 0; m < rows; ++m) {
+        const float h = sum16(lanes[m]) * x.dropout.scale;
+        f.h[m * rank + r] = h;
+        scaled[m * extra.stride + r] = h * f.adapter.scaling;
+      }
+    }
+  });
+  return extra;
+}
+
+#if PE_LEVEL >= 4
+// Up to 16 rows of bf16 against an NF4 weight whose rows are whole blocks: one tile of activations.
+inline void forward_one_tile(const LoraLinearForward& f, int64_t threads) {
+  Segment base;
+  base.w.m = f.w;
+  base.interleaved = true;
+  base.steps = steps_for<true>(f.w.cols, true);
+  uint32_t* act = scratch<uint32_t>(Slot::activations, base.steps * kTile);
+  base.act[0] = act;
+  Out y;
+  y.data = f.y;
+  y.type = f.type;
+  y.rows = f.rows;
+  y.cols = f.w.rows;
+  y.transposed = true;
+  y.extra = extra_of_few_rows(f);
+  right_panel_of_rows<true>(dense(f.x, f.type, f.rows, f.w.cols), true, 0, 1, 0, base.steps, act);
+  const bool worth = f.w.rows * f.w.cols >= kWorthThreads;
+  const Plan plan(f.w.rows, 1, worth ? threads : 1, 4, false);
+  in_parallel(plan.tasks(), worth, [&](int64_t begin, int64_t end) {
+    const TileUnit unit;
+    for (int64_t task = begin; task < end; ++task) run_task<true, true>(plan, task, &base, 1, 0, Dropout(), y);
+  });
+}
+#endif
+
 template <bool kPairs>
 inline void forward_few_rows(const LoraLinearForward& f) {
-  const int64_t k = f.w.cols, rank = f.adapter.rank, padded = (k + 127) / 128 * 128, wide_rank = (rank + 15) / 16 * 16;
+  const int64_t k = f.w.cols, padded = (k + 127) / 128 * 128;
   const int rows = static_cast<int>(f.rows);
   Source x = dense(f.x, f.type, f.rows, k), w;
   w.m = f.w;
-  const Dropout dropout = dropout_of(f.adapter);
-  Extra extra;
-  if (rank > 0) {
-    x.dropout = dropout;
-    float* wide = scratch<float>(Slot::dropped, rows * padded);
-    for (int m = 0; m < rows; ++m)
-      for (int64_t c = 0; c < padded; c += 64) read64(x, m, c, wide + m * padded + c);
-    x.dropout = Dropout();
-    float* scaled = scratch<float>(Slot::adapter, rows * wide_rank);
-    memset(scaled, 0, static_cast<size_t>(rows * wide_rank) * sizeof(float));
-    const Source a = dense(f.adapter.a, f.adapter.type, rank, k);
-    in_parallel(rank, rank * k * rows >= kWorthThreads, [&](int64_t begin, int64_t end) {
-      float v[64];
-      for (int64_t r = begin; r < end; ++r) {
-        float lanes[kMostFewRows][16] = {};
-        for (int64_t c = 0; c < k; c += 64) {
-          read64(a, r, c, v);
-          for (int m = 0; m < rows; ++m) add_dot64(wide + m * padded + c, v, lanes[m]);
-        }
-        for (int m = 0; m < rows; ++m) {
-          const float h = sum16(lanes[m]) * dropout.scale;
-          f.h[m * rank + r] = h;
-          scaled[m * wide_rank + r] = h * f.adapter.scaling;
-        }
-      }
-    });
-    extra.h = scaled;
-    extra.stride = wide_rank;
-    extra.rank = rank;
-    extra.b = dense(f.adapter.b, f.adapter.type, f.w.rows, rank).m;
-  }
-  extra.bias = f.bias;
-  extra.bias_type = f.bias_type;
+  const Extra extra = extra_of_few_rows(f);
   const Take take = few_rows_take<kPairs>(f.w);
   void* activations = scratch<float>(Slot::activations, rows * padded);
   for (int m = 0; m < rows; ++m) {
@@ -80,7 +112,7 @@ inline void forward_few_rows(const LoraLinearForward& f) {
     for (int64_t n = begin; n < end; n += kWeightRows) {
       for (int m = 0; m < rows; m += kRowsAtOnce) {
         Extra part = extra;
-        part.h = extra.h == nullptr ? nullptr : extra.h + m * wide_rank;
+        part.h = extra.h == nullptr ? nullptr : extra.h + m * extra.stride;
         few_rows(static_cast<const char*>(activations) + m * padded * word, padded, take,
                  rows - m < kRowsAtOnce ? rows - m : kRowsAtOnce, w, n, n + kWeightRows < end ? n + kWeightRows : end,
                  part, f.type, static_cast<char*>(f.y) + m * f.w.rows * (f.type == Type::f32 ? 4 : 2));
@@ -126,8 +158,8 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   y.rows = f.rows;
   y.cols = n;
   y.transposed = true;
-  y.bias = f.bias;
-  y.bias_type = f.bias_type;
+  y.extra.bias = f.bias;
+  y.extra.bias_type = f.bias_type;
   h.data = f.h;
   h.rows = f.rows;
   h.cols = rank;
@@ -289,6 +321,12 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
 inline void lora_linear_forward(const LoraLinearForward& f, int64_t threads, int64_t most_tiles) {
 #if PE_LEVEL >= 3
   if (f.type == Type::bf16) {
+#if PE_LEVEL >= 4
+    if (f.rows > 3 && f.rows <= 16 && can_interleave<true>(f.w)) {
+      forward_one_tile(f, threads);
+      return;
+    }
+#endif
     if (f.rows <= kFewRowsOfPairs) forward_few_rows<true>(f);
     else forward_panels<true>(f, threads, most_tiles);
     return;

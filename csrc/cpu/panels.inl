@@ -66,16 +66,17 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
     for (int64_t b = 0; b < blocks; ++b) out[b] = w.scale((first + b) >> (w.block_shift - 6));
     return;
   }
-  for (int64_t b = 0, n; b < blocks; b += n) {
-    const int64_t from = first + b, group_left = 256 - (from & 255);  // 256 share a nested scale
-    n = blocks - b < group_left ? blocks - b : group_left;
-    if (n > 16) n = 16;
-    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
-    const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.absmax_index + from));
-    const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
-    _mm512_mask_storeu_ps(
-        out + b, mask,
-        _mm512_add_ps(_mm512_mul_ps(code, _mm512_set1_ps(w.nested_absmax[from >> 8])), _mm512_set1_ps(w.offset)));
+  const __m512 offset = _mm512_set1_ps(w.offset);
+  for (int64_t b = 0, end; b < blocks; b = end) {
+    const int64_t from = first + b, group = from >> 8;  // 256 share a nested scale
+    end = ((group + 1) << 8) - first < blocks ? ((group + 1) << 8) - first : blocks;
+    const __m512 nested = _mm512_set1_ps(w.nested_absmax[group]);
+    for (; b < end; b += 16) {
+      const __mmask16 mask = end - b < 16 ? static_cast<__mmask16>((1u << (end - b)) - 1) : 0xFFFF;
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.absmax_index + first + b));
+      const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
+      _mm512_mask_storeu_ps(out + b, mask, _mm512_add_ps(_mm512_mul_ps(code, nested), offset));
+    }
   }
 }
 #endif

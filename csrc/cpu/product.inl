@@ -15,6 +15,16 @@ struct Segment {
   bool then_mask = false;  // after this segment, the sum is masked (and scaled) by the task's dropout
 };
 
+// What is added to every output: the adapter's s B h and the bias.
+struct Extra {
+  const float* h = nullptr;  // (rows, rank), scaled; rows of `stride`, a multiple of 16, zeros beyond the rank
+  int64_t stride = 0;
+  Matrix b;  // (out_features, rank)
+  int64_t rank = 0;
+  const void* bias = nullptr;
+  Type bias_type = Type::f32;
+};
+
 // Where the result goes. transposed: rows of a result tile are columns of `data`.
 struct Out {
   void* data = nullptr;
@@ -22,9 +32,24 @@ struct Out {
   int64_t rows = 0, cols = 0;
   bool transposed = false;
   float scale = 1.0f;
-  const void* bias = nullptr;
-  Type bias_type = Type::f32;
+  Extra extra;
 };
+
+// Adds B h to a tile of y: rows of h by rows of B.
+inline void add_adapter(const Extra& extra, float* tile, int64_t rows, int64_t row0, int n, int64_t col0) {
+  for (int64_t r0 = 0; r0 < extra.rank; r0 += 16) {
+    const int count = static_cast<int>(extra.rank - r0 < 16 ? extra.rank - r0 : 16);
+    alignas(64) float b[kTile] = {}, turned[kTile];
+    for (int j = 0; j < n; ++j)
+      load_up_to_16(extra.b.data, extra.b.type, (col0 + j) * extra.rank + r0, count, b + 16 * j);
+    transpose16(reinterpret_cast<const uint32_t*>(b), reinterpret_cast<uint32_t*>(turned));
+    for (int64_t m = 0; m < rows; ++m) {
+      const float* h = extra.h + (row0 + m) * extra.stride + r0;
+      for (int i = 0; i < count; ++i)
+        for (int j = 0; j < 16; ++j) tile[16 * m + j] += turned[16 * i + j] * h[i];
+    }
+  }
+}
 
 inline void store_tile(const Out& out, float* tile, int64_t tile_row, int64_t tile_col) {
   alignas(64) float turned[kTile];
@@ -42,7 +67,8 @@ inline void store_tile(const Out& out, float* tile, int64_t tile_row, int64_t ti
   if (rows <= 0 || left <= 0) return;
   const int n = static_cast<int>(left < 16 ? left : 16);
   float bias[16] = {};
-  if (out.bias != nullptr) load_up_to_16(out.bias, out.bias_type, col0, n, bias);
+  if (out.extra.bias != nullptr) load_up_to_16(out.extra.bias, out.extra.bias_type, col0, n, bias);
+  add_adapter(out.extra, tile, rows, row0, n, col0);
   for (int64_t r = 0; r < rows; ++r) {
     float v[16];
     for (int j = 0; j < 16; ++j) v[j] = tile[16 * r + j] * out.scale + bias[j];
@@ -58,6 +84,82 @@ inline void mask_tile(const Dropout& dropout, float* tile, int64_t row0, int64_t
   }
 }
 
+#if PE_LEVEL >= 4
+constexpr int64_t kMostDirect = 4;  // tiles of sums that stay in registers
+
+// c = an interleaved NF4 segment's product for kTiles of the weight and kActs of the activations, at most 4 sums. The
+// decoded weight never leaves the L1 cache, nor a sum its register, and the tile unit multiplies the 128 values before
+// while four rows are decoded. Floor: to decode 128 values takes 12 cycles (measured alone), a tile product 19.
+template <int kTiles, int kActs>
+inline void nf4_product_direct(const Matrix& w, int64_t row0, const uint32_t* act, int64_t act_stride, float* c) {
+  constexpr int64_t kSteps = 4, kTileStride = kSteps * kTile;
+  const int64_t blocks = w.cols / 64, row_bytes = w.cols / 2;
+  const int64_t rows = w.rows - row0 < 16 * kTiles ? w.rows - row0 : 16 * kTiles;
+  uint32_t* buffers = scratch<uint32_t>(Slot::panel, 2 * kTiles * kTileStride + kTiles * 16 * blocks);
+  float* scales = reinterpret_cast<float*>(buffers + 2 * kTiles * kTileStride);
+  read_scales(w, row0 * w.cols, rows * blocks, scales);
+  if (rows < 16 * kTiles) memset(buffers, 0, 2 * kTiles * kTileStride * sizeof(uint32_t));
+  const uint8_t* packed = static_cast<const uint8_t*>(w.data) + row0 * row_bytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  // One round more than blocks: it multiplies the last.
+  for (int64_t b = 0, round = 0; b < blocks + 2; b += 2, ++round) {
+    uint32_t* to = buffers + (round & 1) * kTiles * kTileStride;
+    const uint32_t* left = buffers + (~round & 1) * kTiles * kTileStride;
+    const uint32_t* right = act + (round - 1) * kTileStride;
+    // 512 bytes on in the row, or at the start of the row that the next task has in its place
+    const int64_t ahead = b * 32 + 512 < row_bytes ? 512 : 512 - row_bytes + 16 * kTiles * row_bytes;
+    for (int group = 0; group < 4 * kTiles; ++group) {  // four rows to decode, a tile to multiply
+      const int64_t r0 = 4 * group, left_rows = b < blocks ? rows - r0 : 0;
+      uint32_t* out = to + r0 / 16 * kTileStride + r0 % 16 * 16;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) {
+        if (i >= left_rows) break;
+        const uint8_t* from = packed + (r0 + i) * row_bytes + b * 32;
+        _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
+        __m512i v[4];
+        const float* scale = scales + (r0 + i) * blocks + b;
+        if (b + 1 < blocks) decode128(from, scale, true, v);
+        else decode128(from, scale, false, v);
+        for (int q = 0; q < 4; ++q) _mm512_store_si512(out + q * kTile + 16 * i, v[q]);
+      }
+      if (round == 0) continue;
+      const int tile = group % kTiles, step = group / kTiles;
+      const uint32_t *a = left + tile * kTileStride + step * kTile, *x = right + step * kTile;
+      if (tile == 0) multiply_tile<0, kActs>(a, x, act_stride);
+      if constexpr (kTiles > 1)
+        if (tile == 1) multiply_tile<kActs, kActs>(a, x, act_stride);
+      if constexpr (kTiles > 2) {
+        if (tile == 2) multiply_tile<2, 1>(a, x, act_stride);
+        if (tile == 3) multiply_tile<3, 1>(a, x, act_stride);
+      }
+    }
+  }
+  _tile_stored(0, c, 64);
+  if constexpr (kTiles * kActs > 1) _tile_stored(1, c + kTile, 64);
+  if constexpr (kTiles * kActs > 2) _tile_stored(2, c + 2 * kTile, 64);
+  if constexpr (kTiles * kActs > 3) _tile_stored(3, c + 3 * kTile, 64);
+}
+
+inline void nf4_product_direct(const Matrix& w, int64_t panel0, int64_t panel_tiles, int64_t acts, const uint32_t* act,
+                               int64_t act_stride, float* c) {
+  const auto run = [&](auto tiles, auto columns) {
+    nf4_product_direct<decltype(tiles)::value, decltype(columns)::value>(w, panel0 * 16, act, act_stride, c);
+  };
+  using std::integral_constant;
+  if (acts == 1 && panel_tiles == 1) run(integral_constant<int, 1>(), integral_constant<int, 1>());
+  else if (acts == 1 && panel_tiles == 2) run(integral_constant<int, 2>(), integral_constant<int, 1>());
+  else if (acts == 1 && panel_tiles == 3) run(integral_constant<int, 3>(), integral_constant<int, 1>());
+  else if (acts == 1) run(integral_constant<int, 4>(), integral_constant<int, 1>());
+  else if (acts == 2 && panel_tiles == 1) run(integral_constant<int, 1>(), integral_constant<int, 2>());
+  else if (acts == 2) run(integral_constant<int, 2>(), integral_constant<int, 2>());
+  else if (acts == 3) run(integral_constant<int, 1>(), integral_constant<int, 3>());
+  else run(integral_constant<int, 1>(), integral_constant<int, 4>());
+}
+#endif
+
 // Weight tiles [panel0, panel0 + panel_tiles) against activation tiles [act0, act1), whose first row in `out` is act_row0.
 // kPanelLeft: y^T = W x^T, the contraction along the weight's rows. Else: dx = dy W, the contraction down its columns.
 template <bool kPairs, bool kPanelLeft>
@@ -71,6 +173,13 @@ inline void product_task(const Segment* segments, int count, int64_t panel0, int
   for (int i = 0; i < count; ++i) {
     const Segment& s = segments[i];
     const int64_t act_stride = s.steps * kTile;
+#if PE_LEVEL >= 4
+    if (kPanelLeft && i == 0 && s.interleaved && s.acts == 1 && s.w.m.type == Type::nf4 &&
+        acts * panel_tiles <= kMostDirect) {
+      nf4_product_direct(s.w.m, panel0, panel_tiles, acts, s.act[0] + act0 * act_stride, act_stride, c);
+      continue;
+    }
+#endif
     for (int64_t step0 = 0; step0 < s.steps; step0 += block_steps) {
       const int64_t steps = s.steps - step0 < block_steps ? s.steps - step0 : block_steps;
       if constexpr (kPanelLeft) left_panel<kPairs>(s.w, s.interleaved, panel0 * 16, panel_tiles, step0, steps, panel);
@@ -80,11 +189,11 @@ inline void product_task(const Segment* segments, int count, int64_t panel0, int
           const int64_t pair = acts - t < 2 ? 1 : 2;
           const uint32_t* act = s.act[k] + (act0 + t) * act_stride + step0 * kTile;
           if constexpr (kPanelLeft)
-            multiply<kPairs>(panel, steps * kTile, panel_tiles, act, act_stride, pair, steps, c + t * kTile,
-                             acts * kTile);
+            multiply<kPairs, true>(panel, steps * kTile, panel_tiles, act, act_stride, pair, steps, c + t * kTile,
+                                   acts * kTile);
           else
-            multiply<kPairs>(act, act_stride, pair, panel, steps * kTile, panel_tiles, steps,
-                             c + t * panel_tiles * kTile, panel_tiles * kTile);
+            multiply<kPairs, false>(act, act_stride, pair, panel, steps * kTile, panel_tiles, steps,
+                                    c + t * panel_tiles * kTile, panel_tiles * kTile);
         }
       }
     }
@@ -116,7 +225,12 @@ struct Plan {
     all_panel_tiles = (weight_rows + 15) / 16;
     all_act_tiles = act_tiles;
     const bool few = act_tiles <= 2;
+#if PE_LEVEL >= 4
+    const bool direct = !in_fours && act_tiles > 0 && act_tiles <= kMostDirect;
+    const int64_t most = direct ? kMostDirect / act_tiles : few ? 4 : most_tiles, unit = in_fours ? 4 : direct ? 1 : 2;
+#else
     const int64_t most = few ? 4 : most_tiles, unit = in_fours ? 4 : 2;
+#endif
     panels = (all_panel_tiles + most - 1) / most;
     if (panels >= threads) panels = (panels + threads - 1) / threads * threads;
     else if (all_panel_tiles >= threads * unit) panels = threads;

@@ -52,7 +52,46 @@ struct TileUnit {
   ~TileUnit() { _tile_release(); }
 };
 
-template <int kRows, int kCols>
+// GCC takes a tile register's number from the letters of the call, hence the branches.
+// kOnce: the tile is read once, and is kept from the L1 cache, where the other operand stays.
+template <int kRegister, bool kOnce>
+PE_INLINE void load_tile(const uint32_t* from) {
+  if constexpr (kRegister == 4 && kOnce) _tile_stream_loadd(4, from, 64);
+  if constexpr (kRegister == 5 && kOnce) _tile_stream_loadd(5, from, 64);
+  if constexpr (kRegister == 6 && kOnce) _tile_stream_loadd(6, from, 64);
+  if constexpr (kRegister == 7 && kOnce) _tile_stream_loadd(7, from, 64);
+  if constexpr (kRegister == 4 && !kOnce) _tile_loadd(4, from, 64);
+  if constexpr (kRegister == 5 && !kOnce) _tile_loadd(5, from, 64);
+  if constexpr (kRegister == 6 && !kOnce) _tile_loadd(6, from, 64);
+  if constexpr (kRegister == 7 && !kOnce) _tile_loadd(7, from, 64);
+}
+
+// Adds the product of a tile of A and kCols tiles of B to sums kSum, kSum + 1, .. (at most register 3).
+template <int kSum, int kCols>
+PE_INLINE void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t b_stride) {
+  if constexpr (kSum % 2 == 0) load_tile<4, false>(a);
+  else load_tile<5, false>(a);
+  load_tile<6, false>(b);
+  if constexpr (kSum == 0) _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kSum == 1) _tile_dpbf16ps(1, 5, 6);
+  if constexpr (kSum == 2) _tile_dpbf16ps(2, 4, 6);
+  if constexpr (kSum == 3) _tile_dpbf16ps(3, 5, 6);
+  if constexpr (kCols > 1) {
+    load_tile<7, false>(b + b_stride);
+    if constexpr (kSum == 0) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kSum == 2) _tile_dpbf16ps(3, 4, 7);
+  }
+  if constexpr (kCols > 2) {
+    load_tile<6, false>(b + 2 * b_stride);
+    _tile_dpbf16ps(2, 4, 6);
+  }
+  if constexpr (kCols > 3) {
+    load_tile<7, false>(b + 3 * b_stride);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
+template <int kRows, int kCols, bool kLeftOnce>
 inline void amx_multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, int64_t steps,
                          float* c, int64_t c_stride) {
   _tile_loadd(0, c, 64);
@@ -61,15 +100,15 @@ inline void amx_multiply(const uint32_t* a, int64_t a_stride, const uint32_t* b,
   if constexpr (kRows > 1 && kCols > 1) _tile_loadd(3, c + c_stride + kTile, 64);
   for (int64_t s = 0; s < steps; ++s) {
     const uint32_t *as = a + s * kTile, *bs = b + s * kTile;
-    _tile_loadd(6, bs, 64);
-    _tile_loadd(4, as, 64);
+    load_tile<6, !kLeftOnce>(bs);
+    load_tile<4, kLeftOnce>(as);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kCols > 1) {
-      _tile_loadd(7, bs + b_stride, 64);
+      load_tile<7, !kLeftOnce>(bs + b_stride);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (kRows > 1) {
-      _tile_loadd(5, as + a_stride, 64);
+      load_tile<5, kLeftOnce>(as + a_stride);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (kRows > 1 && kCols > 1) _tile_dpbf16ps(3, 5, 7);
@@ -193,7 +232,8 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 }
 
 // C += A B over `steps`: rows tiles of A, cols tiles of B, C tile (r, j) at c + r * c_stride + j * kTile. Strides in words.
-template <bool kPairs>
+// kLeftOnce: the right operand stays in the L1 cache, else the left one.
+template <bool kPairs, bool kLeftOnce>
 inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
                      int64_t cols, int64_t steps, float* c, int64_t c_stride) {
 #if PE_LEVEL >= 4
@@ -202,22 +242,22 @@ inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const ui
     for (; j + 2 <= cols; j += 2) {
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2)
-        amx_multiply<2, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
-                           c_stride);
+        amx_multiply<2, 2, kLeftOnce>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps,
+                                      c + r * c_stride + j * kTile, c_stride);
       if (r < rows)
-        amx_multiply<1, 2>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
-                           c_stride);
+        amx_multiply<1, 2, kLeftOnce>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps,
+                                      c + r * c_stride + j * kTile, c_stride);
     }
     if (j < cols) {
       int64_t r = 0;
       for (; r + 4 <= rows; r += 4)
         amx_multiply_4x1(a + r * a_stride, a_stride, b + j * b_stride, steps, c + r * c_stride + j * kTile, c_stride);
       for (; r + 2 <= rows; r += 2)
-        amx_multiply<2, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
-                           c_stride);
+        amx_multiply<2, 1, kLeftOnce>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps,
+                                      c + r * c_stride + j * kTile, c_stride);
       if (r < rows)
-        amx_multiply<1, 1>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps, c + r * c_stride + j * kTile,
-                           c_stride);
+        amx_multiply<1, 1, kLeftOnce>(a + r * a_stride, a_stride, b + j * b_stride, b_stride, steps,
+                                      c + r * c_stride + j * kTile, c_stride);
     }
     return;
   }
