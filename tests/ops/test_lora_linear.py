@@ -76,7 +76,7 @@ def case(
     check(x, weight, lora_a, lora_b, randn(n).to(dtype) if bias else None, dy, p=p)
 
 
-# rows, in, out, rank: few rows and many, tails of every tile, ranks beyond a tile, more rows than a chunk
+# rows, in, out, rank: few rows and many (1 to 5 tiles of 16), tails of every tile, ranks beyond a tile, more rows than a chunk
 SHAPES = [
     (1, 64, 16, 4),
     (3, 128, 33, 16),
@@ -87,6 +87,10 @@ SHAPES = [
     (2, 77, 31, 5),
     (70, 576, 320, 16),
     (530, 192, 96, 8),
+    (16, 448, 50, 20),
+    (20, 192, 96, 4),
+    (45, 320, 71, 16),
+    (64, 128, 40, 2),
 ]
 
 
