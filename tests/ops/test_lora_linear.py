@@ -76,7 +76,7 @@ def case(
     check(x, weight, lora_a, lora_b, randn(n).to(dtype) if bias else None, dy, p=p)
 
 
-# rows, in, out, rank: few rows and many (1 to 5 tiles of 16), tails of every tile, ranks beyond a tile, more rows than a chunk
+# rows, in, out, rank: 1 to 5 tiles of 16 rows, tails of every tile, ranks beyond a tile, more than a chunk
 SHAPES = [
     (1, 64, 16, 4),
     (3, 128, 33, 16),
