@@ -82,7 +82,7 @@ def test_train_writes_the_adapter_the_record_and_the_picture(train, tmp_path, da
     assert record["trainable_parameters"] == sum(t.numel() for t in tensors.values())
     assert record["settings"]["quantize"] == "nf4" and record["settings"]["rank"] == 4
     assert record["settings"]["data"] == str(data)
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["saved"] == "last" and record["saved_step"] == 12
     assert "12 steps" in err and "ETA" in err and "tokens/s" in err
     assert err.strip().splitlines()[-1].startswith("Next: peft-engine eval --model")
