@@ -149,8 +149,7 @@ class _Attention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        special = kwargs.keys() & _SPECIAL
-        if _own_attention(self) or any(kwargs[name] is not None for name in special):
+        if _own_attention(self) or any(kwargs.get(name) is not None for name in _SPECIAL):
             return super().forward(  # type: ignore[misc]
                 hidden_states,
                 position_embeddings=position_embeddings,
