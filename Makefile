@@ -66,7 +66,7 @@ $(STAMP)-torch:
 $(STAMP)-packages: $(STAMP)-torch pyproject.toml .ci/constraints.txt
 	@echo "==> pinned packages"
 	$(PIP) "setuptools>=77" wheel
-	$(PIP) --no-build-isolation -e ".[test,peers]"
+	$(PIP) --no-build-isolation -e ".[test,peers,gpu]"
 	@touch $@
 
 # The editable install compiles as well; this is for a change of csrc/ after it.

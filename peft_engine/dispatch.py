@@ -6,10 +6,14 @@ the answer is looked up, not worked out, from the second time on.
 """
 
 import contextlib
+import functools
+import importlib.util
 import os
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from peft_engine import native
 
@@ -89,10 +93,22 @@ def available_backends() -> dict[str, str | None]:
     """Backend name to None when usable on this machine, else the reason it is not."""
     return {
         "cuda": "not built in this version",
-        "triton": "not built in this version",
+        "triton": _triton_error(),
         "cpu": native.load_error(),
         "reference": None,
     }
+
+
+@functools.cache
+def _triton_error() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run: pip install peft-engine[gpu]"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"its kernels need compute capability 8.0 (sm_80), this GPU has {major}.{minor}"
+    return None
 
 
 def _check(name: str, source: str) -> str:

@@ -4,11 +4,15 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and bitsandbytes are imported: they read it once
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it is then run on CPU tensors
+
 from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
-import torch
 import transformers
 
 from peft_engine import dispatch, native

@@ -1,1 +1,1 @@
-"""Triton kernels of `ops/nf4`: none in this version; NF4 runs on the CPU kernels and on the reference."""
+"""The Triton kernels of `ops/nf4`: dequantize.py, quantize.py, and the tables they read."""

@@ -374,15 +374,36 @@ def refuse_unless_cpu(call) -> str | None:
     return None if call.device == "cpu" else f"the tensors are on {call.device}"
 
 
-def _cpu_dequantize(q: NF4Tensor, out: torch.Tensor) -> None:
+def _dequantize(q: NF4Tensor, out: torch.Tensor) -> None:
     torch.ops.peft_engine.nf4_dequantize(q.packed, q.absmax, q.nested_absmax, q.offset, q.blocksize, out)
 
 
-QUANTIZE.register(
-    "cpu",
-    lambda flat, blocksize: torch.ops.peft_engine.nf4_quantize(flat.contiguous(), blocksize),
-    refuse_unless_cpu,
-)
+def refuse_unless_cuda(call) -> str | None:
+    return None if call.device == "cuda" else f"the tensors are on {call.device}"
+
+
+# Triton is imported when the first tensor on a GPU asks for it.
+@torch.library.impl(native.library, "nf4_quantize", "CUDA")
+def _(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from peft_engine.kernels.nf4.quantize import quantize
+
+    return quantize(weight, blocksize)
+
+
+@torch.library.impl(native.library, "nf4_dequantize", "CUDA")
+def _(packed, absmax, nested_absmax, offset, blocksize, out) -> None:
+    from peft_engine.kernels.nf4.dequantize import dequantize
+
+    dequantize(packed, absmax, nested_absmax, offset, blocksize, out)
+
+
+def _quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.peft_engine.nf4_quantize(flat.contiguous(), blocksize)
+
+
+QUANTIZE.register("triton", _quantize, refuse_unless_cuda)
+QUANTIZE.register("cpu", _quantize, refuse_unless_cpu)
 QUANTIZE.register("reference", reference_quantize)
-DEQUANTIZE.register("cpu", _cpu_dequantize, refuse_unless_cpu)
+DEQUANTIZE.register("triton", _dequantize, refuse_unless_cuda)
+DEQUANTIZE.register("cpu", _dequantize, refuse_unless_cpu)
 DEQUANTIZE.register("reference", lambda q, out: reference_dequantize(q, out.dtype, out))
