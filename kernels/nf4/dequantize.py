@@ -15,11 +15,21 @@ BYTES = 1024  # packed bytes of a program
 @triton.jit
 def scale_of(absmax, nested_absmax, offset, absmax_code, block, mask, NESTED: tl.constexpr):
     """The float32 scales of blocks; double quantisation undone in two roundings, as bitsandbytes does it."""
-    stored = tl.load(absmax + block, mask, other=0)
+    scale = tl.load(absmax + block, mask)
     if NESTED:
-        nested = tl.load(nested_absmax + (block >> 8), mask, other=0.0)
-        return tl.load(absmax_code + stored.to(tl.int32), mask, other=0.0) * nested + tl.load(offset)
-    return stored
+        nested = tl.load(nested_absmax + (block >> 8), mask)
+        scale = tl.load(absmax_code + scale.to(tl.int32), mask) * nested + tl.load(offset)
+    return scale
+
+
+@triton.jit
+def pairs_of(packed, pair_code, scale):
+    """Packed bytes (S, B) under scales (S,) to float32 (S, 2 B): one lookup of 8 bytes for two weights."""
+    pair = tl.load(pair_code + packed.to(tl.int32))
+    high = pair.to(tl.uint32).to(tl.float32, bitcast=True)
+    low = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    values = tl.join(high * scale[:, None], low * scale[:, None])
+    return values.reshape(packed.shape[0], 2 * packed.shape[1])
 
 
 @triton.jit
@@ -28,17 +38,23 @@ def dequantize_kernel(
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """out[i] = code[index[i]] * scale[i // BLOCKSIZE], one rounding; a program takes BYTES packed bytes."""
-    first = tl.program_id(0).to(tl.int64) * BYTES
-    byte = first + tl.arange(0, BYTES)
-    indices = tl.load(packed + byte, 2 * byte < numel, other=0).to(tl.int32)
-    which = tl.arange(0, 2)
-    codes = tl.load(pair_code + (indices[:, None] * 2 + which[None, :]))  # (BYTES, 2)
     SHARE: tl.constexpr = BLOCKSIZE // 2 if BLOCKSIZE // 2 < BYTES else BYTES  # bytes under one scale
-    block = first * 2 // BLOCKSIZE + tl.arange(0, BYTES // SHARE)
-    scale = scale_of(absmax, nested_absmax, offset, absmax_code, block, block * BLOCKSIZE < numel, NESTED)
-    values = codes.reshape(BYTES // SHARE, 2 * SHARE) * scale[:, None]
-    i = 2 * first + tl.arange(0, 2 * BYTES)
-    tl.store(out + i, values.reshape(2 * BYTES).to(out.dtype.element_ty), i < numel)
+    SCALES: tl.constexpr = BYTES // SHARE
+    first = tl.program_id(0).to(tl.int64) * BYTES
+    left = numel - 2 * first
+    row = tl.arange(0, SCALES)
+    byte = row[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    i = row[:, None] * (2 * SHARE) + tl.arange(0, 2 * SHARE)[None, :]
+    block = 2 * first // BLOCKSIZE + row
+    if left >= 2 * BYTES:  # all but the last: no masks, so that loads and stores are of 16 bytes
+        scale = scale_of(absmax, nested_absmax, offset, absmax_code, block, None, NESTED)
+        values = pairs_of(tl.load(packed + first + byte), pair_code, scale)
+        tl.store(out + 2 * first + i, values.to(out.dtype.element_ty))
+    else:
+        inside = block * BLOCKSIZE < numel
+        scale = scale_of(absmax, nested_absmax, offset, absmax_code, block, inside, NESTED)
+        values = pairs_of(tl.load(packed + first + byte, 2 * byte < left, other=0), pair_code, scale)
+        tl.store(out + 2 * first + i, values.to(out.dtype.element_ty), i < left)
 
 
 def dequantize(

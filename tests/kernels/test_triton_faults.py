@@ -15,19 +15,16 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the mended in
 @pytest.mark.parametrize(
     "old,new,found",
     [
-        ("2 * byte < numel, other=0", "byte >= 0, other=0", OutOfBounds),  # mask of a load dropped
-        ("dtype.element_ty), i < numel)", "dtype.element_ty))", OutOfBounds),  # mask of a store dropped
-        (
-            "block, block * BLOCKSIZE < numel, NESTED",
-            "block, block >= 0, NESTED",
-            OutOfBounds,
-        ),  # of the scales
+        ("2 * byte < left, other=0", "byte >= 0, other=0", OutOfBounds),  # mask of a load dropped
+        (", i < left)", ")", OutOfBounds),  # mask of a store dropped
+        ("block, inside, NESTED", "block, None, NESTED", OutOfBounds),  # of the scales
+        ("left >= 2 * BYTES", "left >= 2", OutOfBounds),  # the path without masks taken for a tail
         ("tl.program_id(0).to(tl.int64) * BYTES", "tl.program_id(0).to(tl.int64) * 0", Race),
-        ("* scale[:, None]", "* 1.0", AssertionError),  # absmax skipped
-        ("scale[:, None]\n", "scale[:, None].to(tl.bfloat16)\n", AssertionError),  # rounded too early
+        ("high * scale[:, None]", "high", AssertionError),  # absmax skipped
+        ("low * scale[:, None]", "low * scale[:, None].to(tl.bfloat16)", AssertionError),  # rounded too early
         ("block >> 8", "block >> 7", (AssertionError, OutOfBounds)),  # another nested scale
         (" + tl.load(offset)", "", AssertionError),
-        ("indices[:, None] * 2 + which", "indices[:, None] * 2 + 1 - which", AssertionError),  # wrong nibble
+        ("tl.join(high * scale[:, None], low", "tl.join(low * scale[:, None], high", AssertionError),
     ],
 )
 def test_a_fault_in_dequantise_is_found(tmp_path, monkeypatch, old, new, found):
