@@ -19,11 +19,11 @@ namespace {
 using torch::stable::Tensor;
 
 // rstd is float32 whatever the dtype of x.
-Tensor floats(const Tensor& x, int64_t n) { return pe::empty({n}, torch::headeronly::ScalarType::Float); }
+Tensor floats(int64_t n) { return pe::empty({n}, torch::headeronly::ScalarType::Float); }
 
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps, double offset) {
   const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;
-  Tensor y = torch::stable::empty_like(x), rstd = floats(x, rows);
+  Tensor y = torch::stable::empty_like(x), rstd = floats(rows);
   const void *px = x.const_data_ptr(), *pw = weight.const_data_ptr();
   void* py = y.mutable_data_ptr();
   float* pr = static_cast<float*>(rstd.mutable_data_ptr());
