@@ -10,18 +10,23 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c .ci/constraints.txt
 STAMP := $(VENV)/.done
 CSRC := setup.py $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.inl')
+CUDA := $(shell find csrc -type f -name '*.cu' -o -type f -name '*.cuh' -o -type f -name '*.h')
+FIND_NVCC := $(PY) -c 'import sys; from peft_engine import doctor; sys.exit(doctor.find_nvcc() is None)'
+CUDA_EXTRA := $(PY) -c 'import tomllib as t; \
+  print(*t.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cuda"])'
 
 # Models and data lie in .cache/; nothing asks a hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: help setup data demo test bench lint format clean
+.PHONY: help setup data demo test bench resources lint format clean
 
 help:
 	@echo "make demo    fine-tune a real model with QLoRA and show what it gained (about 12 minutes on 2 cores)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch, bitsandbytes and PEFT; results in bench/results/"
+	@echo "make resources  compile every GPU kernel and write bench/results/resources.csv anew (no GPU needed)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  apply ruff's and clang-format's formatting"
 	@echo "make setup   only set up: virtual environment in $(VENV), pinned packages, compiled library"
@@ -35,11 +40,14 @@ data: $(STAMP)-native
 demo: data
 	@$(PY) examples/demo.py $(DEMO_ARGS)
 
-test: data
+test: data $(STAMP)-cuda
 	$(PY) -m pytest $(TEST_ARGS)
 
 bench: data
 	$(PY) -m bench.runner $(BENCH_ARGS)
+
+resources: $(STAMP)-cuda
+	$(PY) -m bench.resources
 
 lint: $(STAMP)-lint
 	$(PY) -m ruff check .
@@ -74,6 +82,15 @@ $(STAMP)-native: $(STAMP)-packages $(CSRC)
 	@echo "==> compiled library (csrc/)"
 	@if [ -n "$$(find $(CSRC) -newer peft_engine/_native.so 2>&1)" ]; then $(PY) setup.py -q build_ext --inplace; fi
 	@touch $@
+
+# The tests need nvcc, not a GPU. Where none is installed, PyPI's (the extra `cuda`); where that cannot be had, the
+# tests say what they skip.
+$(STAMP)-cuda: $(STAMP)-native $(CUDA)
+	@echo "==> CUDA kernels (csrc/cuda/)"
+	@if $(FIND_NVCC) || $(PIP) "$$($(CUDA_EXTRA))"; then \
+	  if [ -n "$$(find setup.py $(CUDA) -newer peft_engine/_cuda.so 2>&1)" ]; then \
+	    $(PY) setup.py -q build_ext --inplace; fi; touch $@; \
+	else echo "no CUDA compiler: the tests of the CUDA kernels will be skipped" >&2; fi
 
 $(STAMP)-lint: $(STAMP)-packages
 	@echo "==> linters"

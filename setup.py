@@ -1,23 +1,42 @@
-"""Builds the CPU library (csrc/) against torch's stable ABI; with no torch or compiler, installs without it.
+"""Builds the CPU library (csrc/cpu, against torch's stable ABI) and the CUDA library (csrc/cuda, by nvcc).
 
-The library registers kernels with torch and is not a Python module: it lands beside the package as
-`peft_engine/_native.so`, and `peft_engine/native.py` loads it.
+With no torch or no compiler the install goes on without them. Neither is a Python module: they land beside
+the package as `peft_engine/_native.so` and `peft_engine/_cuda.so`, and `peft_engine/native.py` loads them.
+
+PEFT_ENGINE_REQUIRE_NATIVE=1, PEFT_ENGINE_REQUIRE_CUDA=1   a library that cannot be built is an error
+PEFT_ENGINE_CUDA_ARCHS="80 90"                             for these architectures only
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
+CUDA_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 
 
-class NativeLibrary(build_ext):
-    """One shared library without an interpreter in its name: it serves every Python and torch >= 2.11."""
+class CannotBuild(Exception):
+    """Why a library is left out."""
+
+
+# Extension to what its kernels are called, and what is without them.
+KINDS = {
+    "peft_engine._native": ("CPU", "the reference backend will run"),
+    "peft_engine._cuda": ("CUDA", "Triton's will run"),
+}
+
+
+class NativeLibraries(build_ext):
+    """Shared libraries without an interpreter in their names: they serve every Python and torch >= 2.11."""
 
     def get_ext_filename(self, fullname):
         return str(Path(*fullname.split("."))) + ".so"
@@ -26,15 +45,24 @@ class NativeLibrary(build_ext):
         return []
 
     def build_extension(self, ext):
+        kind, what = KINDS[ext.name]
+        try:
+            compiler = os.environ.get("CXX", "g++")
+            if shutil.which(compiler.split()[0]) is None:
+                raise CannotBuild(f"no C++ compiler ({compiler} not found)")
+            self.build_cuda(ext, compiler) if kind == "CUDA" else self.build_cpu(ext, compiler)
+        except CannotBuild as why:
+            if os.environ.get(f"PEFT_ENGINE_REQUIRE_{'CUDA' if kind == 'CUDA' else 'NATIVE'}"):
+                raise RuntimeError(str(why)) from why
+            print(f"peft-engine: {kind} kernels are not built, {what}: {why}", file=sys.stderr)
+
+    def build_cpu(self, ext, compiler):
         try:
             from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError as error:
-            return self.skip(
+            raise CannotBuild(
                 f"torch is not installed ({error}); install torch first, then --no-build-isolation"
-            )
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler.split()[0]) is None:
-            return self.skip(f"no C++ compiler ({compiler} not found)")
+            ) from error
         os.environ.setdefault("CXX", compiler)
         os.environ.setdefault("CC", compiler)
         ext.include_dirs += include_paths()
@@ -42,22 +70,61 @@ class NativeLibrary(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # setuptools raises several kinds for a failed compile or link
-            if os.environ.get("PEFT_ENGINE_REQUIRE_NATIVE"):
-                raise
-            self.skip(f"compiling csrc/ failed: {error}")
+            raise CannotBuild(f"compiling csrc/ failed: {error}") from error
 
-    def skip(self, why):
-        if os.environ.get("PEFT_ENGINE_REQUIRE_NATIVE"):
-            raise RuntimeError(why)
-        print(
-            f"peft-engine: CPU kernels are not built, the reference backend will run: {why}", file=sys.stderr
-        )
+    def build_cuda(self, ext, compiler):
+        """One call of nvcc for each .cu, all architectures at once, and one that links; no torch in it."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        if not (self.force or newer_group([*ext.sources, *ext.depends], str(library), "newer")):
+            return
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CannotBuild("no nvcc under CUDA_HOME, on PATH or from pip (the extra `cuda`)")
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={compiler.split()[0]}"]
+        objects = []
+        for source in ext.sources:
+            objects.append(folder / f"{Path(source).stem}.o")
+            self.run_nvcc([nvcc, *flags, *targets(nvcc), "--threads=2", "-c", source, "-o", objects[-1]])
+        # PyPI's nvcc looks for lib64, and the package has lib.
+        link = [f"-L{nvcc.parents[1] / 'lib'}", "-cudart=static", "-shared"]
+        self.run_nvcc([nvcc, *flags, *targets(nvcc), *link, *objects, "-o", library])
+
+    def run_nvcc(self, command):
+        done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CannotBuild(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
 
     def copy_extensions_to_source(self):
         self.extensions = [
             e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()
         ]
         super().copy_extensions_to_source()
+
+
+def find_nvcc():
+    """CUDA's compiler: under CUDA_HOME, on PATH, or PyPI's cuda-toolkit among this Python's packages."""
+    home, on_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    places = [Path(home, "bin", "nvcc")] if home else []
+    places += [Path(on_path)] if on_path else []
+    places.append(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc"))
+    return next((place for place in places if place.is_file()), None)
+
+
+def targets(nvcc):
+    """nvcc's options for the architectures it knows, and code for those to come, from the newest's PTX."""
+    wanted = re.findall(r"\d+", os.environ.get("PEFT_ENGINE_CUDA_ARCHS", "")) or CUDA_ARCHS
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    archs = [arch for arch in wanted if f"sm_{arch}" in known]
+    if not archs:
+        raise CannotBuild(f"{nvcc} knows none of sm_{', sm_'.join(wanted)}")
+    newest = archs[-1]
+    return [
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+        f"-gencode=arch=compute_{newest},code=compute_{newest}",
+    ]
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -76,7 +143,12 @@ setup(
         Extension(
             "peft_engine._native",
             sources=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")),
-            depends=["setup.py", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hi]*"))],
+            depends=[
+                "setup.py",
+                *sorted(
+                    str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.[hi]*") if "cuda" not in p.parts
+                ),
+            ],
             include_dirs=["csrc"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
             extra_compile_args=[
@@ -91,7 +163,16 @@ setup(
             ],
             libraries=["torch", "torch_cpu", "c10"],
             language="c++",
-        )
+        ),
+        Extension(
+            "peft_engine._cuda",
+            sources=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu")),
+            depends=[
+                "setup.py",
+                "csrc/nf4.h",
+                *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.*h")),
+            ],
+        ),
     ],
-    cmdclass={"build_ext": NativeLibrary, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_ext": NativeLibraries, "bdist_wheel": AnyPythonWheel},
 )

@@ -118,14 +118,21 @@ def isa_name() -> str:
     return "no-library" if native.load_error() else native.isa()
 
 
-def device_name() -> str:
-    """The folder under bench/results/: processor and instruction set, as cpu-intel-xeon-6-143-amx."""
+def device_name(device: str = "cpu") -> str:
+    """The folder under bench/results/: cpu-intel-xeon-6-143-amx (its instruction set last), nvidia-h200."""
+    if device == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     name = re.sub(r"\(r\)|\(tm\)|cpu|@.*?ghz|\d+-core", "", cpu_name().lower())
     return "cpu-" + re.sub(r"[^a-z0-9]+", "-", f"{name} {isa_name().replace('_', '-')}").strip("-")
 
 
 def commit() -> str:
-    """The commit measured, with '+' when the tree differs from it; 'unknown' outside a checkout."""
+    """The commit measured, with '+' when the tree differs from it; 'unknown' outside a checkout.
+
+    PEFT_ENGINE_COMMIT names it where the tree was copied without its history.
+    """
+    if os.environ.get("PEFT_ENGINE_COMMIT"):
+        return os.environ["PEFT_ENGINE_COMMIT"]
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
@@ -146,14 +153,42 @@ def backend_name() -> str:
     return f"{pinned} (pinned)" if pinned else "reference" if native.load_error() else "cpu"
 
 
-def environment() -> dict[str, str]:
-    """The columns that every row of a CSV ends with."""
-    versions = {}
-    for package in ("torch", "transformers", "peft", "bitsandbytes"):
+def versions(*packages: str) -> dict[str, str]:
+    """The installed version of each; '-' for one that is not installed."""
+    found = {}
+    for package in packages:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "-"
+            found[package] = "-"
+    return found
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, and the clocks of this moment in MHz, as nvidia-smi reads them; '-' where it does not."""
+    queries = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(queries.values())}", "--format=csv,noheader,nounits"]
+    command += [f"--id={torch.cuda.current_device()}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(queries, "-")
+    return dict(zip(queries, (value.strip() for value in answer.split(",")), strict=True))
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """The columns that every row of a CSV ends with."""
+    if device == "cuda":
+        return {
+            "gpu": torch.cuda.get_device_name(),
+            **gpu_state(),
+            "cuda": str(torch.version.cuda),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "commit": commit(),
+            **versions(
+                "torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger_kernel"
+            ),
+        }  # fmt: skip
     return {
         "cpu": cpu_name(),
         "isa": isa_name(),
@@ -162,16 +197,17 @@ def environment() -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f}",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit(),
-        **versions,
+        **versions("torch", "transformers", "peft", "bitsandbytes"),
     }
 
 
 # --- what becomes of it ----------------------------------------------------------------------------------
 
 
-def write_csv(path: Path, suite: str, rows: list[Row]) -> None:
+def write_csv(path: Path, suite: str, rows: list[Row], where: dict[str, str] | None = None) -> None:
+    """`where`: the columns that each row ends with (None: the CPU's)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = environment()
+    where = environment() if where is None else where
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["suite", *(f.name for f in fields(Row)), *where], lineterminator="\n")
         writer.writeheader()

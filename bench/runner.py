@@ -4,6 +4,7 @@ python -m bench.runner                            every suite, at full size (abo
 python -m bench.runner nf4_product train_step     these
 python -m bench.runner --quick                    tiny sizes, into out/bench: does it run?
 python -m bench.runner --draw                     the pictures again, from the CSVs
+python -m bench.runner --suite gpu                on a GPU (bench/gpu.py), under 5 minutes
 """
 
 import argparse
@@ -28,6 +29,8 @@ from bench import (
     bench_lora_linear,
     bench_nf4,
     bench_train,
+    gpu,
+    gpu_tables,
     measure,
 )
 
@@ -51,10 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         prog="peft-engine bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"any of: {', '.join(SUITES)} (default: all)"
+        "suites", nargs="*", metavar="SUITE",
+        help=f"any of: {', '.join(SUITES)} (default: all of these); gpu: those of a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suite", action="append", default=[], metavar="NAME", help="the same, may be repeated"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, results into out/bench")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="turns of each contender (default 15, on a GPU 10)"
+    )
+    parser.add_argument("--seconds", type=float, default=gpu.SECONDS, help="time of suite gpu (default 280)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own)")
     parser.add_argument(
         "--device-name", help="name of the folder in the results (default: from the processor)"
@@ -64,10 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=measure.Settings.data)
     parser.add_argument("--draw", action="store_true", help="only draw the pictures again, from the CSVs")
     arguments = parser.parse_args(argv)
-    unknown = [name for name in arguments.suites if name not in SUITES]
+    names = [*arguments.suites, *arguments.suite] or list(SUITES)
+    unknown = [name for name in names if name not in (*SUITES, "gpu")]
     if unknown:
-        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
-    if arguments.rounds < 1:
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(SUITES)}, gpu")
+    if arguments.rounds is not None and arguments.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -75,14 +86,26 @@ def main(argv: list[str] | None = None) -> int:
         measure.ROOT / "out" / "bench" if arguments.quick else measure.ROOT / "bench" / "results"
     )
     folder = out / (arguments.device_name or measure.device_name())
-    names = arguments.suites or list(SUITES)
     if arguments.draw:
         for csv in sorted(folder.glob("*.csv")):
-            measure.draw(csv.with_suffix(".png"), csv.stem, measure.read_csv(csv), folder.name)
+            if csv.stem in SUITES:
+                measure.draw(csv.with_suffix(".png"), csv.stem, measure.read_csv(csv), folder.name)
+            elif csv.stem.startswith("gpu_"):
+                gpu_tables.draw(csv)
         return 0
+    code = 0
+    if "gpu" in names:
+        names = [name for name in names if name != "gpu"]
+        code = gpu.run(
+            seconds=arguments.seconds, rounds=arguments.rounds or 10, out=arguments.out,
+            device_name=arguments.device_name,
+        )  # fmt: skip
+        if not names:
+            return code
+    rounds = arguments.rounds or measure.Settings.rounds
     settings = measure.Settings(
         quick=arguments.quick,
-        rounds=min(arguments.rounds, 2) if arguments.quick else arguments.rounds,
+        rounds=min(rounds, 2) if arguments.quick else rounds,
         model=arguments.model,
         data=arguments.data,
     )
@@ -91,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if not measure.backend_name().startswith("cpu"):
         where += f", backend {measure.backend_name()}"
     print(f"{', '.join(names)} on {where}; results into {folder}", flush=True)
-    return max(run_suite(name, settings, folder, where) for name in names)
+    return max(code, *(run_suite(name, settings, folder, where) for name in names))
 
 
 def run_suite(name: str, settings: measure.Settings, folder: Path, where: str) -> int:

@@ -87,12 +87,28 @@ class Op:
 
 OPS: dict[str, Op] = {}
 _forced: str | None = None
+_notes: dict[str, str] = {}
+
+
+def forced() -> str | None:
+    """The backend that is pinned, or None."""
+    return _forced
+
+
+def note(op: str, what: str) -> None:
+    """Keeps what an op did otherwise than it was chosen to, for `explain`; the last of each op."""
+    _notes[op] = what
+
+
+def noted(op: str) -> str:
+    """What was noted of an op in this process; empty when nothing was."""
+    return _notes.get(op, "")
 
 
 def available_backends() -> dict[str, str | None]:
     """Backend name to None when usable on this machine, else the reason it is not."""
     return {
-        "cuda": "not built in this version",
+        "cuda": native.cuda_error(),
         "triton": _triton_error(),
         "cpu": native.load_error(),
         "reference": None,

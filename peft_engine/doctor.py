@@ -1,9 +1,13 @@
-"""What this machine offers: backends, versions, CPU, GPU, and each problem with the command that mends it."""
+"""What this machine offers: backends, versions, CPU, GPU, compilers; each problem with what mends it."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,9 @@ NEEDED = {
     "accelerate": ("1.10", 'pip install "accelerate>=1.10"'),
     "safetensors": ("0.5", 'pip install "safetensors>=0.5"'),
 }
+# What compiles and checks GPU kernels, by pip: the extras `gpu` and `cuda`.
+TRITON = 'pip install "triton>=3.6"'
+NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2"'
 OURS = "peft_engine::"
 CHECKOUT = Path(__file__).parents[1]
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps " + (
@@ -33,11 +40,12 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps " + (
 def diagnose() -> dict[str, Any]:
     """The state of this installation, in plain values.
 
-    backends  name to None when usable, else the reason it is not
-    versions  of Python, peft-engine and what it works with; None when not installed
-    cpu       model, cores (of this process), threads (torch's), isa (in use), supported_isas (lowest first)
-    gpu       one entry per device: name, capability, memory_bytes
-    problems  [{"problem": what is wrong, "fix": the one command that mends it}]
+    backends   name to None when usable, else the reason it is not
+    versions   of Python, peft-engine and what it works with; None when not installed
+    cpu        model, cores (of this process), threads (torch's), isa (in use), supported_isas (lowest first)
+    gpu        one entry per device: name, capability, memory_bytes
+    toolchain  nvcc, ptxas and triton, which compile GPU kernels: path, version, or problem and fix
+    problems   [{"problem": what is wrong, "fix": the one command that mends it}]
     """
     problems: list[dict[str, str]] = []
 
@@ -45,7 +53,63 @@ def diagnose() -> dict[str, Any]:
         problems.append({"problem": problem, "fix": fix})
 
     found = {"versions": _versions(note), "cpu": _cpu(note), "backends": _backends(note), "gpu": _gpu(note)}
-    return {**found, "problems": problems}
+    tools = toolchain()
+    if found["gpu"] or (CHECKOUT / "setup.py").exists():  # where there is something to run or to test
+        for tool in tools.values():
+            if tool["problem"] and tool["fix"]:
+                note(tool["problem"], tool["fix"])
+    return {**found, "toolchain": tools, "problems": problems}
+
+
+def toolchain() -> dict[str, dict[str, str | None]]:
+    """The compilers of the GPU kernels, which need no GPU: path and version, or problem and fix."""
+    triton = importlib.util.find_spec("triton")
+    folder = Path(triton.origin).parent if triton and triton.origin else None
+    ptxas = folder / "backends" / "nvidia" / "bin" / "ptxas" if folder else None
+    if ptxas is not None and not ptxas.exists():
+        ptxas = None
+    nvcc = find_nvcc()
+    return {
+        "nvcc": _tool(
+            nvcc, "no nvcc: the CUDA kernels are neither built nor checked", f"{NVCC} && {REBUILD}"
+        ),
+        "ptxas": _tool(ptxas, "no ptxas with triton: its kernels are not compiled ahead of time", TRITON),
+        "triton": {
+            "path": str(folder) if folder else None,
+            "version": _installed("triton"),
+            "problem": None if folder else "triton is not installed: its kernels neither run nor compile",
+            "fix": None if folder else TRITON,
+        },
+    }
+
+
+def find_nvcc() -> Path | None:
+    """CUDA's compiler: under CUDA_HOME, on PATH, or PyPI's cuda-toolkit among this Python's packages."""
+    home, on_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    packages = Path(sysconfig.get_path("purelib"))
+    places = [Path(home, "bin", "nvcc")] if home else []
+    places += [Path(on_path)] if on_path else []
+    return next((p for p in [*places, packages / "nvidia" / "cu13" / "bin" / "nvcc"] if p.is_file()), None)
+
+
+def _tool(path: Path | None, problem: str, fix: str) -> dict[str, str | None]:
+    if path is None:
+        return {"path": None, "version": None, "problem": problem, "fix": fix}
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        said = ""
+    version = re.search(r"\bV(\d[\d.]*)", said)
+    if version is None:
+        return {"path": str(path), "version": None, "problem": f"{path} does not run", "fix": fix}
+    return {"path": str(path), "version": version[1], "problem": None, "fix": None}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _versions(note: Note) -> dict[str, str | None]:
@@ -53,11 +117,7 @@ def _versions(note: Note) -> dict[str, str | None]:
         "python": platform.python_version(),
         "peft-engine": peft_engine.__version__,
     }
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+    found |= {name: _installed(name) for name in PACKAGES}
     for name, (oldest, fix) in NEEDED.items():
         version = found[name]
         if version is None:

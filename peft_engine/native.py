@@ -1,9 +1,11 @@
-"""Loads the compiled CPU library, declares the raw ops, and tells the instruction set in use.
+"""Loads the compiled libraries: of the CPU's kernels, which registers ops with torch, and of CUDA's, a C ABI.
 
-The schemas are declared here, in Python, because they must exist where no compiler ran; the library registers
-the CPU implementations only. This is the one file that knows the library's path.
+The schemas are declared here, in Python, because they must exist where no compiler ran; the CPU library
+registers the CPU implementations only. The CUDA library knows nothing of torch, and loads beside a torch
+without CUDA. This is the one file that knows their paths.
 """
 
+import ctypes
 import functools
 import os
 from pathlib import Path
@@ -11,6 +13,9 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parent / "_native.so"
+CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
+CUDA_ABI = 1
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peft-engine"
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -28,15 +33,12 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return (
             "the CPU kernels are not compiled (no C++ compiler when peft-engine was installed?); "
-            "install g++ and run: pip install --no-build-isolation --force-reinstall --no-deps peft-engine"
+            f"install g++ and run: {_REBUILD}"
         )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return (
-            f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}; "
-            "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps peft-engine"
-        )
+        return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}; rebuild it: {_REBUILD}"
     wanted = os.environ.get("PEFT_ENGINE_CPU_ISA")
     if wanted:
         set_isa(wanted)
@@ -66,3 +68,81 @@ def set_isa(name: str) -> None:
 
 
 library.define("cpu_isa(int level) -> int", tags=())
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------------
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_WEIGHT = [_POINTER, _POINTER, _POINTER, _POINTER, _INT]  # packed, absmax, nested_absmax, offset, blocksize
+# Function to result and arguments: csrc/cuda/*.cu, PE_API.
+_CUDA_FUNCTIONS: dict[str, tuple] = {
+    "pe_cuda_abi": (_INT, []),
+    "pe_cuda_error": (ctypes.c_char_p, [_INT]),
+    "pe_cuda_capture": (ctypes.c_uint64, [_POINTER, _INT]),
+    "pe_nf4_dequantize": (_INT, [*_WEIGHT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _POINTER]),
+    "pe_lora_linear_workspace": (_LONG, [_INT, _LONG, _LONG, _INT, _INT]),
+    "pe_lora_linear_nf4": (
+        _INT,
+        [
+            *(_POINTER, _LONG, _INT, _LONG, *_WEIGHT, _LONG),  # x ... n
+            *(_POINTER, _POINTER, _INT, _INT, ctypes.c_float),  # lora_a ... scaling
+            *(_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER),  # bias ... stream
+        ],
+    ),
+}
+
+
+@torch.compiler.assume_constant_result
+def cuda_error() -> str | None:
+    """None when the CUDA kernels are usable on this machine, else why not and the mend."""
+    return _cuda_error()
+
+
+@functools.cache
+def _cuda_error() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (7, 5):
+        return f"its kernels need compute capability 7.5 (sm_75), this GPU has {major}.{minor}"
+    loaded = _load_cuda()
+    return loaded if isinstance(loaded, str) else None
+
+
+def cuda() -> ctypes.CDLL:
+    """The CUDA library, its functions' types set; RuntimeError says why it cannot be had.
+
+    It loads without a GPU, too; whether it can run is what `cuda_error` tells.
+    """
+    loaded = _load_cuda()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the CUDA kernels cannot be used: {loaded}")
+    return loaded
+
+
+@functools.cache
+def _load_cuda() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not CUDA_LIBRARY.exists():
+        return (
+            "the CUDA kernels are not compiled (no nvcc when peft-engine was installed?); install CUDA or "
+            f'pip install "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2", then run: {_REBUILD}'
+        )
+    try:
+        library = ctypes.CDLL(str(CUDA_LIBRARY))
+        abi = library.pe_cuda_abi()
+        if abi == CUDA_ABI:
+            for name, (result, arguments) in _CUDA_FUNCTIONS.items():
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"{CUDA_LIBRARY.name} does not load: {error}; rebuild it: {_REBUILD}"
+    if abi != CUDA_ABI:
+        return f"{CUDA_LIBRARY.name} has ABI {abi}, expected {CUDA_ABI}; rebuild it: {_REBUILD}"
+    return library
+
+
+def cuda_check(code: int, who: str) -> None:
+    """Raises RuntimeError, with CUDA's own words, for what a function of the library returned but 0."""
+    if code != 0:
+        raise RuntimeError(f"{who}: CUDA error {code}: {cuda().pe_cuda_error(code).decode()}")

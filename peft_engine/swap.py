@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from peft_engine import native
-from peft_engine.dispatch import BackendError
+from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
@@ -234,12 +234,14 @@ def _product_line(
         base="nf4" if isinstance(weight, NF4Tensor) else weight.dtype,
         adapter=None if adapter is None else dtype if adapter.dtype == dtype else torch.float32,
         in_features=weight.shape[1],
+        rank=0 if adapter is None else adapter.shape[0],
     )
     try:
         choice = LORA_LINEAR.choose(call)
     except BackendError as error:
         return _line(name, module, "lora_linear", "none", False, str(error))
-    return _ran(name, module, "lora_linear", choice.backend, choice.reason)
+    reason = "; ".join(filter(None, (choice.reason, noted("lora_linear"))))
+    return _ran(name, module, "lora_linear", choice.backend, reason)
 
 
 def _our_line(name: str, module: Any) -> LayerReport:

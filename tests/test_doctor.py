@@ -1,6 +1,8 @@
 """doctor.diagnose: the state of the machine in plain values, and for each problem one command."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from peft_engine import doctor, native
 
 def test_it_names_backends_versions_processor_and_gpu_in_plain_values():
     found = json.loads(json.dumps(doctor.diagnose()))
-    assert set(found) == {"backends", "versions", "cpu", "gpu", "problems"}
+    assert set(found) == {"backends", "versions", "cpu", "gpu", "toolchain", "problems"}
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["backends"]) == {"cuda", "triton", "cpu", "reference"}
     assert found["cpu"]["model"] and found["cpu"]["cores"] >= 1
@@ -77,3 +79,61 @@ def test_a_library_older_than_the_package_is_told(problems, monkeypatch):
     assert any(
         "another version" in p["problem"] and "lora_linear_forward" in p["problem"] for p in problems()
     )
+
+
+EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+]
+
+
+@pytest.fixture
+def no_compilers(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+
+
+def test_missing_compilers_are_told_with_what_skips_and_the_command_that_brings_them(no_compilers):
+    found = doctor.diagnose()
+    problems = {p["problem"]: p["fix"] for p in found["problems"]}
+    for name in ("nvcc", "ptxas", "triton"):
+        tool = found["toolchain"][name]
+        assert tool["path"] is None and problems[tool["problem"]] == tool["fix"]
+    assert found["toolchain"]["nvcc"]["fix"] == f"{doctor.NVCC} && {doctor.REBUILD}"
+
+
+def test_the_commands_install_what_the_extras_name():
+    (cuda,) = EXTRAS["cuda"]
+    (triton,) = EXTRAS["gpu"]
+    assert f'pip install "{cuda.split(";")[0].strip()}"' == doctor.NVCC
+    assert f'pip install "{triton}"' == doctor.TRITON
+
+
+def fake_nvcc(folder, says="Cuda compilation tools, release 13.0, V13.0.88"):
+    folder.mkdir(parents=True)
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\necho '{says}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_nvcc_is_found_in_cuda_home_then_on_the_path_then_among_the_packages(
+    no_compilers, monkeypatch, tmp_path
+):
+    packaged = fake_nvcc(tmp_path / "nvidia" / "cu13" / "bin")
+    assert doctor.find_nvcc() == packaged
+    on_path = fake_nvcc(tmp_path / "path")
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    assert doctor.find_nvcc() == on_path
+    at_home = fake_nvcc(tmp_path / "home" / "bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert doctor.find_nvcc() == at_home
+
+
+def test_a_compiler_says_its_version_or_that_it_does_not_run(no_compilers, monkeypatch, tmp_path):
+    fake_nvcc(tmp_path / "nvidia" / "cu13" / "bin")
+    assert doctor.toolchain()["nvcc"]["version"] == "13.0.88"
+    broken = fake_nvcc(tmp_path / "broken" / "bin", "no such file or directory")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "broken"))
+    assert doctor.toolchain()["nvcc"]["problem"] == f"{broken} does not run"

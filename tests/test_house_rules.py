@@ -24,7 +24,7 @@ ROWS = (
     ("methods", "swap", "checkpoint"),
     ("nn", "report"),
     ("ops",),
-    ("dispatch",),
+    ("dispatch", "activations"),
     ("native", "kernels"),
 )
 HEIGHT = {name: len(ROWS) - i for i, row in enumerate(ROWS) for name in row}
@@ -104,7 +104,8 @@ def test_files_fit_in_one_sitting(folder):
 @pytest.mark.parametrize("op", OPS)
 def test_whoever_knows_an_op_name_knows_its_files(op):
     kernels = [ROOT / "csrc" / "cpu" / f"{op}{suffix}" for suffix in (".cpp", ".inl")]
-    assert any(path.exists() for path in kernels), f"no {kernels[0].relative_to(ROOT)}"
+    kernels.append(ROOT / "kernels" / op / "__init__.py")
+    assert any(path.exists() for path in kernels), f"no {kernels[0].relative_to(ROOT)} and no kernels/{op}"
     for path in (ROOT / "tests" / "ops" / f"test_{op}.py", ROOT / "bench" / f"bench_{op}.py"):
         assert path.exists(), f"no {path.relative_to(ROOT)}"
 

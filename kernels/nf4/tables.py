@@ -8,10 +8,9 @@ from peft_engine.ops.nf4 import ABSMAX_CODE, CODE
 
 
 @functools.cache
-def pair_code(device: torch.device) -> torch.Tensor:
-    """(256,) uint64: a packed byte's two float32 codes, the high half's in the low 32 bits."""
-    byte = torch.arange(256)
-    return torch.stack((CODE[byte >> 4], CODE[byte & 15]), dim=1).view(torch.uint64)[:, 0].to(device)
+def code(device: torch.device) -> torch.Tensor:
+    """(16,) float32: the NormalFloat codes."""
+    return CODE.to(device)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peft_engine.methods import copies
 from peft_engine.nn import NF4Linear
+from peft_engine.ops.lora_groups import lora_groups, sort_rows
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor
 
@@ -165,12 +166,47 @@ def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> t
     if len(known) == 1:
         name = next(iter(known))
         return _product(layer, x, weight, name, copies.value(layer, "bias", name))
+    if x.is_cuda and _groups(layer, known):
+        return _grouped(layer, x, weight, known)
     parts = []
     for name, rows in known.items():
         part = x.index_select(0, torch.tensor(rows, device=x.device))
         parts.append(_product(layer, part, weight, name, copies.value(layer, "bias", name)))
     order = torch.tensor([row for rows in known.values() for row in rows], device=x.device)
     return torch.cat(parts).index_select(0, order.argsort())
+
+
+def _groups(layer: Any, known: Mapping[str | None, list[int]]) -> bool:
+    """Whether the rows of a mixed batch run as one grouped product: no dropout, one bias, adapters of this
+    layer.
+    """
+    names = [name for name in known if name is not None]
+    return all(
+        name in layer.lora
+        and not (layer.training and layer.lora[name].dropout)
+        and copies.value(layer, "bias", name) is copies.value(layer, "bias", None)
+        for name in names
+    )
+
+
+def _grouped(
+    layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor, known: Mapping[str | None, list[int]]
+) -> torch.Tensor:
+    """The mixed batch in one product: adapters stacked, smaller ranks padded with zeros, rows sorted by
+    adapter.
+    """
+    names = [name for name in known if name is not None]
+    rank = max(layer.lora[name].r for name in names)
+    stack_a, stack_b = [], []
+    for name in names:
+        settings, a, b = layer.lora[name], layer.lora_A[name], layer.lora_B[name]
+        stack_a.append(F.pad(a, (0, 0, 0, rank - settings.r)))
+        stack_b.append(F.pad(b * settings.scaling, (0, rank - settings.r)))
+    number = {row: names.index(name) for name in names for row in known[name]}
+    adapters = tuple(number.get(row, -1) for row in range(x.shape[0]))
+    rows = sort_rows(adapters, math.prod(x.shape[1:-1]), len(names), x.device)
+    bias = layer._parameters["bias"]
+    return lora_groups(x, weight, torch.stack(stack_a), torch.stack(stack_b), rows, bias=bias)
 
 
 def _product(

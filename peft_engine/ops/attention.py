@@ -186,7 +186,8 @@ def _cpu(q, k, v, intervals, scale) -> torch.Tensor:
     q, k, v = _dense(q), _dense(k), _dense(v)
     if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
         return _forward(q, k, v, first, last, scale)
-    if k.shape[2] > LONGEST and _by_torch(q, k, first):
+    # While torch.compile traces, the length is not looked at: each side of it would be a compilation.
+    if _by_torch(q, k, first) and (torch.compiler.is_compiling() or k.shape[2] > LONGEST):
         return _torch(q, k, v, scale)
     return _Attention.apply(q, k, v, first, last, scale)
 

@@ -16,7 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu
+from peft_engine.activations import padded_empty
+from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu, refuse_unless_cuda
+
+__all__ = ["lora_linear", "padded_empty"]
 
 _U32 = 0xFFFFFFFF
 
@@ -29,6 +32,7 @@ class LoraLinearCall(NamedTuple):
     base: torch.dtype | str  # the dtype of a dense weight, or "nf4"
     adapter: torch.dtype | None
     in_features: int
+    rank: int = 0
 
 
 LORA_LINEAR = dispatch.Op("lora_linear")
@@ -64,6 +68,7 @@ def lora_linear(
         "nf4" if isinstance(weight, NF4Tensor) else weight.dtype,
         None if lora_a is None else lora_a.dtype,
         x.shape[-1],
+        0 if lora_a is None else lora_a.shape[0],
     )
     run = LORA_LINEAR.choose(call).run
     return run(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
@@ -113,12 +118,16 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
             )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"lora_linear: bias must be (out_features,)=({n},), got {tuple(bias.shape)}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"lora_linear: x is on {x.device} and bias on {bias.device}; move one of them")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(
             "lora_linear: dropout needs seed, an int64 tensor of one element; draw it with torch.randint"
         )
+    if dropout_p > 0.0 and seed.device != x.device:
+        raise ValueError(f"lora_linear: x is on {x.device} and seed on {seed.device}; draw it on x's device")
 
 
 # --- reference ----------------------------------------------------------------------------------------------
@@ -155,13 +164,13 @@ def reference(x, weight, lora_a, lora_b, scaling, bias=None, dropout_p=0.0, seed
 
 # --- backends -----------------------------------------------------------------------------------------------
 
-_BASE = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksize"
+BASE = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? offset, int blocksize"
 native.library.define(
-    f"lora_linear_forward(Tensor x, {_BASE}, int out_features, Tensor? lora_a, Tensor? lora_b, float scaling,"
+    f"lora_linear_forward(Tensor x, {BASE}, int out_features, Tensor? lora_a, Tensor? lora_b, float scaling,"
     " Tensor? bias, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
 )
 native.library.define(
-    f"lora_linear_backward(Tensor dy, Tensor x, {_BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h,"
+    f"lora_linear_backward(Tensor dy, Tensor x, {BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h,"
     " float scaling, float dropout_p, Tensor? seed, bool need_dx) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -189,13 +198,39 @@ def _(
     return dx, torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
+# Triton is imported when the first tensor on a GPU asks for it.
+@torch.library.impl(native.library, "lora_linear_forward", "CUDA")
+def _(*arguments):
+    from peft_engine.kernels.lora_linear.forward import forward
+
+    return forward(*arguments)
+
+
+@torch.library.impl(native.library, "lora_linear_backward", "CUDA")
+def _(*arguments):
+    from peft_engine.kernels.lora_linear.backward import backward
+
+    return backward(*arguments)
+
+
+def _raw(direction: str, x: torch.Tensor):
+    """The raw op; on a GPU, where nothing traces, the kernels: the dispatcher costs 20 us a call."""
+    if x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        from peft_engine.kernels.lora_linear.backward import backward
+        from peft_engine.kernels.lora_linear.forward import forward
+
+        return forward if direction == "forward" else backward
+    ops = torch.ops.peft_engine
+    return ops.lora_linear_forward if direction == "forward" else ops.lora_linear_backward
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p,
         seed,
     ):  # fmt: skip
-        y, h = torch.ops.peft_engine.lora_linear_forward(
+        y, h = _raw("forward", x)(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
         adapter_grad = lora_a is not None and (ctx.needs_input_grad[7] or ctx.needs_input_grad[8])
@@ -212,9 +247,12 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
         blocksize, scaling, p, x_shape, bias_dtype = ctx.settings
-        dy = dy.contiguous()
+        if (
+            not dy.is_cuda
+        ):  # the kernels of a GPU read any rows, and the columns that may be spare behind them
+            dy = dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
-        dx, da, db = torch.ops.peft_engine.lora_linear_backward(
+        dx, da, db = _raw("backward", dy)(
             dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p,
             seed, ctx.needs_input_grad[0],
         )  # fmt: skip
@@ -226,23 +264,51 @@ class _LoraLinear(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _cpu(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Tensor:
-    x = x.contiguous()
-    base: tuple[Any, ...]
+def flat_base(weight: torch.Tensor | NF4Tensor) -> tuple[Any, ...]:
+    """The weight as the raw ops take it: packed bytes or dense, absmax, nested_absmax, offset, blocksize."""
     if isinstance(weight, NF4Tensor):
-        base = weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize
-    else:
-        base = weight.contiguous(), None, None, None, 0
-    if lora_a is not None:
-        lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    args = (x, *base, weight.shape[0], lora_a, lora_b, float(scaling), bias, dropout_p, seed)
+        return weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize
+    return weight.contiguous(), None, None, None, 0
+
+
+def _kernels(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Tensor:
+    if not x.is_cuda:
+        x = x.contiguous()
+        if lora_a is not None:
+            lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
+        bias = None if bias is None else bias.contiguous()
+    args = (x, *flat_base(weight), weight.shape[0], lora_a, lora_b, float(scaling), bias, dropout_p, seed)
     learns = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, lora_a, lora_b, bias)
     )
     # An autograd.Function costs 5 us a call, the bare op 1: a token decoded by 30 layers has 210 of them.
-    return _LoraLinear.apply(*args) if learns else torch.ops.peft_engine.lora_linear_forward.default(*args)[0]
+    if learns:
+        return _LoraLinear.apply(*args)
+    if x.is_cuda:
+        return _raw("forward", x)(*args)[0]
+    return torch.ops.peft_engine.lora_linear_forward.default(*args)[0]
 
 
-LORA_LINEAR.register("cpu", _cpu, refuse_unless_cpu)
+def refuse_unless_triton(call: LoraLinearCall) -> str | None:
+    """Why the Triton kernels do not take a call."""
+    from peft_engine.kernels.lora_linear.tiles import MAX_RANK
+
+    if call.rank > MAX_RANK:
+        return f"rank {call.rank} is above {MAX_RANK}, the most its tiles hold"
+    return refuse_unless_cuda(call)
+
+
+def _refuse_few_rows(call: LoraLinearCall) -> str | None:
+    why = refuse_unless_triton(call)
+    if why is None and (call.base != "nf4" or call.dtype == torch.float32):
+        why = "its product is of half precision over an NF4 weight"
+    if why is None and (call.in_features % 64 or call.rank > 64):
+        why = f"it takes in_features by 64 and ranks up to 64, got {call.in_features} and {call.rank}"
+    return why or dispatch.available_backends()["triton"]  # which runs what has more rows
+
+
+# "cuda" is "triton" with the few-row product of the CUDA library before it; rows are looked at inside the op.
+LORA_LINEAR.register("cuda", _kernels, _refuse_few_rows)
+LORA_LINEAR.register("triton", _kernels, refuse_unless_triton)
+LORA_LINEAR.register("cpu", _kernels, refuse_unless_cpu)
 LORA_LINEAR.register("reference", reference)

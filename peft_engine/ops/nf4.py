@@ -392,7 +392,7 @@ def _(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]
 
 @torch.library.impl(native.library, "nf4_dequantize", "CUDA")
 def _(packed, absmax, nested_absmax, offset, blocksize, out) -> None:
-    from peft_engine.kernels.nf4.dequantize import dequantize
+    from peft_engine.kernels.nf4.library import dequantize
 
     dequantize(packed, absmax, nested_absmax, offset, blocksize, out)
 
@@ -405,5 +405,6 @@ QUANTIZE.register("triton", _quantize, refuse_unless_cuda)
 QUANTIZE.register("cpu", _quantize, refuse_unless_cpu)
 QUANTIZE.register("reference", reference_quantize)
 DEQUANTIZE.register("triton", _dequantize, refuse_unless_cuda)
+DEQUANTIZE.register("cuda", _dequantize, refuse_unless_cuda)
 DEQUANTIZE.register("cpu", _dequantize, refuse_unless_cpu)
 DEQUANTIZE.register("reference", lambda q, out: reference_dequantize(q, out.dtype, out))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_engine.kernels.nf4.dequantize import dequantize
+from peft_engine.kernels.nf4.dequantize import BYTES, dequantize
 from peft_engine.kernels.nf4.quantize import quantize
 from triton_interpreter import mended
 
@@ -121,10 +121,11 @@ def test_offsets_hold_beyond_two_to_the_31_elements():
     absmax = torch.ones(-(-n // 64))
     absmax[-100:] = torch.rand(100)
     q = NF4Tensor(packed, absmax, None, None, (n,), 64, torch.bfloat16)
-    programs = -(-n // 2048)
+    values = 2 * BYTES[0]  # of a program
+    programs = -(-n // values)
     with mended(only=(programs - 2, programs - 1)):
         run_dequantize(q, out)
-    tail = n - (programs - 2) * 2048
+    tail = n - (programs - 2) * values
     scales = absmax[-((tail + 63) // 64) :]
     part = NF4Tensor(packed[-(tail // 2) :], scales, None, None, (tail,), 64, torch.bfloat16)
     assert same_bits(out[-tail:], reference_dequantize(part, torch.bfloat16))

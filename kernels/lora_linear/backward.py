@@ -1,0 +1,41 @@
+"""lora_linear's backward on a GPU: dx along a path as the forward's, dA and dB by the skinny product."""
+
+import torch
+from peft_engine.kernels.lora_linear import paths, single, workspace
+from peft_engine.kernels.lora_linear.down import down
+from peft_engine.kernels.lora_linear.forward import rows_of
+from peft_engine.kernels.lora_linear.outer import outer
+
+
+def backward(
+    dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed,
+    need_dx
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dx, dA and dB; the arguments of the raw op lora_linear_backward. h None: the adapter is frozen.
+
+    What is not asked for is empty memory: dx of no element, dA and dB of their shapes.
+    """
+    flat = rows_of(dy)
+    columns = x.shape[-1]
+    base = weight, absmax, nested_absmax, offset, blocksize
+    dx, dh = dy.new_empty(0), None
+    if need_dx:
+        arguments = flat, base, columns, lora_a, lora_b, scaling, dropout_p, seed
+        path = paths.choose("backward", flat, base, columns, lora_a, dropout_p)
+        if path == "single":
+            dx, dh = single.backward(*arguments)
+        else:
+            try:
+                dx, dh = workspace.backward(*arguments)
+            except torch.OutOfMemoryError as error:
+                paths.out_of_memory("backward", flat, base, columns, lora_a, error)
+                dx, dh = single.backward(*arguments)
+        dx = dx.view(x.shape)
+    if lora_a is None:
+        return dx, dy.new_empty(0), dy.new_empty(0)
+    if h is None:
+        return dx, torch.empty_like(lora_a), torch.empty_like(lora_b)
+    if dh is None:
+        dh = down(flat, lora_b.t(), scaling)
+    da = outer(dh, rows_of(x), lora_a.dtype, dropout_p=dropout_p, seed=seed)
+    return dx, da, outer(h, flat, lora_b.dtype, scaling=scaling, transposed=True)

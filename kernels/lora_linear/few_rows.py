@@ -1,0 +1,62 @@
+"""The CUDA product for 1 to 64 rows (csrc/cuda/lora_linear.cu), called through its C ABI."""
+
+import torch
+import triton  # noqa: F401  (a backend of this folder is there only where Triton is)
+
+from peft_engine import native
+
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_scratch: dict[tuple[int, int], torch.Tensor] = {}
+_captured: dict[int, torch.Tensor] = {}  # of the graph that is being captured, by its number
+
+
+def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
+    """y (M, N) and h (M, R) float32; what it cannot take was refused in paths.py."""
+    weight, absmax, nested, offset, blocksize = base
+    rows, columns = x.shape
+    rank = 0 if a is None else a.shape[0]
+    y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    h = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
+    if a is not None:
+        a, b = a.contiguous(), b.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    library, device, stream = native.cuda(), x.device.index or 0, stream_of(x)
+    scratch = _workspace(
+        library.pe_lora_linear_workspace(rows, out_features, columns, rank, device), x, stream
+    )
+    code = library.pe_lora_linear_nf4(
+        x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), absmax.data_ptr(), _at(nested),
+        _at(offset),
+        blocksize, out_features, _at(a), _at(b), rank, 0 if a is None else _CODES[a.dtype], scaling,
+        _at(bias),
+        y.data_ptr(), _CODES[x.dtype], h.data_ptr() if rank else None, _at(scratch), device, stream,
+    )  # fmt: skip
+    native.cuda_check(code, "lora_linear")
+    return y, h
+
+
+def stream_of(x: torch.Tensor) -> int:
+    """The current stream of x's device, as the library takes it."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _at(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _workspace(size: int, x: torch.Tensor, stream: int) -> torch.Tensor | None:
+    """Zeroed scratch: the kernel leaves its counters at zero, so that a stream reuses it from call to call.
+
+    A graph gets its own, filled once in a replay: it must not share memory with calls made beside its
+    replays.
+    """
+    if not size:
+        return None
+    device = x.device.index or 0
+    capture = native.cuda().pe_cuda_capture(stream, device) if x.is_cuda else 0
+    held, key = (_captured, capture) if capture else (_scratch, (device, stream))
+    if key not in held or held[key].numel() < size:
+        if capture:
+            held.clear()  # an earlier graph's is its own pool's to keep
+        held[key] = torch.zeros(size, dtype=torch.uint8, device=x.device)
+    return held[key]

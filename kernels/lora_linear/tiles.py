@@ -1,0 +1,171 @@
+"""The tiles of lora_linear's kernels: a table for each, by architecture, rows and rank. Nothing tunes at run
+time.
+
+bench/tune.py times `candidates` on a GPU and writes bench/results/<device>/tiles.csv, from which the entries
+are set. An architecture without entries takes those of the nearest one below that has some: 80 stands for
+those with 160 KiB of shared memory and more (80, 90, 100), 86 for those with 99 (86, 89, 120). The tests
+compile every entry for every architecture, without spills and within its shared memory.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+MAX_RANK = 128  # beyond, a rank's sums no longer fit the registers of a tile
+MAX_RANK_SINGLE = 64  # the single kernel holds the base's sums as well
+
+MANY = 1 << 62
+
+# kernel: architecture: (rows up to, rank up to, tile in half precision, tile in float32), the first that
+# fits. down             BLOCK_M, BLOCK_K, warps, stages up               BLOCK_M, BLOCK_N, warps, stages
+# outer            BLOCK_M, BLOCK_C, warps, stages single           BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
+# single_backward  BLOCK_M, BLOCK_K (columns of dx), BLOCK_N, warps, stages
+Tile = tuple[int, ...]
+TABLE: dict[str, dict[int, tuple[tuple[int, int, Tile, Tile], ...]]] = {
+    "down": {
+        80: (
+            (MANY, 32, (64, 64, 4, 4), (32, 64, 4, 3)),
+            (MANY, 64, (64, 32, 8, 3), (32, 32, 8, 3)),
+            (MANY, 128, (32, 32, 8, 3), (32, 16, 8, 3)),
+        ),
+        86: (
+            (MANY, 32, (64, 64, 4, 3), (32, 64, 4, 2)),
+            (MANY, 64, (32, 64, 8, 2), (32, 32, 8, 2)),
+            (MANY, 128, (32, 32, 8, 2), (32, 16, 8, 2)),
+        ),
+    },
+    "up": {
+        80: (
+            (MANY, 32, (64, 128, 8, 1), (64, 64, 4, 1)),
+            (MANY, 128, (64, 64, 8, 1), (64, 64, 8, 1)),
+        ),
+    },
+    "outer": {
+        80: (
+            (MANY, 32, (32, 128, 4, 4), (32, 64, 4, 3)),
+            (MANY, 64, (32, 64, 4, 3), (32, 64, 8, 2)),
+            (MANY, 128, (32, 64, 8, 3), (16, 64, 8, 2)),
+        ),
+        86: (
+            (MANY, 32, (32, 128, 4, 3), (32, 64, 4, 2)),
+            (MANY, 64, (32, 64, 4, 2), (32, 64, 8, 2)),
+            (MANY, 128, (16, 64, 8, 2), (16, 64, 8, 2)),
+        ),
+    },
+    "single": {
+        80: (
+            (16, 64, (16, 64, 64, 4, 3), (16, 64, 64, 4, 2)),
+            (MANY, 64, (32, 64, 64, 4, 3), (32, 64, 64, 8, 2)),
+        ),
+        86: (
+            (16, 64, (16, 64, 64, 4, 2), (16, 32, 64, 4, 2)),
+            (MANY, 64, (32, 64, 64, 8, 2), (32, 64, 64, 8, 2)),
+        ),
+        90: (
+            (16, 64, (16, 64, 64, 4, 3), (16, 64, 64, 4, 2)),
+            (32, 64, (32, 64, 64, 4, 3), (32, 64, 64, 8, 2)),
+            # 49 us where BLOCK_K 64 takes 89 (4096x4096, 64 rows, H200, bench/results/nvidia-h200/tiles.csv)
+            (MANY, 64, (64, 64, 128, 4, 3), (32, 64, 64, 8, 2)),
+        ),
+    },
+    "single_backward": {
+        80: (
+            (16, 64, (16, 64, 64, 4, 3), (16, 64, 32, 4, 2)),
+            (MANY, 64, (32, 64, 64, 8, 3), (32, 64, 32, 8, 2)),
+        ),
+        86: (
+            (16, 64, (16, 64, 64, 4, 2), (16, 64, 32, 4, 2)),
+            (MANY, 64, (32, 64, 64, 8, 2), (32, 64, 32, 8, 2)),
+        ),
+        90: (
+            (16, 64, (16, 64, 64, 4, 3), (16, 64, 32, 4, 2)),
+            (32, 64, (32, 64, 64, 4, 3), (32, 64, 32, 8, 2)),
+            (MANY, 64, (64, 64, 64, 4, 3), (32, 64, 32, 8, 2)),
+        ),
+    },
+}
+
+_SMALL = (86, 89, 120)
+_set: dict[str, Tile] = {}
+_pretended: int | None = None
+
+
+def padded_rank(rank: int) -> int:
+    """The rank as a tile holds it: a power of two, at least the 16 that a matrix unit takes."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def tile(kernel: str, rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The tile of a kernel for these rows and this rank."""
+    if kernel in _set:
+        return _set[kernel]
+    for most, largest, half, single in entries(kernel, architecture(device)):
+        if rows <= most and rank <= largest:
+            return single if dtype == torch.float32 else half
+    raise ValueError(f"lora_linear: no tile of {kernel} holds rank {rank}")
+
+
+def entries(kernel: str, arch: int) -> tuple[tuple[int, int, Tile, Tile], ...]:
+    """The table of a kernel for an architecture (compute capability times ten)."""
+    table = TABLE[kernel]
+    kin = [a for a in table if a <= arch and (a in _SMALL) == (arch in _SMALL)] or [min(table)]
+    return table[max(kin)]
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; 90 where there is no GPU (in the interpreter any tile is right)."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def shares(columns: int, programs: int, block_k: int) -> int:
+    """Shares of the columns for `down`: four programs for each of an H200's 132 multiprocessors, two tiles in
+    each.
+    """
+    return max(1, min(528 // programs, columns // (2 * block_k)))
+
+
+def splits(rows: int, programs: int) -> int:
+    """Shares of the rows for `outer`: about two programs for each of an H200's 132 multiprocessors, of 128
+    rows.
+    """
+    return max(1, min(-(-264 // programs), rows // 128))
+
+
+@contextlib.contextmanager
+def setting(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside, a kernel has this tile: for the tuner and the tests."""
+    _set[kernel] = tile
+    try:
+        yield
+    finally:
+        del _set[kernel]
+
+
+@contextlib.contextmanager
+def pretended(arch: int) -> Iterator[None]:
+    """Inside, tiles are those of this architecture: for compiling ahead of time."""
+    global _pretended
+    before, _pretended = _pretended, arch
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def candidates(kernel: str) -> list[Tile]:
+    """The tiles that the tuner tries in half precision, rank 16 to 32."""
+    choices: dict[str, tuple[tuple[int, ...], ...]] = {
+        "down": ((16, 32, 64), (64, 128, 256), (4, 8), (3, 4)),
+        "up": ((32, 64, 128), (64, 128), (4, 8), (1,)),
+        "outer": ((32, 64, 128), (64, 128), (4, 8), (3, 4)),
+        "single": ((16, 32, 64, 128), (64, 128), (64, 128), (4, 8), (2, 3, 4)),
+        "single_backward": ((16, 32, 64, 128), (64, 128), (32, 64), (4, 8), (2, 3, 4)),
+    }
+    return list(itertools.product(*choices[kernel]))

@@ -1,0 +1,153 @@
+"""Faults planted in lora_linear's Triton kernels are found, each by the interpreter or by the answer."""
+
+import importlib
+
+import faulty
+import pytest
+import test_lora_groups_triton as groups_test
+import test_lora_linear_triton as linear_test
+import torch
+from peft_engine.kernels.lora_linear import paths
+from triton_interpreter import OutOfBounds, Race
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the mended interpreter is for CPU tensors")
+
+WRONG = AssertionError
+
+# file, what is replaced, by what, how it is found, where the file's functions are used
+FAULTS = [
+    (
+        "single",
+        "inside_m[:, None] & there[None, :], other=0)",
+        "there[None, :] & (m >= 0)[:, None], other=0)",
+        OutOfBounds,
+    ),
+    (
+        "single",
+        "(r < rank)[:, None] & inside_m[None, :], other=0.0",
+        "(r < rank)[:, None] & (row >= 0)[None, :], other=0.0",
+        OutOfBounds,
+    ),
+    (
+        "single",
+        "inside_n[:, None] & inside_m[None, :])",
+        "inside_n[:, None] & (m >= 0)[None, :])",
+        OutOfBounds,
+    ),
+    # absmax skipped; the nibbles of a byte swapped; another block's scale
+    ("single", "table[None, :] * scale[:, None]", "table[None, :] + 0 * scale[:, None]", WRONG),
+    ("single", "((j ^ 1) * 4)", "(j * 4)", WRONG),
+    ("single", "// BLOCKSIZE", "// 64", (OutOfBounds, WRONG)),
+    ("single", "rank, stride_bn, stride_br, RANK) * scaling", "rank, stride_bn, stride_br, RANK)", WRONG),
+    # A transposed; dropout's factor and mask; the bias
+    (
+        "single",
+        "rank, stride_ak, stride_ar, RANK)",
+        "rank, stride_ar, stride_ak, RANK)",
+        (OutOfBounds, WRONG),
+    ),
+    ("single", "sum * inverse_keep", "sum", WRONG),
+    ("single", "tl.trans(kept(seed, m, k, threshold))", "tl.trans(kept(seed, m, k + 1, threshold))", WRONG),
+    ("single", "acc += tl.load(bias", "acc -= tl.load(bias", WRONG),
+    ("down", "sum *= scaling", "sum *= scaling * 1.01", WRONG),
+    ("down", "(split.to(tl.int64) * rows + place)", "place.to(tl.int64)", Race),
+    # terms of A, or of h, dropped or taken twice; shares not added
+    ("down", "acc += (second + third / STEP) / STEP", "acc += second / STEP", WRONG),
+    ("down", "behind + WIDTH, second", "behind + WIDTH, first", WRONG),
+    ("down", "for s in range(shares)", "for s in range(1)", WRONG),
+    ("down", "there = k < columns", "there = k < columns + 1", OutOfBounds),
+    ("down", "tile = tl.where(kept(seed, row, k, threshold), tile, 0.0)", "tile = tile", WRONG),
+    # the base dropped
+    ("up", "tl.load(at, both, other=0).to(tl.float32) + sum", "sum", WRONG),
+    (
+        "up",
+        "both = inside[:, None] & there[None, :]",
+        "both = inside[:, None] & (n >= 0)[None, :]",
+        (OutOfBounds, Race),
+    ),
+    ("up", "sum = tl.where(kept(seed, row, n, threshold), sum, 0.0)", "sum = sum", WRONG),
+    ("outer", "last = tl.minimum(rows, first + share)", "last = first + share", OutOfBounds),
+    ("outer", "last = tl.minimum(rows, first + share)", "last = tl.minimum(rows, first + share - 1)", WRONG),
+    ("outer", "(split * groups + group)", "(group)", Race),
+    # dB written as dA is
+    ("outer", "+ c[:, None].to(tl.int64) * rank + r[None, :]", "+ r[None, :] * columns + c[:, None]", WRONG),
+    ("adapter", "tl.store(behind + 2 * WIDTH, unscaled", "tl.store(behind + 2 * WIDTH, first", WRONG),
+    ("adapter", "terms_of_value(value * scaling,", "terms_of_value(value,", WRONG),
+    ("adapter", "stored = (n < out_features)[:, None]", "stored = (n >= 0)[:, None]", (Race, OutOfBounds)),
+    ("adapter", "tl.store(behind + WIDTH, first", "tl.store(behind + WIDTH - 1, first", (Race, WRONG)),
+    ("workspace", "scaling if split is None else 1.0", "scaling", WRONG),
+    # another dropout mask; a term dropped
+    ("parts", "key[:, None] +", "key[:, None] + 1 +", WRONG),
+    ("parts", "small = tl.dot(second, b, tl.dot(third, b))", "small = tl.dot(second, b)", WRONG),
+]
+
+USERS = {
+    "single": [("forward", "single"), ("backward", "single")],
+    "down": [("workspace", "down"), ("backward", "down"), ("single", "down")],
+    "up": [("workspace", "up_")],
+    "outer": [("backward", "outer")],
+    "workspace": [("forward", "workspace"), ("backward", "workspace")],
+    "adapter": [("workspace", "adapter"), ("down", "adapter")],
+    "parts": [(user, name) for user in ("single", "down", "outer") for name in ("kept", "wide_dot")]
+    + [("up", "kept")],
+}
+
+
+def install(monkeypatch, tmp_path, file, old, new, users):
+    package = "peft_engine.kernels.lora_linear"
+    copy = faulty.plant(importlib.import_module(f"{package}.{file}"), tmp_path, old, new)
+    for user, name in users:
+        folder = "lora_groups" if user == "groups" else "lora_linear"
+        module = importlib.import_module(f"peft_engine.kernels.{folder}.{user}")
+        monkeypatch.setattr(module, name, getattr(copy, name, copy))
+
+
+def run_linear():
+    for path in ("single", "workspace"):
+        with paths.pinned(path):
+            for rows, k, n, rank, p in ((21, 576, 50, 16, 0.0), (300, 64, 70, 12, 0.4)):
+                for padded in (True, False):
+                    linear_test.case(
+                        "cpu", rows, k, n, rank, torch.bfloat16, p=p, padded=padded,
+                        strong=30.0 if padded else 1.0,
+                        blocksize=128 if padded else 64,
+                    )  # fmt: skip
+    with paths.pinned("workspace"):  # columns that end in the middle of a tile
+        linear_test.case("cpu", 7, 77, 31, 5, torch.bfloat16)
+
+
+@pytest.mark.parametrize("file,old,new,found", FAULTS)
+def test_a_fault_in_lora_linear_is_found(tmp_path, monkeypatch, file, old, new, found):
+    install(monkeypatch, tmp_path, file, old, new, USERS[file])
+    with pytest.raises(found):
+        run_linear()
+
+
+@pytest.mark.parametrize(
+    "file,old,new,found",
+    [
+        ("parts", "last = end", "last = end + 1", (Race, OutOfBounds, WRONG)),  # a row of the next adapter
+        ("parts", "start + (tile - before) * BLOCK_M", "start", (Race, WRONG)),
+        (
+            "parts",
+            "tl.load(order + place, inside, other=0)",
+            "place.to(tl.int64)",
+            WRONG,
+        ),  # rows not gathered
+        ("down", "a += group.to(tl.int64) * stride_ag", "a += 0", WRONG),  # the first adapter for all
+        ("outer", "first += split * each", "first += 0", WRONG),
+        ("up", "b += group.to(tl.int64) * stride_bg", "b += 0", WRONG),
+    ],
+)
+def test_a_fault_in_sorted_rows_is_found(tmp_path, monkeypatch, file, old, new, found):
+    users = {
+        "parts": [("down", "rows_of_tile"), ("up", "rows_of_tile")],
+        "down": [("groups", "down")],
+        "outer": [("groups", "outer")],
+        "up": [("groups", "up_")],
+    }
+    install(monkeypatch, tmp_path, file, old, new, users[file])
+    check = groups_test.test_each_row_has_its_own_adapter_forward_and_backward
+    with pytest.raises(found):
+        for adapters, each in (((0, 1, 2, 0), 9), ((2, -1, 0, -1, 0), 170)):
+            check("cpu", torch.bfloat16, adapters, each)

@@ -1,0 +1,155 @@
+"""lora_linear in Triton: every path against float64, by the rule of twice the reference's own error."""
+
+import pytest
+import torch
+from accuracy import assert_twice_as_good
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft_engine.kernels.lora_linear import paths
+from peft_engine.kernels.lora_linear.backward import backward
+from peft_engine.kernels.lora_linear.forward import forward
+
+from peft_engine.activations import padded_empty
+from peft_engine.ops.lora_linear import reference
+from peft_engine.ops.nf4 import DTYPES, NF4Tensor, nf4_quantize, reference_dequantize
+
+SEED = 123456789012345
+NAMES = ("y", "dx", "da", "db")
+
+
+def base_of(weight):
+    if isinstance(weight, NF4Tensor):
+        return weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize
+    return weight, None, None, None, 0
+
+
+def ours(x, weight, a, b, bias, dy, scaling, p, seed):
+    """y and the gradients of the kernels, in the order of NAMES."""
+    base = base_of(weight)
+    y, h = forward(x, *base, weight.shape[0], a, b, scaling, bias, p, seed)
+    dx, da, db = backward(dy, x, *base, a, b, h, scaling, p, seed, True)
+    return [y, dx] if a is None else [y, dx, da, db]
+
+
+def plain(x, dense, a, b, bias, dy, scaling, p, seed):
+    """The same of the reference, by autograd."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b) if t is not None]
+    args = leaves if a is not None else [*leaves, None, None]
+    y = reference(args[0], dense, args[1], args[2], scaling, bias, p, seed)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def wide(t):
+    return None if t is None else t.double()
+
+
+def check(x, weight, a, b, bias, dy, scaling=1.7, p=0.0, what=""):
+    seed = torch.tensor([SEED], device=x.device) if p else None
+    nf4 = isinstance(weight, NF4Tensor)
+
+    def dense(dtype):
+        return reference_dequantize(weight, dtype) if nf4 else weight.to(dtype)
+
+    got = ours(x, weight, a, b, bias, dy, scaling, p, seed)
+    same = plain(x, dense(x.dtype), a, b, bias, dy, scaling, p, seed)
+    exact = plain(wide(x), dense(torch.float64), wide(a), wide(b), wide(bias), wide(dy), scaling, p, seed)
+    sizes = [None if t is None else t.double().abs() for t in (x, a, b, bias, dy)]
+    terms = plain(sizes[0], dense(torch.float64).abs(), *sizes[1:], scaling, p, seed)
+    for name, *results in zip(NAMES, got, same, exact, terms, strict=False):
+        results = [r.cpu() for r in results]
+        assert_twice_as_good(
+            *results, f"{name} of {tuple(x.shape)} x {tuple(weight.shape)}, {x.dtype}, p={p} {what}"
+        )
+
+
+def case(
+    device, rows, k, n, rank, dtype, *, nf4=True, adapter=torch.float32, bias=True, p=0.0, blocksize=64,
+    scale=1.0,
+    double=True, padded=False, strong=1.0,
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(rows * 7 + k * 3 + n + rank)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x, weight, dy = (randn(rows, k) * scale).to(dtype), randn(n, k).to(dtype), randn(rows, n).to(dtype)
+    if nf4:
+        weight = nf4_quantize(weight, blocksize=blocksize, double_quant=double)
+    a = (strong * randn(rank, k) / k**0.5).to(adapter) if rank else None
+    b = randn(n, rank).to(adapter) if rank else None
+    bias = randn(n).to(dtype) if bias else None
+    x, weight, a, b, bias, dy = (
+        t if t is None else t.to(torch.device(device)) for t in (x, weight, a, b, bias, dy)
+    )
+    if padded:
+        room = [padded_empty(*t.shape, max(rank, 1), dtype, device, adapter) for t in (x, dy)]
+        x, dy = room[0].copy_(x), room[1].copy_(dy)
+    check(x, weight, a, b, bias, dy, p=p, what=f"rank {rank}, adapter {adapter}, nf4 {nf4}, padded {padded}")
+
+
+# rows, in, out, rank: tails of every tile, ranks that are no multiple of 8, several tiles
+SHAPES = [
+    (1, 64, 16, 4),
+    (5, 192, 70, 1),
+    (17, 128, 50, 3),
+    (33, 320, 129, 40),
+    (130, 192, 96, 16),
+    (70, 64, 260, 9),
+]
+
+
+@pytest.mark.parametrize("path", ("single", "workspace"))
+@pytest.mark.parametrize("nf4", (True, False), ids=("nf4", "dense"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_and_gradients_are_within_twice_the_reference_error(device, dtype, nf4, path):
+    with paths.pinned(path):
+        for i, (rows, k, n, rank) in enumerate(SHAPES):
+            adapter = dtype if i % 3 == 0 else torch.float32
+            case(
+                device, rows, k, n, rank, dtype, nf4=nf4, adapter=adapter, p=0.3 * (i % 2), bias=i % 2 == 0,
+                blocksize=(64, 256)[i % 2], double=i != 2,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter", ("own", "float32"))
+def test_an_adapter_that_outweighs_the_base_keeps_its_precision(device, dtype, adapter):
+    """Half-precision terms in the augmented product must not be what a float32 adapter is rounded to."""
+    adapter = dtype if adapter == "own" else torch.float32
+    for path in ("single", "workspace"):
+        with paths.pinned(path):
+            for padded in (True, False):
+                case(device, 40, 64, 72, 12, dtype, adapter=adapter, strong=30.0, bias=False, padded=padded)
+
+
+@pytest.mark.parametrize("path", ("single", "workspace"))
+def test_base_without_an_adapter(device, path):
+    with paths.pinned(path):
+        for rows, k, n in ((1, 576, 49), (40, 128, 65)):
+            for nf4 in (True, False):
+                case(device, rows, k, n, 0, torch.bfloat16, nf4=nf4)
+
+
+def test_any_number_of_columns_runs_in_the_workspace(device):
+    """77 columns: blocks that go on in the next row, rows that begin in the middle of a byte."""
+    for rows, k, n, rank in ((3, 77, 31, 5), (40, 100, 33, 16)):
+        for padded in (True, False):
+            case(device, rows, k, n, rank, torch.bfloat16, padded=padded)
+    with paths.pinned("single"), pytest.raises(ValueError, match="77 input columns are no multiple of 64"):
+        case(device, 3, 77, 31, 5, torch.bfloat16)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(0, 70), st.integers(1, 6), st.integers(1, 150), st.integers(0, 20), st.sampled_from(DTYPES),
+    st.booleans(), st.sampled_from((1e-6, 1.0, 1e2)), st.sampled_from((0.0, 0.5)),
+    st.sampled_from(("single", "workspace")), st.booleans(),
+)  # fmt: skip
+def test_any_shape_and_magnitude(rows, k, n, rank, dtype, nf4, scale, p, path, padded):
+    if dtype == torch.float16:
+        scale = max(scale, 1e-2)  # below that the products are subnormal in float16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with paths.pinned(path):
+        case(
+            device, rows, 64 * k, n, rank, dtype, nf4=nf4, scale=scale, p=p if rank else 0.0, padded=padded
+        )  # fmt: skip
