@@ -70,7 +70,7 @@ struct FewRows {
   uint4 x[kXUnits][kXTiles][2] = {};
   uint32_t absmax;  // by_four: as they are stored
   float nested;
-  float scale[kBatch] = {};
+  float scale[2] = {};  // of a pair
   float sum[2][kXTiles][4] = {};
 
   __device__ __forceinline__ FewRows(const Call& c, unsigned char* s) : call(c), shared(s) {}
@@ -102,9 +102,10 @@ struct FewRows {
   // Asks for pair `ahead` (counted from the batch's first) of W, which replaces the one two before.
   template <int kAhead>
   __device__ __forceinline__ void load_bytes() {
+    const unsigned most = fresh(below);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint8_t* from = packed + int64_t{min(8u * i, below)} * static_cast<uint32_t>(call.k / 2) + kAhead * kUnit;
+      const uint8_t* from = packed + int64_t{min(8u * i, most)} * static_cast<uint32_t>(call.k / 2) + kAhead * kUnit;
       load_stream_16(bytes[kAhead % 2][i], from, left > 2 * kAhead + (lower ? 0 : 1));
     }
   }
@@ -149,23 +150,24 @@ struct FewRows {
     }
   }
 
-  // The scales of a batch that was asked for. Two roundings, as in Scales::undo.
-  template <bool kUsual>
+  // The scales of a pair of the batch that was asked for. Two roundings, as in Scales::undo.
+  template <int kPair, bool kUsual>
   __device__ __forceinline__ void resolve_scales() {
     const float* codes = reinterpret_cast<const float*>(shared + Mine::kCodesAt);
     if (kUsual || by_four) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        scale[i] = __fadd_rn(__fmul_rn(codes[absmax >> (8 * i) & 255], nested), offset) * (1.0f / kCodeFactor<T>);
+      for (int i = 0; i < 2; ++i) {
+        scale[i] = __fadd_rn(__fmul_rn(codes[absmax >> (8 * (2 * kPair + i)) & 255], nested), offset) *
+                   (1.0f / kCodeFactor<T>);
       }
       return;
     }
 #pragma unroll 1
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 2 * kPair; i < 2 * kPair + 2; ++i) {
       const unsigned block = min(first_block + i, call.blocks - 1) >> (call.scales.shift - 6);
       const float found =
           call.scales.nested() ? call.scales.template of<true>(block) : call.scales.template of<false>(block);
-      scale[0] = scale[1], scale[1] = scale[2], scale[2] = scale[3], scale[3] = found * (1.0f / kCodeFactor<T>);
+      scale[0] = scale[1], scale[1] = found * (1.0f / kCodeFactor<T>);
     }
   }
 
@@ -199,7 +201,7 @@ struct FewRows {
           a[2][half + 2] = decode<1, kEntry>(shared, codes.y, lane4);
           a[3][half] = decode<2, kEntry>(shared, codes.y, lane4);
           a[3][half + 2] = decode<3, kEntry>(shared, codes.y, lane4);
-          of_row[half] = __shfl_sync(0xffffffffu, scale[2 * kPair + unit], lane / 4 + 8 * (2 * t + half));
+          of_row[half] = __shfl_sync(0xffffffffu, scale[unit], lane / 4 + 8 * (2 * t + half));
         }
 #pragma unroll
         for (int m = 0; m < kXTiles; ++m) {
@@ -219,11 +221,12 @@ struct FewRows {
   // A whole batch: its pairs are multiplied, and those of the next asked for.
   template <bool kUsual>
   __device__ __forceinline__ void step() {
-    resolve_scales<kUsual>();
-    load_scales<kUsual>(first_block + (left > kBatch ? kBatch : 0));
+    resolve_scales<0, kUsual>();
     multiply<0, true, kUsual>();
     load_bytes<2>();
     if (static_cast<int>(fresh(left)) <= 0) return;  // never; ptxas would put the loads off, but not past a branch
+    resolve_scales<1, kUsual>();
+    load_scales<kUsual>(first_block + (left > kBatch ? kBatch : 0));
     multiply<1, true, kUsual>();
     load_bytes<3>();
     left -= kBatch;
@@ -372,8 +375,9 @@ struct FewRows {
       while (left >= kBatch) step<false>();
     }
     if (left > 0) {
-      resolve_scales<false>();
+      resolve_scales<0, false>();
       multiply<0, false, false>();
+      resolve_scales<1, false>();
       multiply<1, false, false>();
     }
     __syncthreads();  // the table is no longer read

@@ -101,7 +101,7 @@ def refuse(path: str, direction: str, x, base, gives: int, a, dropout_p: float) 
 def out_of_memory(direction: str, x, base, gives: int, a, error: Exception) -> None:
     """Notes that the workspace did not fit; raises what came when no other path can run."""
     why = refuse("single", direction, x, base, gives, a, 0.0)
-    size = f"{gives} x {x.shape[1]}"
+    size = " x ".join(map(str, (gives, x.shape[1]) if direction == "forward" else (x.shape[1], gives)))
     if why is not None:
         raise torch.OutOfMemoryError(
             f"lora_linear: no memory for the workspace of a {size} weight, and the single kernel cannot run "
