@@ -10,6 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c .ci/constraints.txt
 STAMP := $(VENV)/.done
 CSRC := setup.py $(shell find csrc -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.inl')
+CLANG_FORMATTED := -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 CUDA := $(shell find csrc -type f -name '*.cu' -o -type f -name '*.cuh' -o -type f -name '*.h')
 FIND_NVCC := $(PY) -c 'import sys; from peft_engine import doctor; sys.exit(doctor.find_nvcc() is None)'
 CUDA_EXTRA := $(PY) -c 'import tomllib as t; \
@@ -53,13 +54,13 @@ lint: $(STAMP)-lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print0 \
+	find csrc -type f \( $(CLANG_FORMATTED) \) -print0 \
 	  | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(STAMP)-lint
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' \) -print0 | xargs -0 $(VENV)/bin/clang-format -i
+	find csrc -type f \( $(CLANG_FORMATTED) \) -print0 | xargs -0 $(VENV)/bin/clang-format -i
 
 $(STAMP)-torch:
 	@echo "==> virtual environment in $(VENV)"
@@ -98,4 +99,4 @@ $(STAMP)-lint: $(STAMP)-packages
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info peft_engine/_native.so
+	rm -rf $(VENV) build dist out *.egg-info peft_engine/_native.so peft_engine/_cuda.so

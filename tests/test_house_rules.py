@@ -96,7 +96,7 @@ def _long(pattern: str, limit: int) -> list[str]:
 
 @pytest.mark.parametrize("folder", ["peft_engine", "csrc", "kernels", "tests", "bench", "examples"])
 def test_files_fit_in_one_sitting(folder):
-    suffixes = ("py", "cpp", "cu", "h", "inl")
+    suffixes = ("py", "cpp", "cu", "cuh", "h", "inl")
     long = [line for suffix in suffixes for line in _long(f"{folder}/**/*.{suffix}", 420)]
     assert not long, f"about 400 lines is the limit: {long}"
 

@@ -63,5 +63,5 @@ def test_every_kernel_file_is_a_dependency_of_the_build():
     # A change of any of them must compile again; a file setup.py does not list would be left stale.
     text = (ROOT / "setup.py").read_text()
     suffixes = {p.suffix for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert suffixes <= {".cpp", ".h", ".inl", ".cu", ".md"}, suffixes
+    assert suffixes <= {".cpp", ".h", ".inl", ".cu", ".cuh", ".md"}, suffixes
     assert 'glob("csrc/**/*.cpp")' in text and 'glob("csrc/**/*.[hi]*")' in text

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cuda_cases import check_dequantize, check_far_rows, check_huge_dequantize, check_huge_weight, check_lora
-from cuda_on_cpu import CSRC, BadAccess, Race
+from cuda_on_cpu import CSRC, BadAccess, LaunchFailed, Race
 from planted import Fault
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -55,6 +55,23 @@ def shared_tiles(target):
 
 def shared_tiles_alone(target):
     check_lora(target, 20, 192, 130, 0, BF16, multiprocessors=4)
+
+
+def few_rows(target):
+    """More thread blocks than multiprocessors; the adapter in pieces."""
+    check_lora(target, 3, 320, 130, 8, BF16, multiprocessors=2, times=2)
+
+
+def few_rows_in_blocks(target):
+    check_lora(target, 3, 128, 70, 8, BF16, multiprocessors=3)
+
+
+def huge_weight_few_rows(target):
+    check_huge_weight(target, 1)
+
+
+def far_few_rows(target):
+    check_far_rows(target, 3)
 
 
 def huge_weight(target):
@@ -147,6 +164,36 @@ FAULTS = [
     ("h read before its fence", "ptx.cuh", "thread", "  __threadfence();\n}", "}", Race, shared_tiles),
     ("h said to be there for good", "lora_linear_finish.cuh", "plain", ", *call.workspace.h_there = 0", "",
      AssertionError, product),
+    # up to 16 rows
+    ("nibbles exchanged", "lora_linear_few.cuh", "plain", "word[1][i] = make_uint2(lower ? other.x",
+     "word[1][i] = make_uint2(lower ? other.y", AssertionError, few_rows),
+    ("scaling dropped", "lora_linear_few.cuh", "plain", "fmaf(call.scaling, adapter, value)",
+     "fmaf(1.0f, adapter, value)", AssertionError, few_rows),
+    ("absmax of another row", "lora_linear_few.cuh", "plain", "lane / 4 + 8 * (2 * t + half)",
+     "lane / 4 + 8 * t", AssertionError, few_rows),
+    ("A transposed", "lora_linear_few.cuh", "plain", "r * call.k + start + c", "(start + c) * rank + r",
+     AssertionError, few_rows),
+    ("counters not put back", "lora_linear_few.cuh", "plain", ", seen[1] = 0", "", LaunchFailed, few_rows),
+    ("the count of pieces not put back", "lora_linear_few.cuh", "plain", ", *call.workspace.pieces_done = 0",
+     "", AssertionError, few_rows),
+    ("column tail of y not masked", "lora_linear_few.cuh", "address", "if (n >= call.n) continue;", "",
+     BadAccess, few_rows),
+    ("row tail of B not masked", "lora_linear_few.cuh", "address",
+     "row < call.n ? load_adapter<T>(call, call.lora_b, first * rank + i) : 0.0f",
+     "load_adapter<T>(call, call.lora_b, first * rank + i)", BadAccess, few_rows),
+    ("row tail of x not masked", "lora_linear_few.cuh", "address", "m < call.rows", "m < 8", BadAccess,
+     few_rows),
+    ("a 32-bit offset into W", "lora_linear_few.cuh", "plain", "row * (call.k / 2)",
+     "static_cast<int>(row * (call.k / 2))", BadAccess, huge_weight_few_rows),
+    ("a 32-bit offset into x", "lora_linear_few.cuh", "plain", "x_row * call.x_stride",
+     "static_cast<int>(x_row * call.x_stride)", BadAccess, far_few_rows),
+    ("the table overwritten while it is read", "lora_linear_few.cuh", "thread",
+     "__syncthreads();  // the table is no longer read", "", Race, few_rows_in_blocks),
+    ("a piece told of before its fence", "lora_linear_few.cuh", "thread",
+     "__threadfence();\n      atomicAdd(call.workspace.pieces_done", "atomicAdd(call.workspace.pieces_done",
+     Race, few_rows_in_blocks),
+    ("no wait for the pieces", "lora_linear_few.cuh", "thread",
+     "wait_for(call.workspace.pieces_done, call.plan.pieces);", "", Race, few_rows_in_blocks),
 ]  # fmt: skip
 
 

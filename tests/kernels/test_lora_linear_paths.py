@@ -44,7 +44,7 @@ def test_without_memory_and_another_path_the_error_says_what_would_help(device, 
     x, _, base, a, b = call(device, k=100)
     monkeypatch.setattr(workspace, "fill", full)
     with pytest.raises(
-        torch.OutOfMemoryError, match="100 input columns are no multiple of 64.*; free memory"
+        torch.OutOfMemoryError, match=r"100 input columns are no multiple of 64.*; free memory"
     ):
         forward(x, *base, 48, a, b, 0.5, None, 0.0, None)
 
