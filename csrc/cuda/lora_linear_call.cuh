@@ -14,7 +14,7 @@ struct Call {
   const uint8_t* packed;
   Scales scales;
   int64_t n;
-  unsigned blocks;  // of 64 weights that W has
+  unsigned blocks;     // of 64 weights that W has
   const void* lora_a;  // (rank, k)
   const void* lora_b;  // (n, rank)
   int rank;
@@ -76,6 +76,14 @@ using Memory = Shared<kXTiles, false>;
 #else
 template <int kXTiles>
 using Memory = Shared<kXTiles, true>;
+#endif
+
+// lora_linear_few.cuh: whether the distances between a lane's rows must be computed anew at each use, since ptxas holds
+// them in registers that it then lacks. On sm_120 it does not.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kFewFresh = false;
+#else
+constexpr bool kFewFresh = true;
 #endif
 
 // Whether this thread block is the last of `total` that say to the counter that what they wrote is there. What the

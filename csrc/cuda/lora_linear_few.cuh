@@ -22,8 +22,7 @@ constexpr int kFewPieces = 32;
 constexpr int kBatch = 4;  // units, the scales of which come together; two pairs
 
 // Shared memory: the decode table, where pieces of x A^T are staged before and the sums of the warps meet after; then h
-// and the rows of B. Where h will be, the codes of nested scales, which lanes look up at
-// random, and the offset.
+// and the rows of B. Where h will be, the codes of nested scales: lanes look them up at random.
 template <int kXTiles, bool kWide>
 struct FewShared {
   static constexpr int kEntry = Shared<kXTiles, kWide>::kEntry;
@@ -33,7 +32,7 @@ struct FewShared {
   static constexpr int kBAt = kHAt + 8 * kXTiles * kMaxRank * 4;
   static constexpr int kFlagAt = kBAt + kFewRows * (kMaxRank + 1) * 4;
   static constexpr int kCodesAt = kHAt;
-  static_assert(kHAt + 257 * 4 <= kBAt);
+  static_assert(kHAt + 256 * 4 <= kBAt);
   static constexpr int kBytes = kFlagAt + 16;
 };
 
@@ -66,6 +65,7 @@ struct FewRows {
   bool present[kXTiles];  // there is such a row of x
   unsigned first_block;   // of 64 weights, of row `lane` of the 32
   bool by_four;           // a batch's scales of a row are nested, and their indices one aligned load
+  float offset = 0.0f;
   uint4 bytes[2][4] = {};
   uint4 x[kXUnits][kXTiles][2] = {};
   uint32_t absmax;  // by_four: as they are stored
@@ -94,6 +94,7 @@ struct FewRows {
     x_at = static_cast<const T*>(call.x) + x_row * call.x_stride + batch * int64_t{kBatch * kUnit} + lane % 2 * 32 +
            (lower ? 0 : 16);
     x_apart = lower ? kUnit + 16 : kUnit - 16;
+    if (call.scales.nested()) offset = __ldg(call.scales.offset);
 #pragma unroll
     for (int m = 0; m < kXTiles; ++m) present[m] = m * 8 + static_cast<int>(lane / 4) < call.rows;
   }
@@ -101,7 +102,7 @@ struct FewRows {
   // Asks for pair `ahead` (counted from the batch's first) of W, which replaces the one two before.
   template <int kAhead>
   __device__ __forceinline__ void load_bytes() {
-    const unsigned most = fresh(below);
+    const unsigned most = kFewFresh ? fresh(below) : below;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint8_t* from = packed + int64_t{min(8u * i, most)} * static_cast<uint32_t>(call.k / 2) + kAhead * kUnit;
@@ -156,7 +157,7 @@ struct FewRows {
     if (kUsual || by_four) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        scale[i] = __fadd_rn(__fmul_rn(codes[absmax >> (8 * (2 * kPair + i)) & 255], nested), codes[256]) *
+        scale[i] = __fadd_rn(__fmul_rn(codes[absmax >> (8 * (2 * kPair + i)) & 255], nested), offset) *
                    (1.0f / kCodeFactor<T>);
       }
       return;
@@ -223,7 +224,7 @@ struct FewRows {
     resolve_scales<0, kUsual>();
     multiply<0, true, kUsual>();
     load_bytes<2>();
-    if (kXTiles == 1 && static_cast<int>(fresh(left)) <= 0) return;  // never; ptxas would put the loads off, but not past a branch
+    if (static_cast<int>(fresh(left)) <= 0) return;  // never; ptxas would put the loads off, but not past a branch
     resolve_scales<1, kUsual>();
     load_scales<kUsual>(first_block + (left > kBatch ? kBatch : 0));
     multiply<1, true, kUsual>();
@@ -365,9 +366,7 @@ struct FewRows {
     for (int i = 0; i < kXUnits; ++i) load_x<false>(i);
     fill_decode_table<T, kEntry>(shared);
     if (call.scales.nested() && threadIdx.x < 256) {
-      float* codes = reinterpret_cast<float*>(shared + Mine::kCodesAt);
-      codes[threadIdx.x] = __ldg(absmax_code.value + threadIdx.x);
-      if (threadIdx.x == 0) codes[256] = __ldg(call.scales.offset);
+      reinterpret_cast<float*>(shared + Mine::kCodesAt)[threadIdx.x] = __ldg(absmax_code.value + threadIdx.x);
     }
     __syncthreads();
     if (by_four && call.aligned) {

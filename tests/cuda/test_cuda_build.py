@@ -64,7 +64,13 @@ def test_the_library_has_every_architecture_and_ptx_for_those_to_come(library):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_kernel_spills(library, arch):
     used = sass.usage(library, arch)
-    kernels = {"dequantize_plain", "dequantize_16bit", "dequantize_32bit", "lora_linear_kernel", "few_rows_kernel"}
+    kernels = {
+        "dequantize_plain",
+        "dequantize_16bit",
+        "dequantize_32bit",
+        "lora_linear_kernel",
+        "few_rows_kernel",
+    }
     assert all(any(kernel in name for name in used) for kernel in kernels)
     for name, body in sass.functions(library, arch).items():
         assert used[name].spill_bytes == 0, name
@@ -107,7 +113,9 @@ def test_the_product_takes_few_instructions_a_weight(library, dtype, x_tiles, at
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_product_uses_tensor_cores_wherever_its_dtype_has_them(library, arch):
-    for name, body in (bodies(library, arch, "lora_linear_kernel") | bodies(library, arch, "few_rows")).items():
+    for name, body in (
+        bodies(library, arch, "lora_linear_kernel") | bodies(library, arch, "few_rows")
+    ).items():
         if arch >= 80:
             assert sass.count(body, "HMMA") == sass.count(body, "HMMA.16816") > 0, name
         elif "__half" in name:
