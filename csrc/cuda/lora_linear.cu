@@ -12,7 +12,8 @@
 namespace {
 
 template <typename T, int kXTiles>
-__global__ void __launch_bounds__(kThreads, kFit < resident(kXTiles) ? kFit : resident(kXTiles)) lora_linear_kernel(const Call call) {
+__global__ void __launch_bounds__(kThreads, kFit < resident(kXTiles) ? kFit : resident(kXTiles))
+    lora_linear_kernel(const Call call) {
   PE_DYNAMIC_SHARED(unsigned char, shared);
   if (blockIdx.x < call.plan.pieces) {
     adapter_block<T, kXTiles>(call, shared);
@@ -74,7 +75,11 @@ cudaError_t launch_few(Call& call, const Device& device, cudaStream_t stream) {
   call.plan = {};
   call.plan.units = static_cast<unsigned>(call.k / kUnit);
   const unsigned most = call.plan.units < kFewPieces ? call.plan.units : kFewPieces;
-  if (call.rank > 0) call.plan.pieces = tiles < most ? static_cast<unsigned>(tiles) : most;
+  if (call.rank > 0) {
+    // No more than blocks that run at once: those wait for the pieces of all.
+    const unsigned at_once = min(static_cast<unsigned>(device.multiprocessors), most);
+    call.plan.pieces = tiles < at_once ? static_cast<unsigned>(tiles) : at_once;
+  }
   const int bytes = device.capability >= 80 ? FewShared<kXTiles, true>::kBytes : FewShared<kXTiles, false>::kBytes;
   const cudaError_t error = pe::checked(
       cudaFuncSetAttribute(few_rows_kernel<T, kXTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -87,10 +92,14 @@ cudaError_t launch_few(Call& call, const Device& device, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch(Call& call, const Device& device, cudaStream_t stream) {
   switch (x_tiles_of(call.rows)) {
-    case 1: return launch_few<T, 1>(call, device, stream);
-    case 2: return launch_few<T, 2>(call, device, stream);
-    case 4: return launch<T, 4>(call, device, stream);
-    default: return launch<T, 8>(call, device, stream);
+    case 1:
+      return launch_few<T, 1>(call, device, stream);
+    case 2:
+      return launch_few<T, 2>(call, device, stream);
+    case 4:
+      return launch<T, 4>(call, device, stream);
+    default:
+      return launch<T, 8>(call, device, stream);
   }
 }
 
@@ -107,9 +116,12 @@ PE_API int64_t pe_lora_linear_workspace(int rows, int64_t n, int64_t k, int rank
   if (rows == 0 || n == 0 || !in_range(rows, n, k, rank) || ask(device, &found) != cudaSuccess) return 0;
   switch (x_tiles_of(rows)) {
     case 1:
-    case 2: return rank > 0 ? fixed_bytes() : 0;
-    case 4: return workspace_for<4>(found, rows, n, k, rank);
-    default: return workspace_for<8>(found, rows, n, k, rank);
+    case 2:
+      return rank > 0 ? fixed_bytes() : 0;
+    case 4:
+      return workspace_for<4>(found, rows, n, k, rank);
+    default:
+      return workspace_for<8>(found, rows, n, k, rank);
   }
 }
 

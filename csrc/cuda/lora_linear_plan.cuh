@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kUnit = 64;       // columns: one block of NF4 at least, so that a unit of a row has one scale
-constexpr int kMaxRows = 64;    // of x
+constexpr int kUnit = 64;     // columns: one block of NF4 at least, so that a unit of a row has one scale
+constexpr int kMaxRows = 64;  // of x
 constexpr int kMaxRank = 64;
-constexpr int kMaxPieces = 32;  // that x A^T is cut into
+constexpr int kMaxPieces = 32;    // that x A^T is cut into
 constexpr int kCounters = 16384;  // 3, and one for each tile
 
 // Rows of W: two tiles of mma for each warp, so that what is read of x serves both. The lookups and the reads of x share
@@ -33,7 +33,7 @@ struct Plan {
   unsigned workers;  // thread blocks that multiply
   unsigned share;    // units of each worker; the first `extra` have one more
   unsigned extra;
-  unsigned pieces;   // thread blocks that compute x A^T, a piece of k each
+  unsigned pieces;  // thread blocks that compute x A^T, a piece of k each
 
   __host__ __device__ unsigned start(unsigned worker) const {
     return worker * share + (worker < extra ? worker : extra);
@@ -71,7 +71,7 @@ inline Plan plan_of(int rows, int64_t n, int64_t k, int rank, int multiprocessor
 // are the same, for from one segment to the next in order w or t grows.
 struct Workspace {
   unsigned* pieces_done;
-  unsigned* h_there;     // 1 when x A^T is in h
+  unsigned* h_there;  // 1 when x A^T is in h
   unsigned* tiles_done;
   unsigned* tile_arrivals;
   float* h;
@@ -83,12 +83,16 @@ __host__ __device__ inline Workspace workspace_at(void* base) {
   unsigned* counters = static_cast<unsigned*>(base);
   float* h = reinterpret_cast<float*>(counters + kCounters);
   constexpr int kSize = kMaxRows * kMaxRank;
-  return {counters, counters + 1, counters + 2, counters + 3, h, h + kSize, h + static_cast<int64_t>(kSize) * (1 + kMaxPieces)};
+  return {counters,
+          counters + 1,
+          counters + 2,
+          counters + 3,
+          h,
+          h + kSize,
+          h + static_cast<int64_t>(kSize) * (1 + kMaxPieces)};
 }
 
-inline int64_t fixed_bytes() {
-  return 4 * (kCounters + static_cast<int64_t>(kMaxRows) * kMaxRank * (1 + kMaxPieces));
-}
+inline int64_t fixed_bytes() { return 4 * (kCounters + static_cast<int64_t>(kMaxRows) * kMaxRank * (1 + kMaxPieces)); }
 
 inline int64_t workspace_bytes(const Plan& plan, int x_tiles) {
   return fixed_bytes() + 4 * static_cast<int64_t>(plan.workers + plan.tiles) * 8 * x_tiles * kTileRows;

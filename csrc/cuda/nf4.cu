@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_32bit(Work work) {
     const uint32_t thread = first + i * kThreads;
     const uint4 halves = share_halves(words[i]);
     const uint32_t word[4] = {halves.x, halves.y, halves.z, halves.w};
-    float4* out = reinterpret_cast<float4*>(static_cast<float*>(work.out) + begin_of<kStrided>(work, thread / 2)) +
-                  thread % 2;
+    float4* out =
+        reinterpret_cast<float4*>(static_cast<float*>(work.out) + begin_of<kStrided>(work, thread / 2)) + thread % 2;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float value[4];
@@ -178,14 +178,16 @@ int64_t dequantize_pieces(Work work, int64_t numel, cudaStream_t stream) {
   constexpr int kOfBlock = kThreads * 32 * (sizeof(T) == 4 ? kRounds32 : 1);  // weights
   const bool strided = work.gap != 0;
   const unsigned grid = static_cast<unsigned>(numel / kOfBlock);
-  if (numel < kOfBlock || numel / kPiece > INT32_MAX || !pe::aligned16(work.packed) || !pe::aligned16(work.out)) return 0;
+  if (numel < kOfBlock || numel / kPiece > INT32_MAX || !pe::aligned16(work.packed) || !pe::aligned16(work.out))
+    return 0;
   if (strided && (work.columns % kPiece != 0 || work.gap * sizeof(T) % 16 != 0)) return 0;
   if (strided && work.columns == kPiece) return 0;  // the division by 1 has no such inverse
   if (strided) work.inverse = UINT64_MAX / (work.columns / kPiece) + 1;
   if (work.scales.nested_absmax != nullptr) {
     strided ? launch_pieces<true, true>(T(), work, grid, stream) : launch_pieces<true, false>(T(), work, grid, stream);
   } else {
-    strided ? launch_pieces<false, true>(T(), work, grid, stream) : launch_pieces<false, false>(T(), work, grid, stream);
+    strided ? launch_pieces<false, true>(T(), work, grid, stream)
+            : launch_pieces<false, false>(T(), work, grid, stream);
   }
   return static_cast<int64_t>(grid) * kOfBlock;
 }
@@ -211,13 +213,21 @@ PE_API int pe_nf4_dequantize(const void* packed, const void* absmax, const float
   }
   const pe::DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  const Work work{static_cast<const uint8_t*>(packed), {absmax, nested_absmax, offset, log2_of(blocksize)}, out, columns,
-                  rows > 1 ? out_stride - columns : 0, 0};
+  const Work work{static_cast<const uint8_t*>(packed),
+                  {absmax, nested_absmax, offset, log2_of(blocksize)},
+                  out,
+                  columns,
+                  rows > 1 ? out_stride - columns : 0,
+                  0};
   const int64_t numel = rows * columns;
   switch (dtype) {
-    case pe::kFloat32: return dequantize<float>(work, numel, (cudaStream_t)stream);
-    case pe::kFloat16: return dequantize<__half>(work, numel, (cudaStream_t)stream);
-    case pe::kBfloat16: return dequantize<__nv_bfloat16>(work, numel, (cudaStream_t)stream);
-    default: return cudaErrorInvalidValue;
+    case pe::kFloat32:
+      return dequantize<float>(work, numel, (cudaStream_t)stream);
+    case pe::kFloat16:
+      return dequantize<__half>(work, numel, (cudaStream_t)stream);
+    case pe::kBfloat16:
+      return dequantize<__nv_bfloat16>(work, numel, (cudaStream_t)stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }

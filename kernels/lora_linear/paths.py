@@ -85,6 +85,8 @@ def refuse(path: str, direction: str, x, base, gives: int, a, dropout_p: float) 
         return "it multiplies half precision; x is float32"
     if columns % 64:
         return f"{columns} input columns are no multiple of 64"
+    if base[0].data_ptr() % 16:
+        return "the packed bytes do not begin at a multiple of 16"
     if x.shape[0] > 64 or x.shape[0] == 0:
         return f"it takes 1 to 64 rows, got {x.shape[0]}"
     if rank > 64:
