@@ -72,6 +72,8 @@ def draw(csv: Path) -> None:
     rows = [r for r in measure.read_csv(csv) if r.samples]
     if csv.stem == "gpu_few_rows":
         draw_few_rows(csv.with_suffix(".png"), [r for r in rows if r.metric == "time"], csv.parent.name)
+    elif csv.stem == "gpu_qlora_layer":
+        draw_layers(csv.with_suffix(".png"), rows, csv.parent.name)
     elif rows:
         measure.draw(csv.with_suffix(".png"), csv.stem, rows, csv.parent.name)
 
@@ -97,4 +99,34 @@ def draw_few_rows(path: Path, rows: list[Row], where: str) -> None:
     figure.suptitle(f"gpu_few_rows: {where}", fontsize="medium")
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_layers(path: Path, rows: list[Row], where: str) -> None:
+    """Times of each layer by graph replay, as multiples of ours with padded input; not the single kernel's.
+
+    Eager times tell of the host's processor, and memory differs by what a contender keeps between calls.
+    """
+    from matplotlib.figure import Figure
+
+    ours, metric = "peft-engine, padded input", "forward and backward, graph"
+    shown = [r for r in rows if r.metric == metric and "single kernel" not in r.contender]
+    contenders = list(dict.fromkeys(r.contender for r in shown))
+    base = {r.case: r.median for r in shown if r.contender == ours}
+    cases = [case for case in dict.fromkeys(r.case for r in shown) if case in base]
+    if not cases:
+        return
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.85 / len(contenders)
+    for i, contender in enumerate(contenders):
+        mine = [r for r in shown if r.contender == contender and r.case in base]
+        at = [cases.index(r.case) + (i - (len(contenders) - 1) / 2) * width for r in mine]
+        axes.bar(at, [r.median / base[r.case] for r in mine], width, label=contender, color=f"C{i}")
+    axes.axhline(1.0, color="grey", lw=0.8)
+    names = [case.replace(", r=16, ", "\n") for case in cases]
+    axes.set_xticks(range(len(cases)), names, fontsize="small")
+    axes.set_ylabel(f"time of {metric},\nover {ours} (higher is slower)")
+    figure.suptitle(f"gpu_qlora_layer: {where}", fontsize="medium")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)

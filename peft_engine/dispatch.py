@@ -115,8 +115,13 @@ def available_backends() -> dict[str, str | None]:
     }
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # asked while torch.compile traces, which cannot trace the looking
 def _triton_error() -> str | None:
+    return _look_for_triton()
+
+
+@functools.cache
+def _look_for_triton() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if importlib.util.find_spec("triton") is None:

@@ -16,7 +16,7 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
     rows, columns = x.shape
     rank = 0 if a is None else a.shape[0]
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    h = torch.empty(rows, rank, dtype=torch.float32, device=x.device)
+    h = torch.empty(rows if rank else 0, rank, dtype=torch.float32, device=x.device)
     if a is not None:
         a, b = a.contiguous(), b.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -18,11 +18,16 @@ from peft_engine import dispatch, native
 
 PATHS = ("few_rows", "single", "workspace")
 
-# The crossovers, on an H200 (graph replay, r=16, bench/results/nvidia-h200/): few_rows against workspace
-# takes 34 against 33 us at 32 rows and 57 against 33 at 64 for 4096x4096; 82 against 90 at 64 for 14336x4096;
-# 94 against 98 for 4096x14336. The single kernel takes 65 at 64 rows for 14336x4096, without the adapter,
-# where workspace takes 78, and 49 against 22 for 4096x4096, which gives it 64 programs only.
-FEW_ROWS, FEW_ROWS_OF_LARGE = 32, 64
+# The crossovers, in us on an H200 (graph replay, bench/results/nvidia-h200/gpu_few_rows.csv), for the paths
+# few_rows / single / workspace:
+#     4096x4096, no adapter    16 rows 9 / 88 / 21     32 rows 26 / 87 / 21     64 rows 41 / 49 / 21
+#     4096x4096, r=16          16 rows 18 / 94 / 29    32 rows 35 / 93 / 30     64 rows 54 / 62 / 29
+#     14336x4096, no adapter   16 rows 24 / 105 / 75   32 rows 36 / 108 / 72    64 rows 62 / 65 / 74
+#     14336x4096, r=16         16 rows 31 / 111 / 83   32 rows 44 / 114 / 81    64 rows 81 / 86 / 83
+#     4096x14336, no adapter   16 rows 21 / 300 / 73   32 rows 43 / 301 / 74    64 rows 73 / 175 / 76
+# The single kernel wins nowhere but for many result columns (its programs) without an adapter, where few_rows
+# cannot run; it is there for weights whose workspace does not fit.
+FEW_ROWS, FEW_ROWS_OF_LARGE = 16, 64
 LARGE = 1 << 25  # weights
 SINGLE_ROWS, SINGLE_GIVES = 64, 8192  # rows up to, result columns from
 
@@ -56,7 +61,7 @@ def choose(direction: str, x, base, gives: int, a, dropout_p: float) -> str:
     few = FEW_ROWS_OF_LARGE if gives * x.shape[1] >= LARGE else FEW_ROWS
     if rows <= few and refuse("few_rows", *arguments) is None:
         return "few_rows"
-    fills = rows <= SINGLE_ROWS and gives >= SINGLE_GIVES
+    fills = rows <= SINGLE_ROWS and gives >= SINGLE_GIVES and a is None
     if base[1] is not None and fills and refuse("single", *arguments) is None:
         return "single"
     return "workspace"

@@ -139,7 +139,7 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
     rows, columns = x.shape
     rank = 0 if a is None else a.shape[0]
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    h = down(x, a, 1.0, dropout_p=dropout_p, seed=seed) if rank else x.new_empty(rows, 0, dtype=torch.float32)
+    h = down(x, a, 1.0, dropout_p=dropout_p, seed=seed) if rank else x.new_empty(0, 0, dtype=torch.float32)
     if not y.numel():
         return y, h
     block_m, block_n, block_k, warps, stages = tiles.tile("single", rows, rank, x.dtype, x.device)

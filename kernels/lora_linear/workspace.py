@@ -62,7 +62,7 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
     columns = x.shape[1]
     if a is None:
         y = F.linear(x, whole(base, out_features, columns, x), bias)
-        return y, x.new_empty(x.shape[0], 0, dtype=torch.float32)
+        return y, x.new_empty(0, 0, dtype=torch.float32)
     if not augments(x, base, out_features, columns, a):
         h = down(x, a, 1.0, dropout_p=dropout_p, seed=seed)
         y = F.linear(x, whole(base, out_features, columns, x), bias)

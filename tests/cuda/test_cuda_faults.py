@@ -62,6 +62,10 @@ def few_rows(target):
     check_lora(target, 3, 320, 130, 8, BF16, multiprocessors=2, times=2)
 
 
+def twelve_rows(target):
+    check_lora(target, 12, 128, 70, 8, HALF)
+
+
 def few_rows_in_blocks(target):
     check_lora(target, 3, 128, 70, 8, BF16, multiprocessors=3)
 
@@ -161,7 +165,6 @@ FAULTS = [
     ("h told of before its fence", "lora_linear_adapter.cuh", "thread",
      "__threadfence();\n    atomicAdd(call.workspace.h_there", "atomicAdd(call.workspace.h_there", Race,
      shared_tiles),
-    ("h read before its fence", "ptx.cuh", "thread", "  __threadfence();\n}", "}", Race, shared_tiles),
     ("h said to be there for good", "lora_linear_finish.cuh", "plain", ", *call.workspace.h_there = 0", "",
      AssertionError, product),
     # up to 16 rows
@@ -181,8 +184,9 @@ FAULTS = [
     ("row tail of B not masked", "lora_linear_few.cuh", "address",
      "row < call.n ? load_adapter<T>(call, call.lora_b, first * rank + i) : 0.0f",
      "load_adapter<T>(call, call.lora_b, first * rank + i)", BadAccess, few_rows),
-    ("row tail of x not masked", "lora_linear_few.cuh", "address", "m < call.rows", "m < 8", BadAccess,
-     few_rows),
+    ("row tail of x not masked", "lora_linear_few.cuh", "address",
+     "present[m] = m * 8 + static_cast<int>(lane / 4) < call.rows", "present[m] = true", BadAccess,
+     twelve_rows),
     ("a 32-bit offset into W", "lora_linear_few.cuh", "plain", "row * (call.k / 2)",
      "static_cast<int>(row * (call.k / 2))", BadAccess, huge_weight_few_rows),
     ("a 32-bit offset into x", "lora_linear_few.cuh", "plain", "x_row * call.x_stride",
@@ -194,6 +198,8 @@ FAULTS = [
      Race, few_rows_in_blocks),
     ("no wait for the pieces", "lora_linear_few.cuh", "thread",
      "wait_for(call.workspace.pieces_done, call.plan.pieces);", "", Race, few_rows_in_blocks),
+    ("waits for blocks that cannot start", "lora_linear.cu", "plain",
+     "min(static_cast<unsigned>(device.multiprocessors), most)", "most", LaunchFailed, few_rows),
 ]  # fmt: skip
 
 
