@@ -5,8 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peft_engine as pe
-from peft_engine import dispatch
+from peft_engine import dispatch, native
 from peft_engine.ops.lora_groups import sort_rows
+from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
 from peft_engine.ops.nf4 import nf4_quantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -120,3 +121,21 @@ def skip_without_kernels(device):
     why = dispatch.available_backends()["triton" if device == "cuda" else "cpu"]
     if why is not None:
         pytest.skip(why)
+
+
+def test_the_choice_for_a_gpu_is_made_while_tracing_without_a_break(monkeypatch):
+    """What lora_linear asks before its raw op, with tensors on a GPU; the op's own choices are never traced."""
+    monkeypatch.setattr(dispatch, "_look_for_triton", lambda: None)
+    monkeypatch.setattr(native, "_cuda_error", lambda: None)
+    torch._dynamo.reset()
+
+    def f(x):
+        call = LoraLinearCall("cuda", torch.bfloat16, "nf4", torch.float32, 128, 16)
+        name = LORA_LINEAR.choose(call).backend
+        return x + (1 if name == "cuda" else 0)
+
+    LORA_LINEAR._cache.clear()
+    try:
+        assert torch.compile(f, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
+    finally:
+        LORA_LINEAR._cache.clear()
