@@ -36,7 +36,7 @@ def planted(request, tmp_path_factory) -> Iterator[Callable[[Fault], cuda_on_cpu
     defines = getattr(request.module, "DEFINES", ())
     tests = [item for item in request.session.items if item.module is request.module]
     faults = [item.callspec.params["fault"] for item in tests if "fault" in item.fixturenames]
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=2) as pool:
         programs = {f: pool.submit(f.program, tmp_path_factory.mktemp("fault"), defines) for f in faults}
         yield lambda fault: programs[fault].result()
         pool.shutdown(cancel_futures=True)
