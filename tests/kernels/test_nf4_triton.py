@@ -41,6 +41,16 @@ def check_dequantize(n, blocksize, nested, dtype, device, scale=1.0):
     assert same_bits(out, reference_dequantize(q, dtype)), (n, blocksize, nested, dtype)
 
 
+def check_rows_apart(dtype, device):
+    """Into rows that are apart, as in a workspace; what lies between them stays."""
+    for rows, columns in ((3, 128), (5, 4160), (2, 77)):
+        q = nf4_quantize(torch.randn(rows, columns), double_quant=True).to(torch.device(device))
+        space = torch.full((rows, columns + 24), 7.0, dtype=dtype, device=device)
+        run_dequantize(q, space[:, :columns])
+        assert same_bits(space[:, :columns].contiguous(), reference_dequantize(q, dtype)), (rows, columns)
+        assert (space[:, columns:] == 7.0).all()
+
+
 def check_quantize(flat, blocksize):
     packed, absmax = quantize(flat, blocksize)
     want_packed, want_absmax = reference_quantize(flat, blocksize)
@@ -53,6 +63,11 @@ def check_quantize(flat, blocksize):
 def test_dequantised_bits_are_those_of_the_reference(device, dtype, nested):
     for n in SIZES:
         check_dequantize(n, 64, nested, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_may_lie_apart(device, dtype):
+    check_rows_apart(dtype, device)
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)

@@ -18,13 +18,26 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the mended in
         ("2 * byte < left, other=0", "byte >= 0, other=0", OutOfBounds),  # mask of a load dropped
         (", i < left)", ")", OutOfBounds),  # mask of a store dropped
         ("block, inside, NESTED", "block, None, NESTED", OutOfBounds),  # of the scales
-        ("left >= 2 * BYTES", "left >= 2", OutOfBounds),  # the path without masks taken for a tail
-        ("tl.program_id(0).to(tl.int64) * BYTES", "tl.program_id(0).to(tl.int64) * 0", Race),
-        ("high * scale[:, None]", "high", AssertionError),  # absmax skipped
-        ("low * scale[:, None]", "low * scale[:, None].to(tl.bfloat16)", AssertionError),  # rounded too early
+        ("+ word, inside[:, None], other=0)", "+ word)", OutOfBounds),  # of the words of whole blocks
+        ("element_ty), inside[:, None])", "element_ty))", OutOfBounds),
+        ("% chunks).to(tl.int64) * BYTES", "% chunks).to(tl.int64) * 0", Race),
+        ("row_of * stride", "row_of * columns", AssertionError),  # rows that are not apart
+        ("packed += row_of * columns // 2", "packed += row_of * columns", (OutOfBounds, AssertionError)),
+        ("codes_of_words(words, table) * scale[:, None]", "codes_of_words(words, table)", AssertionError),
+        (
+            "left, other=0), table) * scale[:, None]",
+            "left, other=0), table)",
+            AssertionError,
+        ),  # absmax skipped
+        (
+            "table) * scale[:, None]",
+            "table) * scale[:, None].to(tl.bfloat16).to(tl.float32)",  # rounded too early
+            AssertionError,
+        ),
         ("block >> 8", "block >> 7", (AssertionError, OutOfBounds)),  # another nested scale
         (" + tl.load(offset)", "", AssertionError),
-        ("tl.join(high * scale[:, None], low", "tl.join(low * scale[:, None], high", AssertionError),
+        ("tl.join(packed >> 4, packed & 15)", "tl.join(packed & 15, packed >> 4)", AssertionError),
+        ("((j ^ 1) * 4)", "(j * 4)", AssertionError),  # the nibbles of a byte swapped, in words
     ],
 )
 def test_a_fault_in_dequantise_is_found(tmp_path, monkeypatch, old, new, found):
@@ -32,8 +45,9 @@ def test_a_fault_in_dequantise_is_found(tmp_path, monkeypatch, old, new, found):
     monkeypatch.setattr(test_nf4_triton, "dequantize", copy.dequantize)
     with pytest.raises(found):
         for dtype in (torch.float32, torch.bfloat16):
-            for n in (9999, 70000):
+            for n in (9999, 70000, 9984):  # the last: whole blocks
                 test_nf4_triton.check_dequantize(n, 64, True, dtype, "cpu")
+            test_nf4_triton.check_rows_apart(dtype, "cpu")
 
 
 @pytest.mark.parametrize(
