@@ -384,6 +384,8 @@ def doctor(json_: Json = False, debug: Debug = False) -> None:
             + ", ".join(f"{k} {' '.join(v) if isinstance(v, list | tuple) else v}" for k, v in cpu.items())
         )
         show(f"gpu                {found['gpu'] or 'none'}")
+        for name, tool in found["toolchain"].items():
+            show(f"{name:<18} " + (tool["problem"] or f"{tool['version']} ({tool['path']})"))
         for problem in found["problems"]:
             show(f"problem: {problem['problem']}\n  mend it: {problem['fix']}")
         say("Next: " + ("mend the above" if found["problems"] else "peft-engine train --help"))
