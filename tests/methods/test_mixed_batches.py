@@ -1,0 +1,53 @@
+"""A mixed batch as one grouped product, which a GPU runs, gives what running each adapter's rows apart gives."""
+
+import pytest
+import torch
+from torch import nn
+
+import peft_engine as pe
+from peft_engine.methods.lora import _grouped, _groups
+
+
+def adapted(nf4: bool) -> nn.Module:
+    """A linear layer with two adapters of different ranks and scalings, in training mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("linear", nn.Linear(64, 48))
+    if nf4:
+        pe.quantize_(model, skip_modules=[])
+    for name, r, alpha in (("small", 2, 8), ("large", 5, 5)):
+        config = pe.LoraConfig(r=r, lora_alpha=alpha, target_modules=["linear"], init_lora_weights=False)
+        pe.attach(model, config, name=name)
+    return model.train()
+
+
+@pytest.mark.parametrize("nf4", (True, False), ids=("nf4", "dense"))
+def test_rows_grouped_by_adapter_give_what_rows_apart_give(nf4):
+    model = adapted(nf4)
+    layer = model.linear
+    names = ["large", None, "small", "large"]
+    x = torch.randn(4, 3, 64, requires_grad=True)
+    dy = torch.randn(4, 3, 48)
+    leaves = [x, *layer.lora_A.values(), *layer.lora_B.values()]
+    with pe.active(model, names):
+        for parameter in leaves:
+            parameter.requires_grad_()
+        apart = layer(x)
+        wanted = torch.autograd.grad(apart, leaves, dy)
+        known = {name: [i for i, n in enumerate(names) if n == name] for name in ("large", None, "small")}
+        assert _groups(layer, known)
+        together = _grouped(layer, x, layer.nf4 if nf4 else layer.weight, known)
+    torch.testing.assert_close(together, apart)
+    for got, want in zip(torch.autograd.grad(together, leaves, dy), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_rows_with_dropout_or_another_bias_are_not_grouped():
+    model = adapted(False)
+    layer = model.linear
+    known = {"large": [0], None: [1]}
+    assert _groups(layer, known)
+    layer.lora["large"] = layer.lora["large"].__class__(5, 1.0, 0.1)
+    assert not _groups(layer, known)
+    assert _groups(layer.eval(), known)
+    assert not _groups(layer, {"somebody else's": [0]})
