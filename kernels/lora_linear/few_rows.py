@@ -1,11 +1,10 @@
 """The CUDA product for 1 to 64 rows (csrc/cuda/lora_linear.cu), called through its C ABI."""
 
 import torch
-import triton  # noqa: F401  (a backend of this folder is there only where Triton is)
+from peft_engine.kernels.nf4.library import DTYPES, address, stream_of
 
 from peft_engine import native
 
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _scratch: dict[tuple[int, int], torch.Tensor] = {}
 _captured: dict[int, torch.Tensor] = {}  # of the graph that is being captured, by its number
 
@@ -25,23 +24,13 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
         library.pe_lora_linear_workspace(rows, out_features, columns, rank, device), x, stream
     )
     code = library.pe_lora_linear_nf4(
-        x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), absmax.data_ptr(), _at(nested),
-        _at(offset),
-        blocksize, out_features, _at(a), _at(b), rank, 0 if a is None else _CODES[a.dtype], scaling,
-        _at(bias),
-        y.data_ptr(), _CODES[x.dtype], h.data_ptr() if rank else None, _at(scratch), device, stream,
+        x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), absmax.data_ptr(), address(nested),
+        address(offset), blocksize, out_features, address(a), address(b), rank,
+        0 if a is None else DTYPES[a.dtype], scaling, address(bias), y.data_ptr(), DTYPES[x.dtype],
+        h.data_ptr() if rank else None, address(scratch), device, stream,
     )  # fmt: skip
     native.cuda_check(code, "lora_linear")
     return y, h
-
-
-def stream_of(x: torch.Tensor) -> int:
-    """The current stream of x's device, as the library takes it."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-def _at(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _workspace(size: int, x: torch.Tensor, stream: int) -> torch.Tensor | None:

@@ -6,24 +6,16 @@ import triton.language as tl
 
 @triton.jit
 def wide_dot(a, b, acc):
-    """acc + a b in float32, exact to float32 where one of a, b is float32 and the other half precision.
+    """acc + a b in float32, exact to float32 where a is float32 and b half precision.
 
-    bfloat16 times float32: the float32 operand is split into three bfloat16 terms, which hold its 24 bits;
-    other mixtures go through tf32 split in two (float16's range is too short for terms).
+    A float32 a beside bfloat16 is split into three bfloat16 terms, which hold its 24 bits; beside float16,
+    whose range is too short for terms, both go through tf32 split in two.
     """
     if a.dtype == b.dtype:
         if a.dtype == tl.float32:
             acc = tl.dot(a, b, acc, input_precision="tf32x3")
         else:
             acc = tl.dot(a, b, acc)
-    elif a.dtype == tl.bfloat16:
-        first = b.to(tl.bfloat16)
-        rest = b - first.to(tl.float32)
-        second = rest.to(tl.bfloat16)
-        third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-        # two chains of sums: a matrix unit's next product waits for the sum before
-        small = tl.dot(a, second, tl.dot(a, third))
-        acc = tl.dot(a, first, acc) + small
     elif b.dtype == tl.bfloat16:
         first = a.to(tl.bfloat16)
         rest = a - first.to(tl.float32)

@@ -24,14 +24,20 @@ def by_library(packed, absmax, nested_absmax, offset, blocksize: int, out: torch
     """The same through the library's C ABI, on the current stream of out's device."""
     if not out.numel():
         return
-    rows, columns, stride = (
-        (1, out.numel(), out.numel()) if out.is_contiguous() else (*out.shape, out.stride(0))
-    )
-    stream = torch.cuda.current_stream(out.device).cuda_stream if out.is_cuda else 0
+    flat = out.is_contiguous()
+    rows, columns, stride = (1, out.numel(), out.numel()) if flat else (*out.shape, out.stride(0))
     code = native.cuda().pe_nf4_dequantize(
-        packed.data_ptr(), absmax.data_ptr(), None if nested_absmax is None else nested_absmax.data_ptr(),
-        None if offset is None else offset.data_ptr(), blocksize, out.data_ptr(), DTYPES[out.dtype], rows,
-        columns,
-        stride, out.device.index or 0, stream,
+        packed.data_ptr(), absmax.data_ptr(), address(nested_absmax), address(offset), blocksize,
+        out.data_ptr(), DTYPES[out.dtype], rows, columns, stride, out.device.index or 0, stream_of(out),
     )  # fmt: skip
     native.cuda_check(code, "nf4_dequantize")
+
+
+def stream_of(x: torch.Tensor) -> int:
+    """The current stream of x's device, as the library takes it."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """A tensor's address, None where there is none."""
+    return None if tensor is None else tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""A mixed batch as one grouped product, which a GPU runs, gives what running each adapter's rows apart gives."""
+"""A mixed batch as one grouped product, as on a GPU, gives what running each adapter's rows apart gives."""
 
 import pytest
 import torch
