@@ -18,6 +18,7 @@ import torch
 from peft_engine import native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+GPU_BACKENDS = ("cuda", "triton")
 
 
 class BackendError(RuntimeError):
@@ -75,6 +76,8 @@ class Op:
         for entry in self._entries:
             if _forced is not None and entry.name != _forced:
                 continue
+            if _forced is None and entry.name in GPU_BACKENDS and getattr(call, "device", "") == "cpu":
+                continue  # nobody with a tensor on the CPU asks why no GPU runs
             why = available_backends().get(entry.name) or entry.refuse(call)
             if why is None:
                 return Choice(entry.name, entry.run, refused)
