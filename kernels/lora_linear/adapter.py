@@ -126,8 +126,7 @@ def write(space, a, b, scaling: float, out_features: int, *, split_a: bool, spli
         terms_b = torch.empty(3, b.shape[1], b.shape[0], dtype=space.dtype, device=b.device)
     _launch(
         a, b, space, space if terms_a is None else terms_a, space if terms_b is None else terms_b,
-        out_features,
-        scaling, space=True, split_a=terms_a is not None, split_b=terms_b is not None,
+        out_features, scaling, space=True, split_a=terms_a is not None, split_b=terms_b is not None,
     )  # fmt: skip
     return terms_a, terms_b
 
@@ -142,10 +141,9 @@ def _launch(a, b, space_out, terms_a, terms_b, out_features, scaling, *, space, 
             space_out.stride(0), programs_b,
         ),
         {
-            "WIDTH": term_width(rank), "RANK": tiles.padded_rank(rank), "TERMS": terms_of(a.dtype,
-            space_out.dtype),
-            "STEP": step_of(space_out.dtype), "SPACE": space, "SPLIT_A": split_a, "SPLIT_B": split_b,
-            "BLOCK": BLOCK,
+            "WIDTH": term_width(rank), "RANK": tiles.padded_rank(rank),
+            "TERMS": terms_of(a.dtype, space_out.dtype), "STEP": step_of(space_out.dtype), "SPACE": space,
+            "SPLIT_A": split_a, "SPLIT_B": split_b, "BLOCK": BLOCK,
         },
         num_warps=4,
     )  # fmt: skip

@@ -6,8 +6,7 @@ from peft_engine.kernels.lora_linear import paths, single, workspace
 
 def forward(
     x, weight, absmax, nested_absmax, offset, blocksize, out_features, lora_a, lora_b, scaling, bias,
-    dropout_p,
-    seed,
+    dropout_p, seed,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """y (..., N) and h (M, R) float32; the arguments of the raw op lora_linear_forward."""
     flat = rows_of(x)

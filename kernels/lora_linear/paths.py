@@ -5,7 +5,7 @@ few_rows    CUDA: the packed weight decoded in registers, 1 to 64 rows, bound by
 single      Triton: the weight decoded on chip, the adapter in the epilogue
 workspace   the weight dequantised once beside the adapter, and one library product
 
-`pinned` pins one, for tests and benchmarks; `notes` are what explain adds to a layer's line.
+`pinned` pins one, for tests and benchmarks.
 """
 
 import contextlib

@@ -49,8 +49,7 @@ def widened(
         buffer = x.new_empty(x.shape[0], row_stride(x.shape[1], width))[:, : x.shape[1] + width]
     h = down(
         x, a, scaling, buffer=buffer, copy=copy, terms=1 if split is None else 3, dropout_p=dropout_p,
-        seed=seed,
-        split=split,
+        seed=seed, split=split,
     )  # fmt: skip
     return buffer, h
 

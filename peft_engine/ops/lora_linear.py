@@ -16,10 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.activations import padded_empty
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu, refuse_unless_cuda
-
-__all__ = ["lora_linear", "padded_empty"]
 
 _U32 = 0xFFFFFFFF
 
@@ -200,28 +197,23 @@ def _(
 
 # Triton is imported when the first tensor on a GPU asks for it.
 @torch.library.impl(native.library, "lora_linear_forward", "CUDA")
-def _(*arguments):
+def _forward_on_gpu(*arguments):
     from peft_engine.kernels.lora_linear.forward import forward
 
     return forward(*arguments)
 
 
 @torch.library.impl(native.library, "lora_linear_backward", "CUDA")
-def _(*arguments):
+def _backward_on_gpu(*arguments):
     from peft_engine.kernels.lora_linear.backward import backward
 
     return backward(*arguments)
 
 
-def _raw(direction: str, x: torch.Tensor):
-    """The raw op; on a GPU, where nothing traces, the kernels: the dispatcher costs 20 us a call."""
-    if x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
-        from peft_engine.kernels.lora_linear.backward import backward
-        from peft_engine.kernels.lora_linear.forward import forward
-
-        return forward if direction == "forward" else backward
-    ops = torch.ops.peft_engine
-    return ops.lora_linear_forward if direction == "forward" else ops.lora_linear_backward
+def _direct(x: torch.Tensor) -> bool:
+    """Whether to pass the raw op by: on a GPU, where nothing traces, its dispatcher costs 20 us a call."""
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return x.is_cuda and plain and not torch.compiler.is_compiling()
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -230,7 +222,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p,
         seed,
     ):  # fmt: skip
-        y, h = _raw("forward", x)(
+        run = _forward_on_gpu if _direct(x) else torch.ops.peft_engine.lora_linear_forward
+        y, h = run(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
         adapter_grad = lora_a is not None and (ctx.needs_input_grad[7] or ctx.needs_input_grad[8])
@@ -247,12 +240,11 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
         blocksize, scaling, p, x_shape, bias_dtype = ctx.settings
-        if (
-            not dy.is_cuda
-        ):  # the kernels of a GPU read any rows, and the columns that may be spare behind them
-            dy = dy.contiguous()
+        # The kernels of a GPU read rows that lie apart, and use the columns that may be spare behind them.
+        dy = dy if dy.is_cuda else dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
-        dx, da, db = _raw("backward", dy)(
+        run = _backward_on_gpu if _direct(dy) else torch.ops.peft_engine.lora_linear_backward
+        dx, da, db = run(
             dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p,
             seed, ctx.needs_input_grad[0],
         )  # fmt: skip
@@ -284,8 +276,8 @@ def _kernels(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch
     # An autograd.Function costs 5 us a call, the bare op 1: a token decoded by 30 layers has 210 of them.
     if learns:
         return _LoraLinear.apply(*args)
-    if x.is_cuda:
-        return _raw("forward", x)(*args)[0]
+    if _direct(x):
+        return _forward_on_gpu(*args)[0]
     return torch.ops.peft_engine.lora_linear_forward.default(*args)[0]
 
 
