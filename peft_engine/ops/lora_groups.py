@@ -78,6 +78,8 @@ def lora_groups(
         raise ValueError(
             f"lora_groups: {rows.order.numel()} rows are sorted, but x has {x.numel() // max(1, k)}"
         )
+    if isinstance(weight, NF4Tensor):
+        weight.require_one_device("lora_groups")
     base = "nf4" if isinstance(weight, NF4Tensor) else weight.dtype
     call = LoraLinearCall(x.device.type, x.dtype, base, lora_a.dtype, k, rank)
     return LORA_GROUPS.choose(call).run(x, weight, lora_a, lora_b, rows, bias)

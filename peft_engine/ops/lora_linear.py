@@ -83,7 +83,9 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
         raise ValueError(f"lora_linear: x must be (..., in_features)=(..., {k}), got {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"lora_linear: x is on {x.device} and weight on {weight.device}; move one of them")
-    if not nf4:
+    if nf4:
+        weight.require_one_device("lora_linear")
+    else:
         if weight.dtype != x.dtype:
             raise TypeError(f"lora_linear: x is {x.dtype} and weight {weight.dtype}; cast one of them")
         if weight.requires_grad:

@@ -115,6 +115,14 @@ class NF4Tensor:
         parts = (self.packed, self.absmax, self.nested_absmax, self.offset)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
+    def require_one_device(self, who: str) -> None:
+        """ValueError when the scales are not on the device of the packed bytes."""
+        for name in ("absmax", "nested_absmax", "offset"):
+            at = getattr(getattr(self, name), "device", self.device)  # None: not there
+            if at != self.device:
+                where = f"the packed weight is on {self.device} and its {name} on {at}"
+                raise ValueError(f"{who}: {where}; move the whole: q.to(device)")
+
     def to(self, device: torch.device, packed: torch.Tensor | None = None) -> "NF4Tensor":
         """A copy on `device`; `packed`, when given, already holds the packed bytes there."""
         packed = self.packed.to(device, copy=True) if packed is None else packed
@@ -236,6 +244,7 @@ def nf4_dequantize(
 
     Each value is CODE[index] * absmax in float32, rounded once to `dtype`.
     """
+    q.require_one_device("nf4_dequantize")
     if out is not None:
         if tuple(out.shape) != q.shape or not out.is_contiguous() or out.device != q.device:
             raise ValueError(

@@ -1,6 +1,7 @@
 """nf4_quantize and nf4_dequantize: the maths, the backends, every instruction set, bitsandbytes' bytes."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_engine import dispatch, native
-from peft_engine.ops import nf4
+from peft_engine.ops import lora_linear, nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, NF4Tensor, nf4_dequantize, nf4_quantize
 
 SHAPES = [(), (0,), (0, 8), (1,), (2, 3), (64,), (65,), (7, 64), (33, 131), (96, 256), (4097,)]
@@ -401,3 +402,13 @@ def test_a_copy_shares_nothing():
     other = copy.deepcopy(q)
     other.packed.zero_()
     assert not same(q, other) and q.nbytes == 64 + 2 + 4 + 4
+
+
+def test_scales_on_another_device_are_named_at_the_door():
+    q = nf4_quantize(torch.randn(4, 64), double_quant=True)
+    for name in ("absmax", "nested_absmax", "offset"):
+        moved = dataclasses.replace(q, **{name: getattr(q, name).to("meta")})
+        with pytest.raises(ValueError, match=f"weight is on cpu and its {name} on meta; move the whole"):
+            moved.dequantize()
+        with pytest.raises(ValueError, match=f"lora_linear: the packed weight is on cpu and its {name}"):
+            lora_linear(torch.randn(1, 64), moved, None, None, 1.0)
