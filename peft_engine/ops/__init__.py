@@ -3,5 +3,13 @@
 from peft_engine.ops.linear_cross_entropy import linear_cross_entropy
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
+from peft_engine.ops.prefix_attention import prefix_attention
 
-__all__ = ["NF4Tensor", "linear_cross_entropy", "lora_linear", "nf4_dequantize", "nf4_quantize"]
+__all__ = [
+    "NF4Tensor",
+    "linear_cross_entropy",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_quantize",
+    "prefix_attention",
+]

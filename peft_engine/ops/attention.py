@@ -47,37 +47,47 @@ def attention(
     q (B, Hq, Tq, D), k and v (B, Hkv, Tk, D) of one dtype, any strides, Hq a multiple of Hkv; scale 1/sqrt(D)
     when None. intervals None is causal, with the last query at the last key (Tq <= Tk). Gradients: q, k, v.
     """
-    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::3] != k.shape[::3]:
-        raise ValueError(
-            "attention: q must be (batch, heads, queries, head_dim) and k, v both (batch, kv_heads, keys, "
-            f"head_dim), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"attention: query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}"
-        )
+    check_heads("attention", q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
             "attention: q, k, v must have one dtype of float32, bfloat16, float16, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if intervals is None:
-        if q.shape[2] > k.shape[2]:
-            raise ValueError(
-                f"attention: causal needs as many keys as queries, got {k.shape[2]} and {q.shape[2]}; "
-                "give intervals"
-            )
+        check_causal("attention", q, k.shape[2])
     else:
-        _check(intervals, q)
+        check_intervals("attention", intervals, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return ATTENTION.choose(AttentionCall(q.device.type, q.dtype)).run(q, k, v, intervals, scale)
 
 
-def _check(intervals: Intervals, q: torch.Tensor) -> None:
+def check_heads(who: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises ValueError unless q, k, v are heads that go together, with grouped query heads."""
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::3] != k.shape[::3]:
+        raise ValueError(
+            f"{who}: q must be (batch, heads, queries, head_dim) and k, v both (batch, kv_heads, keys, "
+            f"head_dim), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{who}: query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}"
+        )
+
+
+def check_causal(who: str, q: torch.Tensor, keys: int) -> None:
+    """Raises ValueError where the first queries would lie before the first key."""
+    if q.shape[2] > keys:
+        raise ValueError(
+            f"{who}: causal needs as many keys as queries, got {keys} and {q.shape[2]}; give intervals"
+        )
+
+
+def check_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> None:
+    """Raises ValueError unless both ends are as the raw ops read them."""
     for name, t in zip(("first", "last"), intervals, strict=True):
         if t.shape != (q.shape[0], q.shape[2]) or t.dtype != torch.int32 or not t.is_contiguous():
             raise ValueError(
-                f"attention: intervals.{name} must be int32, contiguous, "
+                f"{who}: intervals.{name} must be int32, contiguous, "
                 f"(batch, queries)=({q.shape[0]}, {q.shape[2]}), got {t.dtype} {tuple(t.shape)}"
             )
 
@@ -95,15 +105,19 @@ def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:
     return Intervals(first.int().contiguous(), last.int().contiguous())
 
 
-def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tensor:
-    """attention in plain torch: the mask in full, the softmax in float32 (float64 stays)."""
-    queries, keys = q.shape[2], k.shape[2]
+def mask_from_intervals(q: torch.Tensor, keys: int, intervals: Intervals | None) -> torch.Tensor:
+    """The boolean mask (B or 1, 1, Tq, keys) that intervals stand for; None is causal, as in `attention`."""
     key = torch.arange(keys, device=q.device)
     if intervals is None:
-        seen = (key <= torch.arange(queries, device=q.device)[:, None] + keys - queries)[None, None]
-    else:
-        first, last = (t[:, None, :, None] for t in intervals)
-        seen = (key >= first) & (key < last)
+        queries = q.shape[2]
+        return (key <= torch.arange(queries, device=q.device)[:, None] + keys - queries)[None, None]
+    first, last = (t[:, None, :, None] for t in intervals)
+    return (key >= first) & (key < last)
+
+
+def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tensor:
+    """attention in plain torch: the mask in full, the softmax in float32 (float64 stays)."""
+    seen = mask_from_intervals(q, k.shape[2], intervals)
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
@@ -123,19 +137,20 @@ native.library.define(
 )
 
 
-def _by_token(t: torch.Tensor) -> torch.Tensor:
+def by_token(t: torch.Tensor) -> torch.Tensor:
+    """An empty (B, H, T, D) of t's shape, a view of (B, T, H, D): the layout the next linear reads."""
     b, h, n, d = t.shape
     return t.new_empty(b, n, h, d).transpose(1, 2)
 
 
 @torch.library.register_fake("peft_engine::attention_forward")
 def _(q, k, v, first, last, scale):
-    return _by_token(q)
+    return by_token(q)
 
 
 @torch.library.register_fake("peft_engine::attention_backward")
 def _(dout, q, k, v, first, last, scale):
-    return _by_token(q), _by_token(k), _by_token(v)
+    return by_token(q), by_token(k), by_token(v)
 
 
 class _Attention(torch.autograd.Function):
@@ -149,11 +164,12 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, first, last = ctx.saved_tensors
-        grads = torch.ops.peft_engine.attention_backward(_dense(dout), q, k, v, first, last, ctx.scale)
+        grads = torch.ops.peft_engine.attention_backward(dense(dout), q, k, v, first, last, ctx.scale)
         return *grads, None, None, None
 
 
-def _dense(t: torch.Tensor) -> torch.Tensor:
+def dense(t: torch.Tensor) -> torch.Tensor:
+    """t with a dense last dimension, which is all that the kernels ask of its strides."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
@@ -183,7 +199,7 @@ def _forward(q, k, v, first, last, scale) -> torch.Tensor:
 
 def _cpu(q, k, v, intervals, scale) -> torch.Tensor:
     first, last = (None, None) if intervals is None else intervals
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
         return _forward(q, k, v, first, last, scale)
     # While torch.compile traces, the length is not looked at: each side of it would be a compilation.
