@@ -1,5 +1,6 @@
 """The ops: each file holds the maths (docstring), a plain-torch reference, and the autograd.Function."""
 
+from peft_engine.ops.bottleneck import bottleneck
 from peft_engine.ops.linear_cross_entropy import linear_cross_entropy
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
@@ -7,6 +8,7 @@ from peft_engine.ops.prefix_attention import prefix_attention
 
 __all__ = [
     "NF4Tensor",
+    "bottleneck",
     "linear_cross_entropy",
     "lora_linear",
     "nf4_dequantize",
