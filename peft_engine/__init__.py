@@ -10,6 +10,8 @@ _HOME = {
     "quantize_": "quantize",
     "load_quantized": "quantize",
     "LoraConfig": "methods",
+    "PrefixTuningConfig": "methods",
+    "PromptTuningConfig": "methods",
     "attach": "methods",
     "detach": "methods",
     "active": "methods",

@@ -21,7 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from peft_engine.dispatch import BackendError, Choice
-from peft_engine.ops.attention import ATTENTION, AttentionCall, Intervals, attention, intervals_from_mask
+from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import SWIGLU, SwigluCall, swiglu
@@ -250,23 +250,10 @@ def _attend(
         if k.shape[2] > queries:  # a static cache before its first token: the later slots are empty
             k, v = k[:, :, :queries], v[:, :, :queries]
         return attention(q, k, v, scale=scale)
-    intervals = _intervals(mask)
+    intervals = kept_intervals(mask)
     if intervals is not None:
         return attention(q, k, v, intervals=intervals, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _intervals(mask: torch.Tensor) -> Intervals | None:
-    """intervals_from_mask, worked out by the first layer and kept on the mask, which all layers get."""
-    if torch.compiler.is_compiling():  # it reads the values of the mask
-        return None
-    kept = getattr(mask, "_peft_engine_intervals", None)
-    if mask.is_inference():  # counts no versions: a copy tells whether it was changed in place
-        if kept is None or not torch.equal(kept[0], mask):
-            kept = mask._peft_engine_intervals = mask.clone(), intervals_from_mask(mask)  # type: ignore[attr-defined]
-    elif kept is None or kept[0] != mask._version:
-        kept = mask._peft_engine_intervals = mask._version, intervals_from_mask(mask)  # type: ignore[attr-defined]
-    return kept[1]
 
 
 # --- which class --------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.methods import copies
-from peft_engine.methods.attach import attached, detach, lora_layers, require, tensors, unwrap
-from peft_engine.methods.lora import LAYERS
+from peft_engine.methods import copies, lora_layers
+from peft_engine.methods.attach import attached, detach, require, tensors, unwrap
+from peft_engine.methods.lora import LAYERS, LoraConfig
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.nf4 import nf4_quantize
 
@@ -30,11 +30,15 @@ def merge_(
     merged weight, and for a tied weight.
     """
     base = unwrap(model)
-    require(base, name, "merge_")
+    if not isinstance(require(base, name, "merge_"), LoraConfig):
+        raise ValueError(
+            f"merge_: {name!r} is no LoRA adapter, and what it computes is no change of a weight: keep it "
+            "beside the base"
+        )
     broken = [path for path, t in tensors(base, name).items() if not torch.isfinite(t).all()]
     if broken:
         raise ValueError(f"merge_: adapter {name!r} holds NaN or inf in {', '.join(broken[:5])}")
-    layers = {path: layer for path, layer in lora_layers(base) if name in layer.lora}
+    layers = {path: layer for path, layer in lora_layers.layers(base) if name in layer.lora}
     copied = copies.of(base, name)
     tied = _tied(base, [*(f"{path}.weight" for path in layers), *copied])
     if tied and not untie:

@@ -2,5 +2,15 @@
 
 from peft_engine.methods.attach import active, adapters_without_gradient, attach, detach
 from peft_engine.methods.lora import LoraConfig
+from peft_engine.methods.prefix_tuning import PrefixTuningConfig
+from peft_engine.methods.prompt_tuning import PromptTuningConfig
 
-__all__ = ["LoraConfig", "active", "adapters_without_gradient", "attach", "detach"]
+__all__ = [
+    "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "active",
+    "adapters_without_gradient",
+    "attach",
+    "detach",
+]

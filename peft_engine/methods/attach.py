@@ -1,41 +1,39 @@
 """Puts adapters into a model and takes them out: attach, detach, active.
 
-Nothing is wrapped. An adapted layer is the same object with its class set to LoraLinear or LoraNF4Linear, and
-the model keeps each adapter's config in `peft_engine_adapters` and what is active in `peft_engine_active`.
+Nothing is wrapped: each method (registry.py) says what it does to the model it is put on. The model keeps each
+adapter's config in `peft_engine_adapters`, and what is active in `peft_engine_active`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from peft_engine.methods import copies
-from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
-from peft_engine.methods.targets import Plan, resolve, with_head
+from peft_engine.methods import copies, lora_layers
+from peft_engine.methods.registry import METHODS, Config, method_of
+from peft_engine.methods.targets import with_head
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 Which = str | tuple[str | None, ...] | None
 
 
-def attach(model: ModelType, config: LoraConfig, name: str = "default") -> ModelType:
+def attach(model: ModelType, config: Config, name: str = "default") -> ModelType:
     """Adds adapter `name` to `model`, in place: everything else is frozen, and the adapter is active.
 
-    The adapter's tensors are float32 on the device of their layer; a copied bias or module keeps its dtype.
+    config: LoraConfig, PrefixTuningConfig, PromptTuningConfig or BottleneckConfig. A model may hold adapters of any of
+    them under different names. The adapter's tensors are float32 on the device of their layer; a copied bias
+    or module keeps its dtype.
     With task_type "SEQ_CLS" or "TOKEN_CLS" the classifier's head is trained whole, as PEFT does.
     Raises ValueError or TypeError before anything is changed: for a name that is taken, target modules that
-    match nothing or are no linear layers, a rank above the layer's, a model that has another library's
-    adapters.
+    match nothing or are no linear layers, a rank above the layer's, more virtual tokens than the model has
+    positions, a model that has another library's adapters.
     """
     base = unwrap(model)
-    if not isinstance(config, LoraConfig):
-        kind = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise TypeError(
-            f"attach: config must be a peft_engine.LoraConfig (its fields have PEFT's names), got {kind}"
-        )
+    method = method_of(config, "attach")
     check_name(base, name, "attach")
     config = with_head(base, config)
-    install(base, config, name, resolve(base, config))
+    install(base, config, name, method.resolve(base, config, "attach", True))
     return model
 
 
@@ -55,8 +53,7 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
     now: Which = base.peft_engine_active  # type: ignore[assignment]
     activate(base, None)
     for name in names:
-        for layer in [m for m in base.modules() if type(m) in BASES and name in m.lora]:  # type: ignore[operator]
-            remove_from_layer(layer, name)
+        method_of(adapters[name], "detach").remove(base, name)
         copies.take(base, name)
         del adapters[name]
     if not adapters:
@@ -73,12 +70,12 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
 class active:
     """`active(model, which)` switches at once; used with `with`, its end restores what was active before.
 
-    which: the name of an adapter; None for the base; or, for one mixed batch, a list with one name or None
-    per row. A batch of n times as many rows (beams, or several samples of a prompt, in `generate`) gives each
-    name n consecutive rows.
+    which: the name of an adapter; "a+b" for adapters of different methods one on top of the other; None for
+    the base; or, for one mixed batch, a list with one of these per row. A batch of n times as many rows
+    (beams, or several samples of a prompt, in `generate`) gives each entry n consecutive rows.
     The adapters named become trainable. None is frozen by a switch, so a backward after it still reaches what
     ran before it; but gradient checkpointing runs the model again in backward, which must happen before.
-    Raises ValueError for a name that is not attached, and for an empty list.
+    Raises ValueError for a name that is not attached, for adapters that cannot stack, and for an empty list.
     """
 
     def __init__(self, model: nn.Module, which: str | Sequence[str | None] | None):
@@ -89,10 +86,11 @@ class active:
         if wanted == ():
             raise ValueError("active: the list of adapter names is empty; give one name or None per row")
         for name in _names(wanted):
-            if name is not None:
-                require(self._model, name, "active")
+            require(self._model, name, "active")
+        for entry in set(wanted) if isinstance(wanted, tuple) else {wanted}:
+            _check_stack(self._model, entry)
         if mixed:
-            _refuse_routed(self._model)
+            _check_mixed(self._model, _names(wanted))
             copies.check_apart(self._model, _apart(self._model))
         if attached(self._model):
             activate(self._model, wanted)
@@ -103,7 +101,7 @@ class active:
     def __exit__(self, *error: object) -> None:
         adapters = attached(self._model)
         if adapters:  # an adapter that was detached meanwhile leaves the base
-            gone = any(name is not None and name not in adapters for name in _names(self._before))
+            gone = any(name not in adapters for name in _names(self._before))
             activate(self._model, None if gone else self._before)
 
 
@@ -138,17 +136,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def attached(model: nn.Module) -> dict[str, LoraConfig]:
+def attached(model: nn.Module) -> dict[str, Config]:
     """The configs of the adapters on a model, by name."""
     return getattr(model, "peft_engine_adapters", {})
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The adapted layers with their paths."""
-    return ((path, module) for path, module in model.named_modules() if type(module) in BASES)
-
-
-def require(model: nn.Module, name: str, who: str) -> LoraConfig:
+def require(model: nn.Module, name: str, who: str) -> Config:
     """The config of adapter `name`; ValueError that lists the attached ones when it is not."""
     adapters = attached(model)
     if name not in adapters:
@@ -165,11 +158,12 @@ def check_name(model: nn.Module, name: str, who: str) -> None:
         not isinstance(name, str)
         or not name
         or "." in name
+        or "+" in name
         or name == copies.BASE
         or hasattr(nn.ModuleDict, name)
     ):
         raise ValueError(
-            f"{who}: {name!r} cannot be an adapter's name: it must have no dot and not be a torch word"
+            f"{who}: {name!r} cannot be an adapter's name: it must have no dot, no plus, and not be a torch word"
         )
     if hasattr(nn.ParameterDict, name):
         raise ValueError(
@@ -189,12 +183,12 @@ def check_name(model: nn.Module, name: str, who: str) -> None:
 
 def install(
     model: nn.Module,
-    config: LoraConfig,
+    config: Config,
     name: str,
-    plan: Plan,
+    plan: Any,
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Adds the adapter of a plan and makes it active; `values` as `tensors` gives them, None: fresh ones."""
+    """Adds the adapter of a plan and makes it active; `values` by the paths of its method, None: fresh ones."""
     if not attached(model):
         floats = (p for p in model.named_parameters(remove_duplicate=False) if p[1].requires_grad)
         model.peft_engine_trainable = frozenset(path for path, _ in floats)  # type: ignore[assignment]
@@ -202,20 +196,7 @@ def install(
         model.peft_engine_active = None  # type: ignore[assignment]
     activate(model, None)
     model.requires_grad_(False)
-    for path, settings in plan.layers.items():
-        layer: Any = model.get_submodule(path)
-        if values is None:
-            a, b = initial(layer.in_features, layer.out_features, settings.r, config.init_lora_weights)
-        else:
-            a, b = values[f"{path}.lora_A.weight"].float(), values[f"{path}.lora_B.weight"].float()
-        if type(layer) in LAYERS:
-            layer.__class__ = LAYERS[type(layer)]
-            layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
-            layer.lora, layer.active_adapter = {}, None
-        device = layer.weight.device
-        layer.lora_A[name] = nn.Parameter(a.to(device))
-        layer.lora_B[name] = nn.Parameter(b.to(device))
-        layer.lora[name] = settings
+    method_of(config, "attach").install(model, config, name, plan, values)
     given = None if values is None else {path: values[path] for path in plan.copied}
     copies.put(model, name, plan.copied, given)
     attached(model)[name] = config
@@ -224,39 +205,59 @@ def install(
 
 def activate(model: nn.Module, which: Which) -> None:
     """Switches the adapters; those named become trainable, and none is frozen (see `active`)."""
-    names = set(_names(which))
-    for _, layer in lora_layers(model):
-        layer.active_adapter = which
-    copies.activate(model, which, _apart(model))
-    for name in [name for name in attached(model) if name in names]:
+    adapters = attached(model)
+    for slot in {method.slot: method for method in METHODS}.values():
+        mine = {name for name, config in adapters.items() if method_of(config).slot == slot.slot}
+        slot.activate(model, _project(which, mine))
+    copies.activate(model, _project(which, copies.names(model)), _apart(model))
+    named = set(_names(which))
+    for name in [name for name in adapters if name in named]:
         for tensor in tensors(model, name).values():
             tensor.requires_grad_()
     model.peft_engine_active = which  # type: ignore[assignment]
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of adapter `name`: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`, paths of copies."""
-    out: dict[str, torch.Tensor] = {}
-    for path, layer in lora_layers(model):
-        if name in layer.lora:
-            out[f"{path}.lora_A.weight"] = layer.lora_A[name]
-            out[f"{path}.lora_B.weight"] = layer.lora_B[name]
-    return out | copies.of(model, name)
-
-
-def remove_from_layer(layer: Any, name: str) -> None:
-    """Takes one adapter's A and B out of a layer; without any left it is of the base's class again."""
-    del layer.lora_A[name], layer.lora_B[name], layer.lora[name]
-    if not layer.lora:
-        del layer.lora_A, layer.lora_B, layer.lora, layer.active_adapter
-        layer.__class__ = BASES[type(layer)]
+    """The trained tensors of adapter `name` by path: those of its method, and its copies."""
+    own = method_of(attached(model)[name]).tensors(model, name)
+    return {**own, **copies.of(model, name)}
 
 
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def _names(which: Which) -> tuple[str | None, ...]:
-    return which if isinstance(which, tuple) else (which,)
+def _names(which: Which) -> tuple[str, ...]:
+    """The adapters that `which` names, each once."""
+    entries = which if isinstance(which, tuple) else (which,)
+    return tuple(dict.fromkeys(name for entry in entries if entry is not None for name in entry.split("+")))
+
+
+def _project(which: Which, mine: set[str]) -> Which:
+    """`which` with those adapters alone that are `mine`: at most one of each entry."""
+    if isinstance(which, tuple):
+        out = tuple(_project(entry, mine) for entry in which)
+        return None if set(out) == {None} else out  # type: ignore[return-value]
+    return None if which is None else next((name for name in which.split("+") if name in mine), None)
+
+
+def _check_stack(model: nn.Module, entry: str | None) -> None:
+    """ValueError for adapters that cannot run on top of each other, with the reason."""
+    names = [] if entry is None else entry.split("+")
+    held: dict[str, str] = {}
+    for name in names:
+        method = method_of(attached(model)[name])
+        if method.slot in held:
+            raise ValueError(
+                f"active: {entry!r} cannot stack: {held[method.slot]!r} and {name!r} both {method.does}, and an "
+                "input passes one of these; merge one into the base, or train them as one adapter"
+            )
+        held[method.slot] = name
+    copied = [name for name in names if name in copies.names(model)]
+    if len(copied) > 1:
+        raise ValueError(
+            f"active: {entry!r} cannot stack: {copied[0]!r} and {copied[1]!r} each have a module or bias of "
+            "their own in the base's place (modules_to_save, bias), and only one can stand there"
+        )
 
 
 def _apart(model: nn.Module) -> list[str]:
@@ -264,21 +265,19 @@ def _apart(model: nn.Module) -> list[str]:
     roots = {
         path
         for config in attached(model).values()
-        for group in copies.root_paths(model, config.modules_to_save or ()).values()
+        for group in copies.root_paths(model, getattr(config, "modules_to_save", None) or ()).values()
         for path in group
     }
     for path, module in model.named_modules():
         inside = any(path == root or path.startswith(f"{root}.") for root in roots)
-        if copies.CHILD in module._modules and type(module) not in BASES and not inside:
+        if copies.CHILD in module._modules and not lora_layers.is_adapted(module) and not inside:
             roots.add(path)
     return sorted(roots)
 
 
-def _refuse_routed(model: nn.Module) -> None:
-    """ValueError when an adapted layer sees tokens out of the batch's order, as an expert does."""
-    for path, _ in lora_layers(model):
-        if ".experts." in path:
-            raise ValueError(
-                f"active: {path} gets its rows from a router, not in the batch's order; a mixed batch cannot "
-                "run through it: activate one adapter"
-            )
+def _check_mixed(model: nn.Module, names: Sequence[str]) -> None:
+    """ValueError when a method cannot run the rows of a batch under different adapters."""
+    for name in names:
+        why = method_of(attached(model)[name]).refuse_mixed(model, name)
+        if why is not None:
+            raise ValueError(f"active: {why}")

@@ -4,8 +4,9 @@ The module stays the object it is. While an adapter is active its Parameters sta
 the base's, which wait in a child named CHILD, where `.to`, `deepcopy` and `parameters` reach them.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ def owners(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if CHILD in module._modules]
 
 
+def names(model: nn.Module) -> set[str]:
+    """The adapters that have copies."""
+    return {name for module in owners(model) for name in module._modules[CHILD] if name != BASE}  # type: ignore[union-attr, misc]
+
+
 def has(module: nn.Module, name: str | None) -> bool:
     """Whether adapter `name` has a copy of one of the module's own parameters."""
     held = module._modules.get(CHILD)
@@ -165,8 +171,24 @@ def _runs_apart(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "func", None) is _mixed_forward
 
 
+_only: int | None = None
+
+
+@contextlib.contextmanager
+def only_row(i: int | None) -> Iterator[None]:
+    """While it lasts, a mixed batch has the rows of its i-th name only (None: all, as ever)."""
+    global _only
+    before, _only = _only, i
+    try:
+        yield
+    finally:
+        _only = before
+
+
 def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | None, list[int]]:
     """The rows of each adapter when each of `names` stands for rows / len(names) rows in turn."""
+    if _only is not None:
+        return {names[_only]: list(range(rows))}
     if rows % len(names):
         raise ValueError(
             f"{who}: {len(names)} adapter names are active, one for each row of the batch, but the input has "

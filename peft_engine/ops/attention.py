@@ -107,12 +107,29 @@ def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:
 
 def mask_from_intervals(q: torch.Tensor, keys: int, intervals: Intervals | None) -> torch.Tensor:
     """The boolean mask (B or 1, 1, Tq, keys) that intervals stand for; None is causal, as in `attention`."""
+
     key = torch.arange(keys, device=q.device)
     if intervals is None:
         queries = q.shape[2]
         return (key <= torch.arange(queries, device=q.device)[:, None] + keys - queries)[None, None]
     first, last = (t[:, None, :, None] for t in intervals)
     return (key >= first) & (key < last)
+
+
+def kept_intervals(mask: torch.Tensor) -> Intervals | None:
+    """intervals_from_mask, worked out by the first layer and kept on the mask, which all layers get.
+
+    None while torch.compile traces, and for a mask that is no boolean one.
+    """
+    if mask.dtype != torch.bool or torch.compiler.is_compiling():  # it reads the values of the mask
+        return None
+    kept = getattr(mask, "_peft_engine_intervals", None)
+    if mask.is_inference():  # counts no versions: a copy tells whether it was changed in place
+        if kept is None or not torch.equal(kept[0], mask):
+            kept = mask._peft_engine_intervals = mask.clone(), intervals_from_mask(mask)  # type: ignore[attr-defined]
+    elif kept is None or kept[0] != mask._version:
+        kept = mask._peft_engine_intervals = mask._version, intervals_from_mask(mask)  # type: ignore[attr-defined]
+    return kept[1]
 
 
 def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tensor:

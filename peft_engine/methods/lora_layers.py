@@ -1,0 +1,95 @@
+"""Puts a LoRA adapter into the layers a plan names, and takes it out: what attach needs of the method."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
+from peft_engine.methods.targets import Plan
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapted layers with their paths."""
+    return ((path, module) for path, module in model.named_modules() if type(module) in BASES)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with adapters."""
+    return type(module) in BASES
+
+
+def refuse_mixed(model: nn.Module, name: str) -> str | None:
+    """Why a batch of several adapters cannot run: a layer that sees tokens out of the batch's order."""
+    for path, layer in layers(model):
+        if ".experts." in path and name in layer.lora:
+            return (
+                f"{path} gets its rows from a router, not in the batch's order; a mixed batch cannot "
+                "run through it: activate one adapter"
+            )
+    return None
+
+
+def shapes(model: nn.Module, config: LoraConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The adapter's tensors that `install` takes, by path, and their shapes."""
+    out: dict[str, tuple[int, ...]] = {}
+    for path, settings in plan.layers.items():
+        layer: Any = model.get_submodule(path)
+        out[f"{path}.lora_A.weight"] = (settings.r, layer.in_features)
+        out[f"{path}.lora_B.weight"] = (layer.out_features, settings.r)
+    return out
+
+
+def install(
+    model: nn.Module,
+    config: LoraConfig,
+    name: str,
+    plan: Plan,
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Adds A and B to the layers of the plan: `values` as `tensors` gives them, None: fresh ones."""
+    for path, settings in plan.layers.items():
+        layer: Any = model.get_submodule(path)
+        if values is None:
+            a, b = initial(layer.in_features, layer.out_features, settings.r, config.init_lora_weights)
+        else:
+            a, b = values[f"{path}.lora_A.weight"].float(), values[f"{path}.lora_B.weight"].float()
+        if type(layer) in LAYERS:
+            layer.__class__ = LAYERS[type(layer)]
+            layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
+            layer.lora, layer.active_adapter = {}, None
+        device = layer.weight.device
+        layer.lora_A[name] = nn.Parameter(a.to(device))
+        layer.lora_B[name] = nn.Parameter(b.to(device))
+        layer.lora[name] = settings
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Takes adapter `name` out of every layer; a layer without any is of the base's class again."""
+    for layer in [m for m in model.modules() if type(m) in BASES and name in m.lora]:  # type: ignore[operator]
+        remove_from_layer(layer, name)
+
+
+def remove_from_layer(layer: Any, name: str) -> None:
+    """Takes one adapter's A and B out of a layer; without any left it is of the base's class again."""
+    del layer.lora_A[name], layer.lora_B[name], layer.lora[name]
+    if not layer.lora:
+        del layer.lora_A, layer.lora_B, layer.lora, layer.active_adapter
+        layer.__class__ = BASES[type(layer)]
+
+
+def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> None:
+    """Sets which adapter runs: a name, one or None per row, or none."""
+    for _, layer in layers(model):
+        layer.active_adapter = which
+
+
+def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The tensors of adapter `name`: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    out: dict[str, nn.Parameter] = {}
+    for path, layer in layers(model):
+        if name in layer.lora:
+            out[f"{path}.lora_A.weight"] = layer.lora_A[name]
+            out[f"{path}.lora_B.weight"] = layer.lora_B[name]
+    return out

@@ -1,0 +1,246 @@
+"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190): learned keys and values at every attention layer.
+
+    attention of layer i:   softmax(q [P_k^i ; K]^T / sqrt(D)) [P_v^i ; V]     P_k^i, P_v^i (kv_heads, P, D) learned
+
+One table (P, layers x 2 x kv_heads x D) holds them, in PEFT's order: key and value of the first layer, then of the next. An
+encoder-decoder has a table for each half; the decoder's covers its self-attention and its cross-attention.
+With prefix_projection the table is made by an MLP from one vector a token, and folded when it is saved.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_engine.methods import virtual_tokens
+from peft_engine.methods.attention_sites import Site, Stack, stacks
+from peft_engine.methods.prompt_learning import (
+    check_fields,
+    check_length,
+    check_transformers,
+    copied,
+    start_tokens,
+)
+
+STORED = "prompt_embeddings"
+
+
+@dataclass(frozen=True)
+class PrefixTuningConfig:
+    """A prefix's settings, with PEFT's field names and meanings.
+
+    num_virtual_tokens   P, the length of the prefix
+    prefix_projection    whether an MLP makes the prefix in training; encoder_hidden_size: its middle
+    init_weights         None, or "zero": a prefix that starts as zeros
+    prefix_init          "RANDOM": normal, as PEFT; "TEXT": the keys and values that the model has for the
+                         tokens of prefix_init_text (tokenizer_name_or_path reads it), over and over up to P;
+                         "SAMPLE_VOCAB": for tokens drawn from the vocabulary
+    modules_to_save      names of modules to train whole, in a copy
+    task_type            PEFT's word for the task; with "SEQ_CLS" and "TOKEN_CLS" the new head is trained too
+
+    Raises TypeError or ValueError that names the field.
+    """
+
+    num_virtual_tokens: int = 20
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    init_weights: str | None = None
+    prefix_init: str = "RANDOM"
+    prefix_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    modules_to_save: list[str] | None = None
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "prefix_init")
+        if type(self.prefix_projection) is not bool:
+            raise TypeError(
+                f"PrefixTuningConfig: prefix_projection must be True or False, got {self.prefix_projection!r}"
+            )
+        hidden = self.encoder_hidden_size
+        if hidden is not None and (type(hidden) is not int or hidden < 1):
+            raise ValueError(
+                f"PrefixTuningConfig: encoder_hidden_size must be an integer of at least 1, got {hidden!r}"
+            )
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(
+                f"PrefixTuningConfig: init_weights must be None or 'zero', got {self.init_weights!r}"
+            )
+        if self.prefix_init != "RANDOM" and (self.prefix_projection or self.init_weights):
+            raise ValueError(
+                f"PrefixTuningConfig: prefix_init={self.prefix_init!r} sets the prefix itself, and neither "
+                "prefix_projection nor init_weights goes with it; leave them out"
+            )
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """What a config means on a model: the stacks that get a prefix, and the parameters to copy."""
+
+    stacks: tuple[Stack, ...]
+    copied: list[str]
+
+
+class PrefixEncoder(nn.Module):
+    """The prefix of one stack: a table of keys and values, or the MLP that makes it."""
+
+    def __init__(self, config: PrefixTuningConfig, sites: tuple[Site, ...], folded: bool):
+        super().__init__()
+        self.positions = config.num_virtual_tokens
+        self.sites = sites
+        width = sum(2 * site.width for site in sites)
+        self.transform: nn.Sequential | None = None
+        if config.prefix_projection and not folded:
+            dim = sites[0].width
+            hidden = config.encoder_hidden_size or dim
+            self.embedding = nn.Embedding(self.positions, dim)
+            self.transform = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, width))
+            last = (self.transform[-1].weight, self.transform[-1].bias)
+        else:
+            self.embedding = nn.Embedding(self.positions, width)
+            last = (self.embedding.weight, None)
+        if config.init_weights == "zero":
+            for tensor in last:
+                if tensor is not None:
+                    nn.init.zeros_(tensor)
+
+    def table(self) -> torch.Tensor:
+        """(P, sum of 2 x kv_heads x head_dim over the layers)."""
+        weight = self.embedding.weight
+        return weight if self.transform is None else self.transform(weight)
+
+    def keys_and_values(self, stack: nn.Module, tokens: Any, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each attention layer its keys and values, (kv_heads, P, head_dim) each."""
+        first, rows = self.sites[0], self.positions
+        if all(site.width == first.width and site.head_dim == first.head_dim for site in self.sites):
+            heads = self.table().view(rows, -1, first.kv_heads, first.head_dim).permute(1, 2, 0, 3).unbind()
+        else:
+            widths = [width for site in self.sites for width in (site.width, site.width)]
+            dims = [dim for site in self.sites for dim in (site.head_dim, site.head_dim)]
+            parts = self.table().split(widths, dim=1)
+            heads = tuple(p.view(rows, -1, d).transpose(0, 1) for p, d in zip(parts, dims, strict=True))
+        return list(zip(heads[::2], heads[1::2], strict=True))
+
+    def change_inputs(self, stack: nn.Module, kwargs: dict) -> dict:
+        """The inputs of a stack stay as they are."""
+        return kwargs
+
+
+def resolve(model: Any, config: PrefixTuningConfig, who: str = "attach", strict: bool = True) -> PrefixPlan:
+    """What `config` means on `model`; TypeError for a model whose attention takes no prefix."""
+    check_transformers(model, who)
+    check_length(model, config, who)
+    found = stacks(model)
+    if not any(stack.sites for stack in found):
+        raise TypeError(
+            f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
+            "interface, so no prefix can be put in front of its keys; take LoRA, or bottleneck adapters"
+        )
+    now = model.config._attn_implementation
+    if now.removeprefix(virtual_tokens.NAME) not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{who}: the model's attention is set to {now!r}, which cannot put keys in front; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
+    return PrefixPlan(tuple(s for s in found if s.sites), copied(model, config, who, strict))
+
+
+def label(stack: Stack, plan: PrefixPlan) -> str:
+    """The key of a stack's table in the file: PEFT's where there is one stack."""
+    if len(plan.stacks) == 1:
+        return STORED
+    return f"{'decoder' if stack.causal else 'encoder'}.{STORED}"
+
+
+def shapes(model: Any, config: PrefixTuningConfig, plan: PrefixPlan) -> dict[str, tuple[int, ...]]:
+    """The tables that `install` takes, and their shapes."""
+    return {
+        label(stack, plan): (config.num_virtual_tokens, sum(2 * site.width for site in stack.sites))
+        for stack in plan.stacks
+    }
+
+
+def install(
+    model: Any,
+    config: PrefixTuningConfig,
+    name: str,
+    plan: PrefixPlan,
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Puts a prefix into the plan's stacks: `values` by `label`, None: fresh ones."""
+    ids = None if values is not None else start_tokens(model, config, "prefix_init", "attach")
+    for stack in plan.stacks:
+        encoder = PrefixEncoder(config, stack.sites, folded=values is not None)
+        if values is not None:
+            encoder.embedding.weight.data = values[label(stack, plan)].float()
+        device = next(model.get_submodule(stack.path).parameters()).device
+        encoder.to(device=device, dtype=torch.float32).requires_grad_(False)
+        virtual_tokens.put(model, stack, name, encoder)
+    if ids is not None:
+        _start_from(model, name, plan, ids)
+
+
+def refuse_mixed(model: nn.Module, name: str) -> str | None:
+    """Why a batch of several adapters cannot run: never."""
+    return None
+
+
+def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of adapter `name`, by their stack's path and their own name."""
+    return {
+        f"{path}.{inner}".removeprefix("."): parameter
+        for path, encoder in virtual_tokens.encoders(model, name)
+        if isinstance(encoder, PrefixEncoder)
+        for inner, parameter in encoder.named_parameters()
+    }
+
+
+def stored(model: Any, name: str, plan: PrefixPlan) -> dict[str, torch.Tensor]:
+    """What the file holds: the tables, the MLP folded into them."""
+    made = {path: encoder for path, encoder in virtual_tokens.encoders(model, name)}
+    with torch.no_grad():
+        return {label(stack, plan): made[stack.path].table().detach() for stack in plan.stacks}  # type: ignore[operator]
+
+
+@torch.no_grad()
+def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> None:
+    """Sets the tables to the keys and values that the base has for the tokens `ids`."""
+    hidden = None
+    mode = model.training
+    model.eval()
+    for stack in plan.stacks:
+        module: Any = model.get_submodule(stack.path)
+        tokens = module._modules[virtual_tokens.CHILD]
+        crossed = {} if hidden is None else {"encoder_hidden_states": hidden}
+        with virtual_tokens.own_pass(module, tokens, name) as lives:
+            out = module(input_ids=ids[None], use_cache=False, **crossed)
+            rows = [t[0].transpose(0, 1).flatten(1).float() for live in lives for t in live.caught]  # type: ignore[union-attr]
+        tokens.encoders[name].embedding.weight.copy_(torch.cat(rows, dim=1))
+        hidden = out[0]
+    model.train(mode)
+
+
+# --- PEFT's adapter_config.json -----------------------------------------------------------------------------
+
+
+def to_file(model: Any, config: PrefixTuningConfig, plan: PrefixPlan) -> dict[str, Any]:
+    """The fields of PEFT's adapter_config.json for this prefix on this model; the MLP is folded away."""
+    sites = [site for stack in plan.stacks for site in stack.sites]
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "token_dim": sites[0].width,
+        "num_attention_heads": sites[0].kv_heads,
+        "num_layers": len(sites) if len(plan.stacks) == 1 else len(plan.stacks[0].sites),
+        "num_transformer_submodules": len(plan.stacks),
+        "encoder_hidden_size": None,
+        "prefix_projection": False,
+        "modules_to_save": config.modules_to_save,
+        "task_type": config.task_type,
+    }
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(PrefixTuningConfig))

@@ -1,0 +1,86 @@
+"""What the configs of prefix and prompt tuning share: PEFT's fields, and tokens to start from."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_engine.methods import copies
+
+INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
+
+
+def check_fields(config: Any, init_field: str) -> None:
+    """Raises TypeError or ValueError that names a field of prefix or prompt tuning that cannot be."""
+    who = type(config).__name__
+    count, init = config.num_virtual_tokens, getattr(config, init_field)
+    if type(count) is not int or count < 1:
+        raise ValueError(f"{who}: num_virtual_tokens must be an integer of at least 1, got {count!r}")
+    if init not in INITS:
+        raise ValueError(f"{who}: {init_field} must be one of {', '.join(INITS)}, got {init!r}")
+    text, tokenizer = getattr(config, f"{init_field}_text"), config.tokenizer_name_or_path
+    for name, value in ((f"{init_field}_text", text), ("tokenizer_name_or_path", tokenizer)):
+        if init == "TEXT" and not isinstance(value, str):
+            raise ValueError(f"{who}: {init_field}='TEXT' needs {name}, a string, got {value!r}")
+    if config.task_type is not None and not isinstance(config.task_type, str):
+        raise TypeError(f"{who}: task_type must be a string, got {config.task_type!r}")
+    saved = config.modules_to_save
+    if saved is not None:
+        if isinstance(saved, str) or not isinstance(saved, Iterable):
+            raise TypeError(f"{who}: modules_to_save must be a list of names, got {saved!r}")
+        object.__setattr__(config, "modules_to_save", list(saved))
+
+
+def start_tokens(model: Any, config: Any, init_field: str, who: str) -> torch.Tensor | None:
+    """The num_virtual_tokens token ids to start from; None to start at random.
+
+    Raises ValueError for a text of which the tokenizer makes nothing.
+    """
+    init, count = getattr(config, init_field), config.num_virtual_tokens
+    table = model.get_input_embeddings()
+    if init == "RANDOM":
+        return None
+    if init == "SAMPLE_VOCAB":
+        return torch.randint(0, table.num_embeddings, (count,)).to(table.weight.device)
+    from transformers import AutoTokenizer
+
+    text = getattr(config, f"{init_field}_text")
+    ids = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path)(text)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"{who}: {init_field}_text={text!r} gives no token with {config.tokenizer_name_or_path}; "
+            "give some text, or start from SAMPLE_VOCAB"
+        )
+    whole = (ids * (-(-count // len(ids))))[:count]
+    if max(whole) >= table.num_embeddings:
+        raise ValueError(
+            f"{who}: {config.tokenizer_name_or_path} makes token {max(whole)}, and the model has only "
+            f"{table.num_embeddings}; give the model's own tokenizer"
+        )
+    return torch.tensor(whole, device=table.weight.device)
+
+
+def check_length(model: Any, config: Any, who: str) -> None:
+    """ValueError when the virtual tokens leave no room for real ones."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.num_virtual_tokens >= limit:
+        raise ValueError(
+            f"{who}: num_virtual_tokens={config.num_virtual_tokens} leaves no room for tokens: the model has "
+            f"{limit} positions; take fewer"
+        )
+
+
+def check_transformers(model: Any, who: str) -> None:
+    """TypeError for a model that is none of transformers'."""
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise TypeError(f"{who}: {type(model).__name__} is no transformers model; virtual tokens need one")
+
+
+def copied(model: nn.Module, config: Any, who: str, strict: bool) -> list[str]:
+    """The parameters of modules_to_save, by path; ValueError for a name that no module has."""
+    found = copies.root_paths(model, config.modules_to_save or ())
+    for name, roots in found.items():
+        if not roots and strict:
+            raise ValueError(f"{who}: modules_to_save names {name!r}, which no module has")
+    return copies.whole(model, dict.fromkeys(path for group in found.values() for path in group))

@@ -1,0 +1,394 @@
+"""Keys and values of virtual tokens in front of a model's own: what prefix and prompt tuning share.
+
+A stack of layers holds a VirtualTokens module with one encoder per adapter. Before each forward of the stack
+its hook asks the active encoders for their keys and values and leaves them at the attention layers, where a
+function registered in transformers' attention interface puts them in front of the row's own keys, one copy for
+the batch. Nothing is concatenated, the inputs keep their length, and a key/value cache holds real tokens only;
+these start at position P, as PEFT has it. A row of a mixed batch whose adapter has no virtual tokens goes
+through the model's own attention.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_engine.methods import copies
+from peft_engine.methods.attention_sites import Stack, parameters_of
+from peft_engine.ops.attention import kept_intervals
+from peft_engine.ops.prefix_attention import prefix_attention
+
+CHILD = "peft_engine_virtual_tokens"
+SITE = "peft_engine_site"
+NAME = "peft_engine_"  # + the implementation that rows without virtual tokens run
+# Arguments with which a layer's attention is not the softmax that the op computes.
+SPECIAL = ("softcap", "s_aux", "cache")
+Part = tuple[list[int] | None, torch.Tensor, torch.Tensor]
+
+
+class Live:
+    """What stands in front of one attention layer's keys in the forward that runs; copies start empty."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []  # rows (None: all), keys and values (kv_heads, P, head_dim)
+        self.catch = False  # whether the layer leaves its own keys and values here
+        self.caught: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Live":
+        return Live()
+
+    def __reduce__(self) -> tuple:
+        return Live, ()
+
+
+class VirtualTokens(nn.Module):
+    """The encoders of a stack's adapters by name, and what its hook needs."""
+
+    def __init__(self, stack: Stack, module: nn.Module, lives: list[Live]):
+        super().__init__()
+        self.encoders = nn.ModuleDict()
+        self.lives = lives
+        self.active: str | tuple[str | None, ...] | None = None
+        self.causal = stack.causal
+        self.cross = [site.cross for site in stack.sites]
+        self.embeddings = stack.embeddings
+        self.limit = stack.limit
+        self.arguments = parameters_of(module)
+        self.shift: Any = 0  # how far positions move, for the embedding layer's hook
+        self.inside = False  # a prompt's own pass runs
+        self.kept: Any = None  # keys and values that decoding steps use again
+
+
+# --- putting in and taking out ------------------------------------------------------------------------------
+
+
+def put(model: nn.Module, stack: Stack, name: str, encoder: nn.Module) -> None:
+    """Gives a stack the virtual tokens `encoder` makes for adapter `name`."""
+    module = model.get_submodule(stack.path)
+    tokens: Any = module._modules.get(CHILD)
+    if tokens is None:
+        prefix = f"{stack.path}." if stack.path else ""
+        lives = []
+        for site in stack.sites:
+            layer = module.get_submodule(site.path.removeprefix(prefix))
+            layer.__dict__[SITE] = Live()
+            lives.append(layer.__dict__[SITE])
+        tokens = VirtualTokens(stack, module, lives)
+        module._modules[CHILD] = tokens
+        module.register_forward_pre_hook(before_stack, with_kwargs=True)
+        if stack.embeddings:
+            module.get_submodule(stack.embeddings).register_forward_pre_hook(_Shift(tokens), with_kwargs=True)
+    tokens.encoders[name] = encoder
+
+
+def take(model: nn.Module, name: str) -> None:
+    """Removes the virtual tokens of adapter `name`, which must not be active; a stack without any is as it was."""
+    for module in list(model.modules()):
+        tokens: Any = module._modules.get(CHILD)
+        if tokens is None or name not in tokens.encoders:
+            continue
+        del tokens.encoders[name]
+        tokens.kept = None
+        if not tokens.encoders:
+            del module._modules[CHILD]
+            _unhook(module, lambda hook: hook is before_stack)
+            for part in module.modules():
+                part.__dict__.pop(SITE, None)
+                _unhook(part, lambda hook: isinstance(hook, _Shift))
+
+
+def _unhook(module: nn.Module, mine: Any) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if mine(hook)]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def of(model: nn.Module) -> list[VirtualTokens]:
+    """What the model's stacks hold."""
+    return [module for module in model.modules() if isinstance(module, VirtualTokens)]
+
+
+def encoders(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The encoders of adapter `name` with the paths of their stacks."""
+    return [
+        (path.removesuffix(CHILD).rstrip("."), module.encoders[name])
+        for path, module in model.named_modules()
+        if isinstance(module, VirtualTokens) and name in module.encoders
+    ]
+
+
+def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
+    """Sets whose virtual tokens are seen; the attention implementation follows: ours when there are any."""
+    held = of(model)
+    if not held:
+        return
+    for tokens in held:
+        tokens.active, tokens.kept = which, None
+        for live in tokens.lives:
+            live.parts = []
+    names = which if isinstance(which, tuple) else (which,)
+    wanted = any(name in tokens.encoders for tokens in held for name in names)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        now = getattr(config, "_attn_implementation", None)
+        if not isinstance(now, str):
+            continue
+        own = now.removeprefix(NAME)
+        if wanted and own == now and own in _forwards:
+            config._attn_implementation = _register(own)  # type: ignore[union-attr]
+        elif not wanted and own != now:
+            config._attn_implementation = own  # type: ignore[union-attr]
+
+
+def _register(own: str) -> str:
+    """The name under which transformers knows our attention, for a model set to `own`."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    name = NAME + own
+    # Without a mask function of that name, masks would arrive as None, and padding and causality be lost.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    AttentionInterface.register(name, _forwards[own])
+    return name
+
+
+# --- the hooks ----------------------------------------------------------------------------------------------
+
+
+def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """A stack's forward pre-hook: leaves keys and values at the layers, moves the positions."""
+    tokens: VirtualTokens = module._modules[CHILD]
+    if tokens.active is None or tokens.inside:
+        return None
+    kwargs = {**dict(zip(tokens.arguments, args, strict=False)), **kwargs}
+    _check_implementation(module.config)
+    names = tokens.active if isinstance(tokens.active, tuple) else (tokens.active,)
+    for name in dict.fromkeys(names):
+        if name in tokens.encoders:
+            kwargs = tokens.encoders[name].change_inputs(module, kwargs)  # type: ignore[operator, index]
+    inputs: Any = kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    rows, queries = inputs.shape[:2]
+    past = kwargs.get("past_key_values")
+    decoding = queries == 1 and past is not None and not torch.is_grad_enabled()
+    lengths, groups = _fill(module, tokens, rows, decoding)
+    seen = 0 if past is None else past.get_seq_length()
+    tokens.shift = 0
+    if tokens.embeddings is not None:
+        _check_room(tokens, max(lengths.values()), seen, queries)
+        tokens.shift = _shift(lengths, groups, rows, inputs.device)
+    if tokens.embeddings == "":
+        given = kwargs.get("position_ids")
+        if given is None:
+            given = (torch.arange(queries, device=inputs.device) + seen)[None]
+        kwargs["position_ids"] = given + tokens.shift
+    return (), kwargs
+
+
+class _Shift:
+    """The embedding layer's pre-hook, where that layer makes the positions (BERT, RoBERTa)."""
+
+    def __init__(self, tokens: VirtualTokens):
+        self.tokens = tokens
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        shift, inside = self.tokens.shift, self.tokens.inside
+        if self.tokens.active is None or inside or (isinstance(shift, int) and shift == 0):
+            return None
+        kwargs = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + shift
+        elif isinstance(shift, int) or hasattr(module, "create_position_ids_from_input_ids"):
+            kwargs["past_key_values_length"] = kwargs.get("past_key_values_length", 0) + shift
+        else:
+            inputs = kwargs.get("input_ids")
+            inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+            past = kwargs.get("past_key_values_length", 0)
+            kwargs["position_ids"] = torch.arange(inputs.shape[1], device=inputs.device) + past + shift
+        return (), kwargs
+
+
+def _fill(module: Any, tokens: VirtualTokens, rows: int, decoding: bool) -> tuple[dict, dict]:
+    """Leaves the keys and values of this forward at the layers; by name how many tokens, and whose rows (None: all)."""
+    active = tokens.active
+    groups: dict[Any, list[int] | None] = {active: None}  # type: ignore[dict-item]
+    if isinstance(active, tuple):
+        groups = dict(copies.row_groups(active, rows, "active"))
+        if len(groups) == 1:
+            groups = dict.fromkeys(groups)
+    found = {}
+    for name in groups:
+        if name not in tokens.encoders:
+            continue
+        encoder: Any = tokens.encoders[name]
+        key = (name, *((id(p), p._version) for p in encoder.parameters()))
+        kept = tokens.kept.get(key) if decoding and tokens.kept else None
+        found[key] = kept or encoder.keys_and_values(module, tokens, name)
+    tokens.kept = None if torch.is_grad_enabled() else found
+    for i, live in enumerate(tokens.lives):
+        live.parts = [(groups[key[0]], *kv[i]) for key, kv in found.items() if kv[i]]
+    count = {key[0]: tokens.encoders[key[0]].positions for key in found}
+    return {name: count.get(name, 0) for name in groups}, groups
+
+
+def _shift(lengths: dict, groups: dict, rows: int, device: torch.device) -> Any:
+    """How far the positions move: a number, or (rows, 1) in a mixed batch."""
+    if len(groups) == 1:
+        return next(iter(lengths.values()))
+    each = torch.zeros(rows, 1, dtype=torch.long)
+    for name, group in groups.items():
+        each[group] = lengths[name]
+    return each.to(device)
+
+
+def _check_room(tokens: VirtualTokens, most: int, seen: Any, queries: int) -> None:
+    if tokens.limit is not None and not torch.compiler.is_compiling():
+        if most + int(seen) + queries > tokens.limit:
+            raise ValueError(
+                f"virtual tokens: {most} of them and {int(seen) + queries} tokens exceed the {tokens.limit} "
+                "positions the model knows; shorten the input, or train fewer virtual tokens"
+            )
+
+
+def _check_implementation(config: Any) -> None:
+    """The attention may have been set anew since the adapter was made active."""
+    now = config._attn_implementation
+    if now in _forwards:
+        config._attn_implementation = _register(now)
+    elif not now.startswith(NAME):
+        raise ValueError(
+            f"virtual tokens: the model's attention is set to {now!r}, which cannot put keys in front; call "
+            "model.set_attn_implementation('sdpa')"
+        )
+
+
+@contextlib.contextmanager
+def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[list[Live]]:
+    """While it lasts, the stack runs as the base (with what is stacked on `name`), and keeps its keys and values."""
+    alone = tokens.active.index(name) if isinstance(tokens.active, tuple) else None
+    layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
+    before = [live.parts for live in tokens.lives]
+    tokens.inside = True
+    for layer in layers:  # keys caught inside a checkpoint would be made again in backward, elsewhere
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    for live in tokens.lives:
+        live.parts, live.catch = [], True
+    try:
+        with copies.only_row(alone):
+            yield tokens.lives
+    finally:
+        tokens.inside = False
+        for layer in layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+        for live, parts in zip(tokens.lives, before, strict=True):
+            live.parts, live.catch, live.caught = parts, False, None
+
+
+# --- the attention ------------------------------------------------------------------------------------------
+
+
+def _forward(own: str, module: Any, query, key, value, attention_mask, **kwargs: Any) -> tuple[Any, Any]:
+    live: Live | None = module.__dict__.get(SITE)
+    base = _base(own, module)
+    if live is not None and live.catch:
+        live.caught = key, value
+    if live is None or not live.parts:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    if live.parts[0][0] is None:
+        _, prefix_k, prefix_v = live.parts[0]
+        return with_prefix(base, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs), None
+    return _mixed(base, module, query, key, value, attention_mask, live.parts, **kwargs), None
+
+
+def forward_over_sdpa(module, query, key, value, attention_mask, **kwargs):
+    """Attention behind virtual tokens, for a model set to sdpa; (B, T, heads, head_dim)."""
+    return _forward("sdpa", module, query, key, value, attention_mask, **kwargs)
+
+
+def forward_over_eager(module, query, key, value, attention_mask, **kwargs):
+    """Attention behind virtual tokens, for a model set to eager."""
+    return _forward("eager", module, query, key, value, attention_mask, **kwargs)
+
+
+_forwards = {"sdpa": forward_over_sdpa, "eager": forward_over_eager}
+
+
+def _base(own: str, module: Any) -> Any:
+    if own == "sdpa":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward
+    kind = next(k for k in type(module).__mro__ if k.__module__.startswith("transformers."))
+    return vars(__import__("sys").modules[kind.__module__])["eager_attention_forward"]
+
+
+def why_by_cat(dropout: float, kwargs: dict) -> str:
+    """Why attention behind virtual tokens runs by concatenation, or nothing."""
+    if dropout:
+        return f"attention dropout is {dropout}: prefix and keys are joined and torch's attention runs"
+    special = [name for name in SPECIAL if kwargs.get(name) is not None]
+    return f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs" if special else ""
+
+
+def with_prefix(
+    base, module, query, key, value, mask, prefix_k, prefix_v, *, dropout=0.0, scaling=None, is_causal=None,
+    position_bias=None, intervals=None, **kwargs,
+):  # fmt: skip
+    """Attention of `module` over [prefix ; keys] as (B, T, heads, head_dim)."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and mask is None and query.shape[2] > 1
+    if why_by_cat(dropout, kwargs):
+        return _by_cat(
+            base, module, query, key, value, mask, prefix_k, prefix_v, causal,
+            dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
+        )  # fmt: skip
+    if intervals is None and mask is not None:
+        intervals = kept_intervals(mask)
+    out = prefix_attention(
+        query, key, value, prefix_k, prefix_v, is_causal=causal, scale=scaling,
+        attn_mask=mask if intervals is None else None, position_bias=position_bias, intervals=intervals,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _by_cat(base, module, query, key, value, mask, prefix_k, prefix_v, causal, *, position_bias, **kwargs):
+    batch, _, queries, _ = query.shape
+    keys, columns = key.shape[2], prefix_k.shape[1]
+    if causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+    if mask is not None:
+        mask = F.pad(mask, (columns, 0), value=mask.dtype == torch.bool)
+    if position_bias is not None:
+        kwargs["position_bias"] = F.pad(position_bias, (columns, 0))
+    key, value = (
+        torch.cat([part.to(t.dtype).expand(batch, -1, -1, -1), t], dim=2)
+        for part, t in ((prefix_k, key), (prefix_v, value))
+    )
+    return base(module, query, key, value, mask, is_causal=False, **kwargs)[0]
+
+
+def _mixed(base, module, query, key, value, mask, parts: Sequence[Part], *, position_bias=None, **kwargs):
+    """Each group of rows with its own virtual tokens, the others by the model's attention."""
+    rows = query.shape[0]
+    named = {row for group, _, _ in parts for row in group or ()}
+    rest = [row for row in range(rows) if row not in named]
+
+    def pick(t: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+        return t if t is None or t.shape[0] != rows else t.index_select(0, index)
+
+    kept = None if mask is None else kept_intervals(mask)
+    outs, order = [], []
+    for group, *prefix in [*parts, *([(rest,)] if rest else [])]:
+        index = torch.tensor(group, device=query.device)
+        q, k, v, m, bias = (pick(t, index) for t in (query, key, value, mask, position_bias))
+        extra = kwargs if bias is None else {**kwargs, "position_bias": bias}
+        if prefix:
+            seen = None if kept is None else type(kept)(*(pick(t, index) for t in kept))
+            outs.append(with_prefix(base, module, q, k, v, m, *prefix, intervals=seen, **extra))
+        else:
+            outs.append(base(module, q, k, v, m, **extra)[0])
+        order += group
+    return torch.cat(outs).index_select(0, torch.tensor(order, device=query.device).argsort())
