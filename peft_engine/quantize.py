@@ -31,7 +31,7 @@ def quantize_(
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
     ("down_proj"); it takes the place of the default, the output head (a classifier: its last layer). A tied
-    weight stays dense always.
+    weight stays dense always, and so does what transformers keeps in float32 (T5's wo).
     Raises ValueError before anything is changed: for a model with adapters or another quantisation, for
     linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches nothing.
     """
@@ -89,6 +89,8 @@ def select_linears(
                 f"{caller}: skip_modules names {pattern!r}, which no module has{_near(pattern, names)}"
             )
     tied = _tied_weights(model)
+    # T5's wo: its block casts what goes in to the weight's dtype, which for packed bytes is none.
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     chosen: list[str] = []
     dense: list[str] = []
     refused: list[str] = []
@@ -101,7 +103,7 @@ def select_linears(
         skipped = any(_matches(name, pattern) for pattern in skip)
         why = _refusal(module)
         if why is None and type(module) is torch.nn.Linear:
-            skipped = skipped or f"{name}.weight".removeprefix(".") in tied
+            skipped = skipped or f"{name}.weight".removeprefix(".") in tied or name.rpartition(".")[2] in kept
             (dense if skipped else chosen).append(name)
         elif why is not None and skipped:
             dense.append(name)
