@@ -5,6 +5,7 @@ key is the path of the library's module: `bert.encoder.layer.0.output.adapters.N
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,9 +31,7 @@ AROUND = (
 )  # fmt: skip
 
 
-def names(
-    model: nn.Module, sites: dict[str, tuple[Site, int]], config: BottleneckConfig, name: str
-) -> dict[str, str]:
+def names(sites: Mapping[str, tuple[Site, int]], config: BottleneckConfig, name: str) -> dict[str, str]:
     """The library's key of each of our paths, for an adapter called `name` there."""
     return {
         f"{path}.{CHILD}.{leaf}": f"{site.holder}.adapters.{name}.{leaf}"
@@ -60,7 +59,6 @@ def config_to_file(model: Any, config: BottleneckConfig, name: str) -> dict[str,
             )
         fields["reduction_factor"] = _factor(hidden, config.width)
     fields["scaling"] = float(config.scaling)  # the library takes no integer
-    # A linear map of the config only: the weights are beside it.
     return {
         "config": fields,
         "hidden_size": hidden,
