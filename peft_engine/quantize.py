@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from peft_engine.heads import FusedHeadLinear
+from peft_engine.methods import copies
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
 
@@ -100,6 +101,8 @@ def select_linears(
                 f"{caller}: {name} has an adapter already; quantise first and attach then "
                 "(detach, or merge_and_unload of PEFT, takes adapters off)"
             )
+        if copies.is_ours(name):
+            continue
         skipped = any(_matches(name, pattern) for pattern in skip)
         why = _refusal(module)
         if why is None and type(module) is torch.nn.Linear:
