@@ -24,7 +24,12 @@ PARALLEL = {
 }  # fmt: skip
 PRESETS = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": PARALLEL}
 CROSS = HOULSBY | {"cross_adapter": True, "non_linearity": "gelu", "leave_out": [0, 3]}
-BOTH = {"mh_adapter": True, "output_adapter": True, "non_linearity": "tanh", "reduction_factor": {"1": 8, "default": 4}}
+BOTH = {
+    "mh_adapter": True,
+    "output_adapter": True,
+    "non_linearity": "tanh",
+    "reduction_factor": {"1": 8, "default": 4},
+}
 NORMS = {"ln_before": True, "ln_after": True}
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "cross": (("t5", "bart"), CROSS),

@@ -305,12 +305,19 @@ def test_autocast_casts_the_layers_and_not_the_adapters():
     with torch.autocast("cpu", torch.bfloat16):
         out = model(**x)
     out.loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in tensors(model, "default").values())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in tensors(model, "default").values()
+    )
 
 
 def test_generate_with_a_cache_and_a_mixed_batch():
     model, x = build("llama"), inputs("llama", pad="left")
-    ask = {"input_ids": x["input_ids"], "attention_mask": x["attention_mask"], "max_new_tokens": 4, "do_sample": False}
+    ask = {
+        "input_ids": x["input_ids"],
+        "attention_mask": x["attention_mask"],
+        "max_new_tokens": 4,
+        "do_sample": False,
+    }
     alone = {}
     for name, config in CONFIGS.items():
         attached("llama", config, name, model)
