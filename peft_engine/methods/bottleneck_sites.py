@@ -1,9 +1,9 @@
 """Where a model's layers end their attentions and their feed-forwards: where bottleneck adapters stand.
 
-Every layer of transformers has sublayers of one form, s' = s + h or s' = LN(s + h) with h = sublayer(s). A site
-is one of them: the module whose output is h, the module whose input is s, and LN where the layer has one after
-the sum. The families of FAMILIES are known by the names of a layer's children; of others the sublayers alone are
-found, by their own names, and s is not.
+Every layer of transformers has sublayers of one form, s' = s + h or s' = LN(s + h) with h = sublayer(s). A
+site is one of them: the module whose output is h, the module whose input is s, and LN where the layer has one
+after the sum. The families of FAMILIES are known by the names of a layer's children; of others the sublayers
+alone are found, by their own names, and s is not.
 """
 
 from collections.abc import Iterator

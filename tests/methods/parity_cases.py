@@ -87,5 +87,5 @@ def train(model: nn.Module, parameters: list[nn.Parameter], family: str) -> list
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
