@@ -156,7 +156,7 @@ def _t5(at: str, block: Any) -> Iterator[Found]:
 
 
 def _bart(at: str, layer: Any) -> Iterator[Found]:
-    """Norms after the sums. The layer drops what a sublayer gives in a function, so an adapter comes before."""
+    """Norms after the sums. The layer drops what a sublayer gives in a function: an adapter comes before."""
     family = type(layer).__module__.split(".")[-2:-1]
     if not set(family) & set(POST_NORM) or not _has(layer, "self_attn", "fc1", "fc2", "final_layer_norm"):
         return

@@ -39,7 +39,7 @@ def attached(family: str, config=HOULSBY, name: str = "default", model=None) -> 
 
 
 class ByHand:
-    """Runs a base model with adapters as a plain reading of the papers has them, by its layers' own modules."""
+    """A base model with adapters as a plain reading of the papers has them, by its layers' own modules."""
 
     def __init__(self, model: nn.Module, config):
         self.config = config
