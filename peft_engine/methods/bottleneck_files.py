@@ -1,7 +1,7 @@
 """Bottleneck adapters as the `adapters` library (AdapterHub) has them on disk, both ways.
 
-A folder holds adapter_config.json and adapter.safetensors (or, by the library's default, a pickle). The key of
-a tensor is the path of the library's module: `bert.encoder.layer.0.output.adapters.NAME.adapter_down.0.weight`.
+A folder holds adapter_config.json and adapter.safetensors (or, by the library's default, a pickle). The key
+of a tensor is its path in the library: `bert.encoder.layer.0.output.adapters.NAME.adapter_down.0.weight`.
 """
 
 import dataclasses

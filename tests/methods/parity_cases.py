@@ -1,7 +1,7 @@
 """Small models, adapters and steps that are the same here and under the `adapters` library.
 
 Weights and inputs come from numpy by name, so that two versions of transformers start from the same bits.
-Only torch, numpy and transformers are imported: tests/fixtures/adapters_parity.py runs this beside the library.
+Only torch, numpy and transformers are imported: tests/fixtures/adapters_parity.py runs it with the library.
 """
 
 import zlib
