@@ -14,13 +14,14 @@ from peft_engine.methods.attach import tensors
 # As the library (1.3.0) wrote it: DoubleSeqBnConfig(reduction_factor=4), BertForSequenceClassification.
 THEIR_FILE = """{"config": {"adapter_residual_before_ln": false, "cross_adapter": false, "dropout": 0.0,
 "factorized_phm_W": true, "factorized_phm_rule": false, "hypercomplex_nonlinearity": "glorot-uniform",
-"init_weights": "bert", "init_weights_seed": null, "inv_adapter": null, "inv_adapter_reduction_factor": null,
-"is_parallel": false, "learn_phm": true, "leave_out": [], "ln_after": false, "ln_before": false,
+"init_weights": "bert", "init_weights_seed": null, "inv_adapter": null, "inv_adapter_reduction_factor":
+null, "is_parallel": false, "learn_phm": true, "leave_out": [], "ln_after": false, "ln_before": false,
 "mh_adapter": true, "non_linearity": "swish", "original_ln_after": true, "original_ln_before": false,
-"output_adapter": true, "phm_bias": true, "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_layer": false,
-"phm_rank": 1, "reduction_factor": 4, "residual_before_ln": true, "scaling": 1.0, "shared_W_phm": false,
-"shared_phm_rule": true, "stochastic_depth": 0.0, "use_gating": false}, "hidden_size": 32, "model_class": "BertForSequenceClassification",
-"model_name": "", "model_type": "bert", "name": "a", "version": "adapters.1.3.0"}"""
+"output_adapter": true, "phm_bias": true, "phm_c_init": "normal", "phm_dim": 4, "phm_init_range":
+0.0001, "phm_layer": false, "phm_rank": 1, "reduction_factor": 4, "residual_before_ln": true, "scaling":
+1.0, "shared_W_phm": false, "shared_phm_rule": true, "stochastic_depth": 0.0, "use_gating": false},
+"hidden_size": 32, "model_class": "BertForSequenceClassification", "model_name": "", "model_type":
+"bert", "name": "a", "version": "adapters.1.3.0"}"""
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_what_does_not_fit_the_model_leaves_it_unchanged(family, config, message
 
 
 def test_a_model_without_sublayers_is_refused_with_what_to_do():
-    with pytest.raises(TypeError, match="no feed-forward was found in Sequential.*use LoRA"):
+    with pytest.raises(TypeError, match=r"no feed-forward was found in Sequential.*use LoRA"):
         pe.attach(nn.Sequential(nn.Linear(4, 4)), pe.BottleneckConfig())
 
 
