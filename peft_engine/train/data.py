@@ -303,17 +303,25 @@ def micro_batches(documents: Sequence[Document], batch_size: int) -> Iterator[di
         yield pack(documents[start : start + batch_size])
 
 
-def length_limit(config: Any, max_length: int | None) -> int:
+def length_limit(config: Any, max_length: int | None, virtual_tokens: int = 0) -> int:
     """The most tokens a document may have: the model's own limit, or max_length when that is smaller.
 
+    virtual_tokens: how many of the model's positions an adapter takes.
     Raises DataError when max_length is larger than the model takes, or too small to learn from.
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     model = getattr(config, "max_position_embeddings", None)
+    if model is not None and virtual_tokens:
+        if virtual_tokens > model - 2:
+            raise DataError(
+                f"--virtual-tokens: the model has {model} positions, got {virtual_tokens}; take fewer"
+            )
+        model -= virtual_tokens
     if max_length is None:
         return 2**31 if model is None else model
     if max_length < 2:
         raise DataError(f"--max-length: expected at least 2 tokens, got {max_length}")
     if model is not None and max_length > model:
-        raise DataError(f"--max-length: the model takes {model} tokens, got {max_length}")
+        beside = f" beside {virtual_tokens} virtual ones" if virtual_tokens else ""
+        raise DataError(f"--max-length: the model takes {model} tokens{beside}, got {max_length}")
     return max_length
