@@ -5,7 +5,6 @@ the tensors that the config means on this model. Every key lands or the load fai
 written beside its folder first, so that a full disk or a kill leaves what was there.
 """
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -19,13 +18,11 @@ from torch import nn
 from peft_engine.adapter_files import in_order, read_header, write_at_once
 from peft_engine.merge import merge_
 from peft_engine.methods import copies
-from peft_engine.methods.attach import check_name, install, require, tensors, unwrap
-from peft_engine.methods.lora import LoraConfig, from_file, to_file
-from peft_engine.methods.targets import DEFAULT_TARGETS, resolve, short_names
+from peft_engine.methods.attach import check_name, install, require, unwrap
+from peft_engine.methods.registry import METHODS, Method, method_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
-PREFIX = "base_model.model."
 OURS = "peft_engine"  # the key of our entry in the safetensors metadata
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 CONFIG_LIMIT = 1 << 20  # bytes
@@ -39,61 +36,43 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     The two files appear at once or not at all: a failed write leaves what the folder held before. Other files
     in it stay. Raises ValueError for an adapter that is not attached, is empty, holds NaN or inf, or is
-    untouched by training (every B is zero, and every copied bias or module equals the base's); OSError when
-    the disk refuses.
+    untouched by training (it does nothing, or is as it started, and every copied bias or module equals the
+    base's); OSError when the disk refuses.
     """
     base = unwrap(model)
     config = require(base, name, "save_adapter")
-    held = {path: tensor.detach() for path, tensor in tensors(base, name).items()}
-    _refuse_worthless(base, held, name)
-    adapted = {path.removesuffix(".lora_A.weight") for path in held if path.endswith(".lora_A.weight")}
-    stored = {PREFIX + _stored(path, adapted): t.cpu().contiguous() for path, t in held.items()}
-    fields = to_file(_explicit(base, config, adapted), _base_name(base))
+    method = method_of(config, "save_adapter")
+    held = {**method.stored(base, name), **copies.of(base, name)}
+    _refuse_worthless(base, method, {path: t.detach() for path, t in held.items()}, name)
+    stored = {_plain(method.key(base, path, name)): t.detach().cpu().contiguous() for path, t in held.items()}
+    fields = {"base_model_name_or_path": _base_name(base), **method.to_file(base, config, name)}
     ours = {"name": name, "base_sample": _base_sample(base)}
     data = in_order(safetensors.torch.save(stored, {"format": "pt", OURS: json.dumps(ours)}))
     text = json.dumps(fields, indent=2, sort_keys=True)
-    return write_at_once(Path(directory), {CONFIG: text.encode(), WEIGHTS: data})
+    return write_at_once(Path(directory), {CONFIG: text.encode(), method.WEIGHTS: data})
 
 
-def _refuse_worthless(model: nn.Module, held: dict[str, torch.Tensor], name: str) -> None:
+def _refuse_worthless(model: nn.Module, method: Method, held: dict[str, torch.Tensor], name: str) -> None:
     who = f"save_adapter: adapter {name!r}"
     if not held or not any(t.numel() for t in held.values()):
         raise ValueError(f"{who} is empty: it has no tensors")
     broken = [path for path, t in held.items() if not torch.isfinite(t).all()]
     if broken:
         raise ValueError(f"{who} holds NaN or inf in {_some(broken)}; go back to the last good checkpoint")
-    for path, t in held.items():
-        if path.endswith(".lora_B.weight"):
-            touched = bool(t.any())
-        elif path.endswith(".lora_A.weight"):
-            touched = False
-        else:
-            touched = not torch.equal(t, copies.base_of(*copies.owner(model, path)))
-        if touched:
-            return
-    raise ValueError(
-        f"{who} is untouched by training: every B is zero, so it does nothing; was its gradient cut off? "
-        "(adapters_without_gradient tells after a step)"
-    )
+    why = method.untouched(model, name)
+    copied = copies.of(model, name)
+    if why and not any(
+        not torch.equal(t, copies.base_of(*copies.owner(model, p))) for p, t in copied.items()
+    ):
+        raise ValueError(
+            f"{who} is untouched by training: {why}; was its gradient cut off? (adapters_without_gradient "
+            "tells after a step)"
+        )
 
 
-def _explicit(model: nn.Module, config: LoraConfig, adapted: set[str]) -> LoraConfig:
-    """The config with the targets spelled out, so that the file means the same to whoever reads it."""
-    if isinstance(config.target_modules, list) or config.target_modules not in (None, "all-linear"):
-        return config
-    wanted: list[str] = short_names(adapted, model)
-    kind = getattr(getattr(model, "config", None), "model_type", "")
-    if config.target_modules is None and kind in DEFAULT_TARGETS:
-        wanted = list(DEFAULT_TARGETS[kind])
-    return dataclasses.replace(config, target_modules=wanted)
-
-
-def _stored(path: str, adapted: set[str]) -> str:
-    """The path as PEFT writes it: without wrappers, and an adapted layer's bias below its base_layer."""
-    parent, _, leaf = path.rpartition(".")
-    if parent in adapted:
-        path = f"{parent}.base_layer.{leaf}"
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+def _plain(key: str) -> str:
+    """The key without the parts that wrappers put in."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -113,32 +92,32 @@ def load_adapter(
     base, folder = unwrap(model), Path(directory)
     where = f"load_adapter: {folder}"
     fields = _read_config(folder)
-    config = from_file(fields, f"load_adapter: {folder / CONFIG}")
-    header, metadata = read_header(folder / WEIGHTS)
+    method = _method_of_file(fields, f"load_adapter: {folder / CONFIG}")
+    config = method.from_file(fields, f"load_adapter: {folder / CONFIG}")
+    weights = _weights(folder, method)
+    header, metadata = read_header(weights)
     ours = _our_entry(metadata, where)
-    name = name if name is not None else str(ours.get("name") or "default")
+    saved_as = str(ours.get("name") or fields.get("name") or "default")
+    name = name if name is not None else saved_as
     check_name(base, name, "load_adapter")
 
     trained_on, here = fields.get("base_model_name_or_path"), _base_name(base)
     bases = f"the adapter is for base {trained_on!r}, this model is {here!r}"
     try:
-        plan = resolve(base, config, "load_adapter", strict=False)
+        plan = method.resolve(base, config, "load_adapter", strict=False)
+        wanted = method.shapes(base, config, plan, header)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {bases}: {error}") from None
-    wanted: dict[str, tuple[int, ...]] = {}
-    for path, settings in plan.layers.items():
-        layer: Any = base.get_submodule(path)
-        wanted[f"{path}.lora_A.weight"] = (settings.r, layer.in_features)
-        wanted[f"{path}.lora_B.weight"] = (layer.out_features, settings.r)
     for path in plan.copied:
         wanted[path] = tuple(copies.base_of(*copies.owner(base, path)).shape)
-    keys, repeated = _match(base, header, wanted, f"{where}: {bases}")
+    paths = {method.key(base, path, saved_as): path for path in wanted}
+    keys, repeated = _match(base, method, header, wanted, paths, f"{where}: {bases}")
     if not any_base:
         _check_base(base, ours, f"{where}: {bases}")
 
     values: dict[str, torch.Tensor] = {}
     broken = []
-    with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safetensors.safe_open(weights, framework="pt") as file:
         for path, key in keys.items():
             values[path] = file.get_tensor(key)
             if not torch.isfinite(values[path]).all():
@@ -156,17 +135,34 @@ def load_adapter(
     return name
 
 
+def _method_of_file(fields: dict[str, Any], where: str) -> Method:
+    for method in METHODS:
+        if method.owns(fields):
+            return method
+    kinds = ", ".join(method.NAME for method in METHODS)
+    raise ValueError(
+        f"{where}: peft_type must be that of a method of peft-engine ({kinds}), "
+        f"got {fields.get('peft_type')!r}"
+    )
+
+
+def _weights(folder: Path, method: Method) -> Path:
+    """The file with the tensors; FileNotFoundError when there is none, ValueError for a pickle."""
+    for file in (method.WEIGHTS, WEIGHTS):
+        if (folder / file).is_file():
+            return folder / file
+    pickles = [file for file in PICKLES if (folder / file).exists()]
+    if pickles:
+        raise ValueError(
+            f"load_adapter: {folder / pickles[0]} is a pickle, which can run code when it is read; have "
+            "its author save it as safetensors (PEFT: save_pretrained(..., safe_serialization=True))"
+        )
+    raise FileNotFoundError(f"load_adapter: {folder} has no {method.WEIGHTS}")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"load_adapter: {folder} is no folder; give one with {CONFIG} and {WEIGHTS}")
-    if not (folder / WEIGHTS).is_file():
-        pickles = [file for file in PICKLES if (folder / file).exists()]
-        if pickles:
-            raise ValueError(
-                f"load_adapter: {folder / pickles[0]} is a pickle, which can run code when it is read; have "
-                "its author save it as safetensors (PEFT: save_pretrained(..., safe_serialization=True))"
-            )
-        raise FileNotFoundError(f"load_adapter: {folder} has no {WEIGHTS}")
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"load_adapter: {folder} has no {CONFIG}")
@@ -193,35 +189,42 @@ def _our_entry(metadata: Any, where: str) -> dict[str, Any]:
     return ours
 
 
-def _canonical(key: str, model: nn.Module | None = None) -> str:
-    """A key without what wrappers put before and between its parts."""
+def _canonical(key: str, root: str, model: nn.Module | None = None) -> str:
+    """A key without what wrappers put before and between its parts; root: what its method puts in front."""
     parts = [part for part in key.split(".") if part not in (*WRAPPERS, "base_layer")]
-    if parts[:2] == ["base_model", "model"] or (
-        parts[0] == "module" and (model is None or not hasattr(model, "module"))
-    ):
-        return _canonical(".".join(parts[2:] if parts[0] == "base_model" else parts[1:]), model)
+    front = root.split(".")
+    if parts[: len(front)] == front:
+        return _canonical(".".join(parts[len(front) :]), root, model)
+    if parts[0] == "module" and (model is None or not hasattr(model, "module")):
+        return _canonical(".".join(parts[1:]), root, model)
     if len(parts) > 3 and parts[-3] in ("lora_A", "lora_B") and parts[-1] == "weight":
         del parts[-2]  # the adapter's name, in the raw state dict of a PeftModel
     return ".".join(parts)
 
 
 def _match(
-    model: nn.Module, header: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str
+    model: nn.Module,
+    method: Method,
+    header: dict[str, tuple[int, ...]],
+    wanted: dict[str, tuple[int, ...]],
+    named: dict[str, str],
+    where: str,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The file's key for each path, and for each weight of the base that the file repeats.
 
-    PEFT's files repeat the embedding and the head when one is targeted. ValueError lists each key that does
-    not land.
+    named: the path of each key that the file should have. PEFT's files repeat the embedding and the head when
+    one is targeted. ValueError lists each key that does not land.
     """
-    paths = {_canonical(path): path for path in wanted}
+    paths = {_canonical(key, method.ROOT): path for key, path in named.items()}
     found: dict[str, str] = {}
     repeated: dict[str, str] = {}
     extra, double = [], []
     heads = _embeddings(model)
     for key in header:
-        path = paths.get(_canonical(key, model))
-        if path is None and header[key] == heads.get(_canonical(key, model)):
-            repeated[_canonical(key, model)] = key
+        plain = _canonical(key, method.ROOT, model)
+        path = paths.get(plain)
+        if path is None and header[key] == heads.get(plain):
+            repeated[plain] = key
         elif path is None:
             extra.append(key)
         elif path in found:
@@ -233,7 +236,7 @@ def _match(
         for path, key in found.items()
         if header[key] != wanted[path]
     ]
-    missing = [PREFIX + path for path in wanted if path not in found]
+    missing = [key for key, path in named.items() if path not in found]
     problems = [
         f"{len(keys)} {what}: {_some(keys)}"
         for what, keys in (

@@ -60,6 +60,10 @@ class Op:
     ) -> None:
         self._entries.append(_Entry(backend, refuse, run))
 
+    def backends(self) -> tuple[str, ...]:
+        """The names of what was registered, the preferred first."""
+        return tuple(entry.name for entry in self._entries)
+
     def choose(self, call: Hashable) -> Choice:
         """The first backend that does not refuse `call`.
 

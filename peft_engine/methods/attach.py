@@ -1,7 +1,7 @@
 """Puts adapters into a model and takes them out: attach, detach, active.
 
-Nothing is wrapped: each method (registry.py) says what it does to the model it is put on. The model keeps each
-adapter's config in `peft_engine_adapters`, and what is active in `peft_engine_active`.
+Nothing is wrapped: each method (registry.py) says what it does to the model it is put on. The model keeps the
+config of each adapter in `peft_engine_adapters`, and what is active in `peft_engine_active`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ Which = str | tuple[str | None, ...] | None
 def attach(model: ModelType, config: Config, name: str = "default") -> ModelType:
     """Adds adapter `name` to `model`, in place: everything else is frozen, and the adapter is active.
 
-    config: LoraConfig, PrefixTuningConfig, PromptTuningConfig or BottleneckConfig. A model may hold adapters of any of
-    them under different names. The adapter's tensors are float32 on the device of their layer; a copied bias
-    or module keeps its dtype.
+    config: LoraConfig, PrefixTuningConfig, PromptTuningConfig or BottleneckConfig. A model may hold adapters
+    of any of them under different names. The adapter's tensors are float32 on the device of their layer; a
+    copied bias or module keeps its dtype.
     With task_type "SEQ_CLS" or "TOKEN_CLS" the classifier's head is trained whole, as PEFT does.
     Raises ValueError or TypeError before anything is changed: for a name that is taken, target modules that
     match nothing or are no linear layers, a rank above the layer's, more virtual tokens than the model has
@@ -163,7 +163,7 @@ def check_name(model: nn.Module, name: str, who: str) -> None:
         or hasattr(nn.ModuleDict, name)
     ):
         raise ValueError(
-            f"{who}: {name!r} cannot be an adapter's name: it must have no dot, no plus, and not be a torch word"
+            f"{who}: {name!r} cannot be an adapter's name: it must have no dot, no plus, and be no torch word"
         )
     if hasattr(nn.ParameterDict, name):
         raise ValueError(
@@ -188,7 +188,7 @@ def install(
     plan: Any,
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Adds the adapter of a plan and makes it active; `values` by the paths of its method, None: fresh ones."""
+    """Adds the adapter of a plan and makes it active; `values` by its method's paths, None: fresh ones."""
     if not attached(model):
         floats = (p for p in model.named_parameters(remove_duplicate=False) if p[1].requires_grad)
         model.peft_engine_trainable = frozenset(path for path, _ in floats)  # type: ignore[assignment]
@@ -206,8 +206,8 @@ def install(
 def activate(model: nn.Module, which: Which) -> None:
     """Switches the adapters; those named become trainable, and none is frozen (see `active`)."""
     adapters = attached(model)
-    for slot in {method.slot: method for method in METHODS}.values():
-        mine = {name for name, config in adapters.items() if method_of(config).slot == slot.slot}
+    for slot in {method.SLOT: method for method in METHODS}.values():
+        mine = {name for name, config in adapters.items() if method_of(config).SLOT == slot.SLOT}
         slot.activate(model, _project(which, mine))
     copies.activate(model, _project(which, copies.names(model)), _apart(model))
     named = set(_names(which))
@@ -246,12 +246,12 @@ def _check_stack(model: nn.Module, entry: str | None) -> None:
     held: dict[str, str] = {}
     for name in names:
         method = method_of(attached(model)[name])
-        if method.slot in held:
+        if method.SLOT in held:
             raise ValueError(
-                f"active: {entry!r} cannot stack: {held[method.slot]!r} and {name!r} both {method.does}, and an "
-                "input passes one of these; merge one into the base, or train them as one adapter"
+                f"active: {entry!r} cannot stack: {held[method.SLOT]!r} and {name!r} both {method.DOES}, "
+                "where there is room for one; merge one into the base, or train them as one adapter"
             )
-        held[method.slot] = name
+        held[method.SLOT] = name
     copied = [name for name in names if name in copies.names(model)]
     if len(copied) > 1:
         raise ValueError(

@@ -122,6 +122,8 @@ def _learned(stack: Any) -> int | None:
         except AttributeError:
             continue
         if isinstance(table, nn.Embedding):
-            unused = getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
+            unused = getattr(table, "offset", 0) or (
+                0 if table.padding_idx is None else table.padding_idx + 1
+            )
             return table.num_embeddings - unused
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_engine.methods import copies
+from peft_engine.methods import copies, peft_config
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_groups import lora_groups, sort_rows
 from peft_engine.ops.lora_linear import lora_linear
@@ -289,11 +289,8 @@ def _names(name: str, value: Any) -> list[str] | str | None:
 
 # --- PEFT's adapter_config.json -----------------------------------------------------------------------------
 
-# Fields of PEFT's file that say nothing about the adapter's maths; any value is taken.
-INERT = (
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "megatron_core", "runtime_config", "qalora_group_size", "eva_config",
-)  # fmt: skip
+# Fields of PEFT's file that say nothing about the adapter's maths, besides those of every method.
+INERT = ("megatron_core", "qalora_group_size", "eva_config")
 # Switches and settings of methods that are not offered: the file may hold them at the values that mean "off".
 SWITCHES = ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying")
 SETTINGS = (
@@ -308,15 +305,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # Ways to start that PEFT has besides INITS: those that leave the base alone, and those that change it.
 STARTS = ("eva", "orthogonal", "mica")
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-PEFT_VERSION = (0, 21)  # the newest whose fields are known here
 
 
-def to_file(config: LoraConfig, base_model: str | None) -> dict[str, Any]:
+def to_file(config: LoraConfig) -> dict[str, Any]:
     """The contents of PEFT's adapter_config.json."""
     return {
         **dataclasses.asdict(config),
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "use_dora": False,
@@ -325,18 +320,8 @@ def to_file(config: LoraConfig, base_model: str | None) -> dict[str, Any]:
 
 def from_file(fields: Any, where: str) -> LoraConfig:
     """The config in an adapter_config.json; ValueError names what is unknown, unsupported or broken."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type must be 'LORA', got {fields.get('peft_type')!r}")
     known = {f.name for f in dataclasses.fields(LoraConfig)}
-    unknown = sorted(fields.keys() - known - set(INERT) - UNSUPPORTED.keys())
-    if unknown:
-        written = str(fields.get("peft_version") or "")
-        number = re.match(r"(\d+)\.(\d+)", written)
-        newer = number is not None and (int(number[1]), int(number[2])) > PEFT_VERSION
-        why = f"; it was written by PEFT {written}, newer than this version knows" if newer else ""
-        raise ValueError(f"{where}: unknown key {', '.join(map(repr, unknown))}{why}")
+    peft_config.check(fields, "LORA", (*known, *INERT, *UNSUPPORTED), where)
     for name, off in UNSUPPORTED.items():
         if name in fields and fields[name] not in off:
             raise ValueError(f"{where}: {name}={fields[name]!r} is not supported; only {off[0]!r} is")
@@ -350,7 +335,4 @@ def from_file(fields: Any, where: str) -> LoraConfig:
             "that it fits that changed base only; convert it to plain LoRA with PEFT: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    try:
-        return LoraConfig(**given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    return peft_config.build(LoraConfig, given, where)

@@ -1,13 +1,21 @@
 """Puts a LoRA adapter into the layers a plan names, and takes it out: what attach needs of the method."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_engine.methods import lora, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
-from peft_engine.methods.targets import Plan
+from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
+
+NAME, SLOT, DOES = "lora", "lora", "add to the same linear layers"
+CONFIG = LoraConfig
+WEIGHTS = "adapter_model.safetensors"
+ROOT = "base_model.model"  # what PEFT puts in front of every key
+resolve, from_file = targets.resolve, lora.from_file
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -31,7 +39,9 @@ def refuse_mixed(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def shapes(model: nn.Module, config: LoraConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+def shapes(
+    model: nn.Module, config: LoraConfig, plan: Plan, header: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
     """The adapter's tensors that `install` takes, by path, and their shapes."""
     out: dict[str, tuple[int, ...]] = {}
     for path, settings in plan.layers.items():
@@ -93,3 +103,42 @@ def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             out[f"{path}.lora_A.weight"] = layer.lora_A[name]
             out[f"{path}.lora_B.weight"] = layer.lora_B[name]
     return out
+
+
+stored = tensors
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+def untouched(model: nn.Module, name: str) -> str:
+    """Why the adapter does nothing, or nothing."""
+    touched = any(t.any() for path, t in tensors(model, name).items() if path.endswith(".lora_B.weight"))
+    return "" if touched else "every B is zero, so it does nothing"
+
+
+def key(model: nn.Module, path: str, name: str) -> str:
+    """A tensor's key in PEFT's file: an adapted layer's own bias lies below its base_layer."""
+    parent, _, leaf = path.rpartition(".")
+    if parent.rpartition(".")[2] not in ("lora_A", "lora_B"):
+        layer: Any = model.get_submodule(parent)
+        if is_adapted(layer) and name in layer.lora:
+            path = f"{parent}.base_layer.{leaf}"
+    return f"{ROOT}.{path}"
+
+
+def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
+    """The fields of adapter_config.json, the targets spelled out: it means the same to whoever reads it."""
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        if targets is None and kind in DEFAULT_TARGETS:
+            wanted = list(DEFAULT_TARGETS[kind])
+        else:
+            wanted = short_names([path for path, layer in layers(model) if name in layer.lora], model)
+        config = dataclasses.replace(config, target_modules=wanted)
+    return lora.to_file(config)
+
+
+def owns(fields: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is this method's; one that names no method too, for the error."""
+    return fields.get("peft_type", "LORA") == "LORA"

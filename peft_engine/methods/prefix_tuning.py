@@ -1,13 +1,13 @@
 """Prefix tuning (Li and Liang 2021, arXiv 2101.00190): learned keys and values at every attention layer.
 
-    attention of layer i:   softmax(q [P_k^i ; K]^T / sqrt(D)) [P_v^i ; V]     P_k^i, P_v^i (kv_heads, P, D) learned
+    layer i:   softmax(q [P_k^i ; K]^T / sqrt(D)) [P_v^i ; V]      P_k^i, P_v^i (kv_heads, P, D) learned
 
-One table (P, layers x 2 x kv_heads x D) holds them, in PEFT's order: key and value of the first layer, then of the next. An
-encoder-decoder has a table for each half; the decoder's covers its self-attention and its cross-attention.
-With prefix_projection the table is made by an MLP from one vector a token, and folded when it is saved.
+One table (P, layers x 2 x kv_heads x D) holds them, in PEFT's order: key and value of the first layer, then
+of the next. An encoder-decoder has a table for each half; the decoder's covers its self-attention and its
+cross-attention. With prefix_projection the table is made by an MLP from one vector a token, and folded when
+it is saved.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import virtual_tokens
-from peft_engine.methods.attention_sites import Site, Stack, stacks
+from peft_engine.methods import prompt_learning, virtual_tokens
+from peft_engine.methods.attention_sites import Stack, stacks
 from peft_engine.methods.prompt_learning import (
+    STORED,
     check_fields,
     check_length,
     check_transformers,
     copied,
+    fingerprint,
     start_tokens,
 )
-
-STORED = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,12 @@ class PrefixPlan:
 class PrefixEncoder(nn.Module):
     """The prefix of one stack: a table of keys and values, or the MLP that makes it."""
 
-    def __init__(self, config: PrefixTuningConfig, sites: tuple[Site, ...], folded: bool):
+    def __init__(self, config: PrefixTuningConfig, stack: Stack, folded: bool):
         super().__init__()
         self.positions = config.num_virtual_tokens
-        self.sites = sites
+        self.sites = sites = stack.sites
+        self.causal = stack.causal
+        self.started: float | None = None  # a fingerprint; None for what was loaded
         width = sum(2 * site.width for site in sites)
         self.transform: nn.Sequential | None = None
         if config.prefix_projection and not folded:
@@ -98,21 +100,22 @@ class PrefixEncoder(nn.Module):
             hidden = config.encoder_hidden_size or dim
             self.embedding = nn.Embedding(self.positions, dim)
             self.transform = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, width))
-            last = (self.transform[-1].weight, self.transform[-1].bias)
+            last = [*self.transform[-1].parameters()]
         else:
             self.embedding = nn.Embedding(self.positions, width)
-            last = (self.embedding.weight, None)
+            last = [*self.embedding.parameters()]
         if config.init_weights == "zero":
             for tensor in last:
-                if tensor is not None:
-                    nn.init.zeros_(tensor)
+                nn.init.zeros_(tensor)
 
     def table(self) -> torch.Tensor:
         """(P, sum of 2 x kv_heads x head_dim over the layers)."""
         weight = self.embedding.weight
         return weight if self.transform is None else self.transform(weight)
 
-    def keys_and_values(self, stack: nn.Module, tokens: Any, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def keys_and_values(
+        self, stack: nn.Module, tokens: Any, name: str
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each attention layer its keys and values, (kv_heads, P, head_dim) each."""
         first, rows = self.sites[0], self.positions
         if all(site.width == first.width and site.head_dim == first.head_dim for site in self.sites):
@@ -148,17 +151,26 @@ def resolve(model: Any, config: PrefixTuningConfig, who: str = "attach", strict:
     return PrefixPlan(tuple(s for s in found if s.sites), copied(model, config, who, strict))
 
 
-def label(stack: Stack, plan: PrefixPlan) -> str:
-    """The key of a stack's table in the file: PEFT's where there is one stack."""
-    if len(plan.stacks) == 1:
-        return STORED
-    return f"{'decoder' if stack.causal else 'encoder'}.{STORED}"
+def label(causal: bool, stacks: int) -> str:
+    """The key of a stack's table in the file: PEFT's where the model is one stack."""
+    return STORED if stacks == 1 else f"{'decoder' if causal else 'encoder'}.{STORED}"
 
 
-def shapes(model: Any, config: PrefixTuningConfig, plan: PrefixPlan) -> dict[str, tuple[int, ...]]:
-    """The tables that `install` takes, and their shapes."""
+def shapes(
+    model: Any, config: PrefixTuningConfig, plan: PrefixPlan, header: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The tables that `install` takes, and their shapes; ValueError for PEFT's file of an encoder-decoder."""
+    if len(plan.stacks) > 1 and header is not None and STORED in header:
+        raise ValueError(
+            "PEFT's prefix for an encoder-decoder is not read: it stands in front of the decoder's "
+            "self-attention alone, and PEFT cuts it wrongly there, so what it was trained as cannot be run; "
+            "train it here, where encoder, decoder and cross-attention have prefixes of their own"
+        )
     return {
-        label(stack, plan): (config.num_virtual_tokens, sum(2 * site.width for site in stack.sites))
+        label(stack.causal, len(plan.stacks)): (
+            config.num_virtual_tokens,
+            sum(2 * site.width for site in stack.sites),
+        )
         for stack in plan.stacks
     }
 
@@ -173,14 +185,17 @@ def install(
     """Puts a prefix into the plan's stacks: `values` by `label`, None: fresh ones."""
     ids = None if values is not None else start_tokens(model, config, "prefix_init", "attach")
     for stack in plan.stacks:
-        encoder = PrefixEncoder(config, stack.sites, folded=values is not None)
+        encoder = PrefixEncoder(config, stack, folded=values is not None)
         if values is not None:
-            encoder.embedding.weight.data = values[label(stack, plan)].float()
+            encoder.embedding.weight.data = values[label(stack.causal, len(plan.stacks))].float()
         device = next(model.get_submodule(stack.path).parameters()).device
         encoder.to(device=device, dtype=torch.float32).requires_grad_(False)
         virtual_tokens.put(model, stack, name, encoder)
     if ids is not None:
         _start_from(model, name, plan, ids)
+    if values is None:
+        for encoder in _encoders(model, name).values():
+            encoder.started = fingerprint(encoder.parameters())
 
 
 def refuse_mixed(model: nn.Module, name: str) -> str | None:
@@ -192,17 +207,14 @@ def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of adapter `name`, by their stack's path and their own name."""
     return {
         f"{path}.{inner}".removeprefix("."): parameter
-        for path, encoder in virtual_tokens.encoders(model, name)
-        if isinstance(encoder, PrefixEncoder)
+        for path, encoder in _encoders(model, name).items()
         for inner, parameter in encoder.named_parameters()
     }
 
 
-def stored(model: Any, name: str, plan: PrefixPlan) -> dict[str, torch.Tensor]:
-    """What the file holds: the tables, the MLP folded into them."""
-    made = {path: encoder for path, encoder in virtual_tokens.encoders(model, name)}
-    with torch.no_grad():
-        return {label(stack, plan): made[stack.path].table().detach() for stack in plan.stacks}  # type: ignore[operator]
+def _encoders(model: nn.Module, name: str) -> dict[str, PrefixEncoder]:
+    found = virtual_tokens.encoders(model, name)
+    return {path: encoder for path, encoder in found if isinstance(encoder, PrefixEncoder)}
 
 
 @torch.no_grad()
@@ -215,7 +227,7 @@ def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> N
     for stack in plan.stacks:
         module: Any = model.get_submodule(stack.path)
         tokens = module._modules[virtual_tokens.CHILD]
-        crossed = {} if hidden is None else {"encoder_hidden_states": hidden}
+        crossed: dict[str, Any] = {} if hidden is None else {"encoder_hidden_states": hidden}
         with virtual_tokens.own_pass(module, tokens, name) as lives:
             out = module(input_ids=ids[None], use_cache=False, **crossed)
             rows = [t[0].transpose(0, 1).flatten(1).float() for live in lives for t in live.caught]  # type: ignore[union-attr]
@@ -225,24 +237,53 @@ def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> N
     model.train(mode)
 
 
-# --- PEFT's adapter_config.json -----------------------------------------------------------------------------
+# --- PEFT's file --------------------------------------------------------------------------------------------
 
 
-def to_file(model: Any, config: PrefixTuningConfig, plan: PrefixPlan) -> dict[str, Any]:
+@torch.no_grad()
+def stored(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """What the file holds: the tables, the MLP folded into them."""
+    found = _encoders(model, name).values()
+    return {label(encoder.causal, len(found)): encoder.table() for encoder in found}
+
+
+def untouched(model: nn.Module, name: str) -> str:
+    """Why the prefix is as it was before training; empty when it is not."""
+    return prompt_learning.untouched(_encoders(model, name))
+
+
+def to_file(model: Any, config: PrefixTuningConfig, name: str) -> dict[str, Any]:
     """The fields of PEFT's adapter_config.json for this prefix on this model; the MLP is folded away."""
-    sites = [site for stack in plan.stacks for site in stack.sites]
+    found = list(_encoders(model, name).values())
+    sites = [site for encoder in found for site in encoder.sites]
     return {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": config.num_virtual_tokens,
         "token_dim": sites[0].width,
         "num_attention_heads": sites[0].kv_heads,
-        "num_layers": len(sites) if len(plan.stacks) == 1 else len(plan.stacks[0].sites),
-        "num_transformer_submodules": len(plan.stacks),
+        "num_layers": len(found[0].sites),
+        "num_transformer_submodules": len(found),
         "encoder_hidden_size": None,
         "prefix_projection": False,
+        "inference_mode": True,
         "modules_to_save": config.modules_to_save,
         "task_type": config.task_type,
     }
 
 
-FIELDS = tuple(f.name for f in dataclasses.fields(PrefixTuningConfig))
+def owns(fields: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is a prefix's."""
+    return fields.get("peft_type") == "PREFIX_TUNING"
+
+
+def from_file(fields: Any, where: str) -> PrefixTuningConfig:
+    """The config in an adapter_config.json; a file holds the prefix itself, whatever made it."""
+    start = ("encoder_hidden_size", "prefix_projection", "init_weights", "prefix_init", "prefix_init_text")
+    inert = (*start, "tokenizer_name_or_path")
+    return prompt_learning.from_file(PrefixTuningConfig, fields, "PREFIX_TUNING", inert, where)
+
+
+NAME, SLOT, DOES = "prefix", "virtual tokens", "stand in front of the first token"
+CONFIG = PrefixTuningConfig
+WEIGHTS, ROOT, key = prompt_learning.WEIGHTS, prompt_learning.ROOT, prompt_learning.key
+activate, remove = virtual_tokens.activate, virtual_tokens.take

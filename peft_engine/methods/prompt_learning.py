@@ -1,13 +1,18 @@
-"""What the configs of prefix and prompt tuning share: PEFT's fields, and tokens to start from."""
+"""What prefix and prompt tuning share: PEFT's fields, tokens to start from, and their file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_engine.methods import copies
+from peft_engine.methods import copies, peft_config
 
+STORED = "prompt_embeddings"  # the key in PEFT's file, without anything in front
+ROOT = "base_model"  # what PEFT puts in front of other keys: these methods do not wrap the model's layers
+WEIGHTS = "adapter_model.safetensors"
+# Fields of PEFT's file that follow from the model; the shape in the file is what is checked.
+GEOMETRY = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
 
 
@@ -84,3 +89,31 @@ def copied(model: nn.Module, config: Any, who: str, strict: bool) -> list[str]:
         if not roots and strict:
             raise ValueError(f"{who}: modules_to_save names {name!r}, which no module has")
     return copies.whole(model, dict.fromkeys(path for group in found.values() for path in group))
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+def key(model: nn.Module, path: str, name: str) -> str:
+    """The key in the file: a table's as it is, a parameter trained whole behind ROOT."""
+    return path if path.endswith(STORED) else f"{ROOT}.{path}"
+
+
+def from_file(kind: Any, fields: Any, peft_type: str, inert: Iterable[str], where: str) -> Any:
+    """The config in an adapter_config.json. inert: fields of `kind` that say how the training started."""
+    names = kind.__dataclass_fields__.keys()
+    inert = (*inert, *GEOMETRY)
+    fields = peft_config.check(fields, peft_type, (*names, *inert), where)
+    given = {n: fields[n] for n in names - set(inert) if fields.get(n) is not None}
+    return peft_config.build(kind, given, where)
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> float:
+    """A number that training changes."""
+    return sum(float(t.detach().double().sum()) for t in tensors)
+
+
+def untouched(encoders: Mapping[str, Any]) -> str:
+    """Why the virtual tokens of some encoders are as they were before training, or nothing."""
+    same = all(fingerprint(e.parameters()) == e.started for e in encoders.values())
+    return "its virtual tokens are those that it started from" if same else ""

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import virtual_tokens
+from peft_engine.methods import prompt_learning, virtual_tokens
 from peft_engine.methods.attention_sites import Stack, stacks
 from peft_engine.methods.prompt_learning import (
+    STORED,
     check_fields,
     check_length,
     check_transformers,
     copied,
+    fingerprint,
     start_tokens,
 )
 from peft_engine.ops.prompt_embedding import extend_inputs, prompt_embedding
-
-STORED = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PromptTuningConfig:
                              (tokenizer_name_or_path reads it), over and over up to P; "SAMPLE_VOCAB": of
                              tokens drawn from the vocabulary
     modules_to_save          names of modules to train whole, in a copy
-    task_type                PEFT's word for the task; with "SEQ_CLS" and "TOKEN_CLS" the new head is trained too
+    task_type                PEFT's word for the task; with "SEQ_CLS" and "TOKEN_CLS" the head is trained too
 
     Raises TypeError or ValueError that names the field.
     """
@@ -70,6 +70,7 @@ class PromptEncoder(nn.Module):
         self.embedding = nn.Embedding(config.num_virtual_tokens, hidden)
         self.length = config.num_virtual_tokens
         self.causal = causal
+        self.started: float | None = None  # a fingerprint; None for what was loaded
 
     @property
     def positions(self) -> int:
@@ -91,7 +92,9 @@ class PromptEncoder(nn.Module):
             return kwargs
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = prompt_embedding(kwargs["input_ids"], stack.get_input_embeddings(), self.embedding.weight)
+            embeds = prompt_embedding(
+                kwargs["input_ids"], stack.get_input_embeddings(), self.embedding.weight
+            )
         else:
             prompt = self.embedding.weight.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
             embeds = torch.cat((prompt, embeds), dim=1)
@@ -142,9 +145,17 @@ def resolve(model: Any, config: PromptTuningConfig, who: str = "attach", strict:
     return PromptPlan(found[0], found[1:], copied(model, config, who, strict))
 
 
-def shapes(model: Any, config: PromptTuningConfig, plan: PromptPlan) -> dict[str, tuple[int, ...]]:
-    """The one table that `install` takes, and its shape."""
-    return {STORED: (config.num_virtual_tokens, model.get_input_embeddings().weight.shape[1])}
+def shapes(
+    model: Any, config: PromptTuningConfig, plan: PromptPlan, header: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The one table that `install` takes, and its shape.
+
+    PEFT's file of an encoder-decoder holds a second half, which PEFT neither trains nor runs.
+    """
+    count, width = config.num_virtual_tokens, model.get_input_embeddings().weight.shape[1]
+    if plan.readers and header is not None and header.get(STORED) == (2 * count, width):
+        count *= 2
+    return {STORED: (count, width)}
 
 
 def install(
@@ -159,10 +170,11 @@ def install(
     ids = None if values is not None else start_tokens(model, config, "prompt_tuning_init", "attach")
     encoder = PromptEncoder(config, table.weight.shape[1], plan.stack.causal)
     if values is not None:
-        encoder.embedding.weight.data = values[STORED].float()
+        encoder.embedding.weight.data = values[STORED][: config.num_virtual_tokens].float()
     elif ids is not None:
         encoder.embedding.weight.data = table(ids).detach().float().clone()
     encoder.to(device=table.weight.device, dtype=torch.float32).requires_grad_(False)
+    encoder.started = fingerprint(encoder.parameters()) if values is None else None
     virtual_tokens.put(model, plan.stack, name, encoder)
     for stack in plan.readers:
         virtual_tokens.put(model, stack, name, PromptReader(config.num_virtual_tokens))
@@ -178,33 +190,64 @@ def refuse_mixed(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def tensors(model: nn.Module, name: str) -> dict[str, Any]:
     """The parameter of adapter `name`, by its stack's path."""
     return {
         f"{path}.{STORED}".removeprefix("."): encoder.embedding.weight
-        for path, encoder in virtual_tokens.encoders(model, name)
-        if isinstance(encoder, PromptEncoder)
+        for path, encoder in _encoders(model, name).items()
     }
 
 
-def stored(model: Any, name: str, plan: PromptPlan) -> dict[str, torch.Tensor]:
+def _encoders(model: nn.Module, name: str) -> dict[str, PromptEncoder]:
+    found = virtual_tokens.encoders(model, name)
+    return {path: encoder for path, encoder in found if isinstance(encoder, PromptEncoder)}
+
+
+# --- PEFT's file --------------------------------------------------------------------------------------------
+
+
+def stored(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """What the file holds."""
-    return {STORED: next(iter(tensors(model, name).values())).detach()}
+    return {STORED: next(iter(_encoders(model, name).values())).embedding.weight}
 
 
-def to_file(model: Any, config: PromptTuningConfig, plan: PromptPlan) -> dict[str, Any]:
+def untouched(model: nn.Module, name: str) -> str:
+    """Why the prompt is as it was before training; empty when it is not."""
+    return prompt_learning.untouched(_encoders(model, name))
+
+
+def to_file(model: Any, config: PromptTuningConfig, name: str) -> dict[str, Any]:
     """The fields of PEFT's adapter_config.json for this prompt on this model."""
     text = config.prompt_tuning_init == "TEXT"
+    whole = model.config.get_text_config()
     return {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": config.num_virtual_tokens,
         "token_dim": model.get_input_embeddings().weight.shape[1],
         "num_transformer_submodules": 1,
-        "num_attention_heads": getattr(model.config.get_text_config(), "num_attention_heads", None),
-        "num_layers": getattr(model.config.get_text_config(), "num_hidden_layers", None),
+        "num_attention_heads": getattr(whole, "num_attention_heads", None),
+        "num_layers": getattr(whole, "num_hidden_layers", None),
         "prompt_tuning_init": config.prompt_tuning_init,
         "prompt_tuning_init_text": config.prompt_tuning_init_text if text else None,
         "tokenizer_name_or_path": config.tokenizer_name_or_path if text else None,
+        "inference_mode": True,
         "modules_to_save": config.modules_to_save,
         "task_type": config.task_type,
     }
+
+
+def owns(fields: Mapping[str, Any]) -> bool:
+    """Whether an adapter_config.json is a prompt's."""
+    return fields.get("peft_type") == "PROMPT_TUNING"
+
+
+def from_file(fields: Any, where: str) -> PromptTuningConfig:
+    """The config in an adapter_config.json; how the prompt started is past."""
+    start = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+    return prompt_learning.from_file(PromptTuningConfig, fields, "PROMPT_TUNING", start, where)
+
+
+NAME, SLOT, DOES = "prompt", "virtual tokens", "stand in front of the first token"
+CONFIG = PromptTuningConfig
+WEIGHTS, ROOT, key = prompt_learning.WEIGHTS, prompt_learning.ROOT, prompt_learning.key
+activate, remove = virtual_tokens.activate, virtual_tokens.take

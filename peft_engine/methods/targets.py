@@ -52,7 +52,7 @@ class Plan:
     copied: list[str]
 
 
-def with_head(model: nn.Module, config: LoraConfig) -> LoraConfig:
+def with_head(model: nn.Module, config: Any) -> Any:
     """The config with the new head of a classifier trained whole, as PEFT does for such a task_type."""
     if config.task_type not in HEAD_TASKS:
         return config

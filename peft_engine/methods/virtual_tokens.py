@@ -2,10 +2,10 @@
 
 A stack of layers holds a VirtualTokens module with one encoder per adapter. Before each forward of the stack
 its hook asks the active encoders for their keys and values and leaves them at the attention layers, where a
-function registered in transformers' attention interface puts them in front of the row's own keys, one copy for
-the batch. Nothing is concatenated, the inputs keep their length, and a key/value cache holds real tokens only;
-these start at position P, as PEFT has it. A row of a mixed batch whose adapter has no virtual tokens goes
-through the model's own attention.
+function registered in transformers' attention interface puts them in front of the row's own keys, one copy
+for the batch. Nothing is concatenated, the inputs keep their length, and a key/value cache holds real tokens
+only; these start at position P, as PEFT has it. A row of a mixed batch whose adapter has no virtual tokens
+goes through the model's own attention.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
-from peft_engine.ops.attention import kept_intervals
+from peft_engine.ops.attention import Intervals, kept_intervals
 from peft_engine.ops.prefix_attention import prefix_attention
 
 CHILD = "peft_engine_virtual_tokens"
@@ -46,6 +46,8 @@ class Live:
 
 class VirtualTokens(nn.Module):
     """The encoders of a stack's adapters by name, and what its hook needs."""
+
+    encoders: nn.ModuleDict
 
     def __init__(self, stack: Stack, module: nn.Module, lives: list[Live]):
         super().__init__()
@@ -85,7 +87,7 @@ def put(model: nn.Module, stack: Stack, name: str, encoder: nn.Module) -> None:
 
 
 def take(model: nn.Module, name: str) -> None:
-    """Removes the virtual tokens of adapter `name`, which must not be active; a stack without any is as it was."""
+    """Removes those of adapter `name`, which must not be active; a stack without any is as it was."""
     for module in list(model.modules()):
         tokens: Any = module._modules.get(CHILD)
         if tokens is None or name not in tokens.encoders:
@@ -130,7 +132,7 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
         for live in tokens.lives:
             live.parts = []
     names = which if isinstance(which, tuple) else (which,)
-    wanted = any(name in tokens.encoders for tokens in held for name in names)
+    wanted = any(name is not None and name in tokens.encoders for tokens in held for name in names)
     for module in model.modules():
         config = getattr(module, "config", None)
         now = getattr(config, "_attn_implementation", None)
@@ -167,8 +169,8 @@ def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     _check_implementation(module.config)
     names = tokens.active if isinstance(tokens.active, tuple) else (tokens.active,)
     for name in dict.fromkeys(names):
-        if name in tokens.encoders:
-            kwargs = tokens.encoders[name].change_inputs(module, kwargs)  # type: ignore[operator, index]
+        if name is not None and name in tokens.encoders:
+            kwargs = tokens.encoders[name].change_inputs(module, kwargs)  # type: ignore[operator]
     inputs: Any = kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     rows, queries = inputs.shape[:2]
@@ -212,7 +214,10 @@ class _Shift:
 
 
 def _fill(module: Any, tokens: VirtualTokens, rows: int, decoding: bool) -> tuple[dict, dict]:
-    """Leaves the keys and values of this forward at the layers; by name how many tokens, and whose rows (None: all)."""
+    """Leaves this forward's keys and values at the layers.
+
+    Returns how many tokens each adapter has, and the rows it has (None: all), by name.
+    """
     active = tokens.active
     groups: dict[Any, list[int] | None] = {active: None}  # type: ignore[dict-item]
     if isinstance(active, tuple):
@@ -245,12 +250,13 @@ def _shift(lengths: dict, groups: dict, rows: int, device: torch.device) -> Any:
 
 
 def _check_room(tokens: VirtualTokens, most: int, seen: Any, queries: int) -> None:
-    if tokens.limit is not None and not torch.compiler.is_compiling():
-        if most + int(seen) + queries > tokens.limit:
-            raise ValueError(
-                f"virtual tokens: {most} of them and {int(seen) + queries} tokens exceed the {tokens.limit} "
-                "positions the model knows; shorten the input, or train fewer virtual tokens"
-            )
+    if tokens.limit is None or torch.compiler.is_compiling():
+        return
+    if most + int(seen) + queries > tokens.limit:
+        raise ValueError(
+            f"virtual tokens: {most} of them and {int(seen) + queries} tokens exceed the {tokens.limit} "
+            "positions the model knows; shorten the input, or train fewer virtual tokens"
+        )
 
 
 def _check_implementation(config: Any) -> None:
@@ -267,7 +273,7 @@ def _check_implementation(config: Any) -> None:
 
 @contextlib.contextmanager
 def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[list[Live]]:
-    """While it lasts, the stack runs as the base (with what is stacked on `name`), and keeps its keys and values."""
+    """While it lasts, the stack runs as the base, with what is stacked on `name`, and its keys are kept."""
     alone = tokens.active.index(name) if isinstance(tokens.active, tuple) else None
     layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     before = [live.parts for live in tokens.lives]
@@ -299,7 +305,9 @@ def _forward(own: str, module: Any, query, key, value, attention_mask, **kwargs:
         return base(module, query, key, value, attention_mask, **kwargs)
     if live.parts[0][0] is None:
         _, prefix_k, prefix_v = live.parts[0]
-        return with_prefix(base, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs), None
+        return with_prefix(
+            base, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs
+        ), None
     return _mixed(base, module, query, key, value, attention_mask, live.parts, **kwargs), None
 
 
@@ -330,7 +338,11 @@ def why_by_cat(dropout: float, kwargs: dict) -> str:
     if dropout:
         return f"attention dropout is {dropout}: prefix and keys are joined and torch's attention runs"
     special = [name for name in SPECIAL if kwargs.get(name) is not None]
-    return f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs" if special else ""
+    return (
+        f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs"
+        if special
+        else ""
+    )
 
 
 def with_prefix(
@@ -347,6 +359,11 @@ def with_prefix(
         )  # fmt: skip
     if intervals is None and mask is not None:
         intervals = kept_intervals(mask)
+    if intervals is not None and intervals.first.shape[0] != query.shape[0]:  # one mask for all rows
+        shape = query.shape[0], query.shape[2]
+        intervals = Intervals(*(t.expand(shape).contiguous() for t in intervals))
+    if position_bias is not None and position_bias.is_leaf:
+        position_bias = position_bias.detach()  # T5's bias inside a checkpoint: a leaf that nobody reads
     out = prefix_attention(
         query, key, value, prefix_k, prefix_v, is_causal=causal, scale=scaling,
         attn_mask=mask if intervals is None else None, position_bias=position_bias, intervals=intervals,
@@ -358,7 +375,9 @@ def _by_cat(base, module, query, key, value, mask, prefix_k, prefix_v, causal, *
     batch, _, queries, _ = query.shape
     keys, columns = key.shape[2], prefix_k.shape[1]
     if causal:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
+            None, None
+        ]
     if mask is not None:
         mask = F.pad(mask, (columns, 0), value=mask.dtype == torch.bool)
     if position_bias is not None:
@@ -380,15 +399,16 @@ def _mixed(base, module, query, key, value, mask, parts: Sequence[Part], *, posi
         return t if t is None or t.shape[0] != rows else t.index_select(0, index)
 
     kept = None if mask is None else kept_intervals(mask)
-    outs, order = [], []
+    outs: list[torch.Tensor] = []
+    order: list[int] = []
     for group, *prefix in [*parts, *([(rest,)] if rest else [])]:
         index = torch.tensor(group, device=query.device)
         q, k, v, m, bias = (pick(t, index) for t in (query, key, value, mask, position_bias))
         extra = kwargs if bias is None else {**kwargs, "position_bias": bias}
         if prefix:
-            seen = None if kept is None else type(kept)(*(pick(t, index) for t in kept))
+            seen = None if kept is None else Intervals(*(pick(t, index) for t in kept))  # type: ignore[arg-type]
             outs.append(with_prefix(base, module, q, k, v, m, *prefix, intervals=seen, **extra))
         else:
             outs.append(base(module, q, k, v, m, **extra)[0])
-        order += group
+        order += group  # type: ignore[arg-type]
     return torch.cat(outs).index_select(0, torch.tensor(order, device=query.device).argsort())

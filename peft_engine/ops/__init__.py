@@ -5,6 +5,7 @@ from peft_engine.ops.linear_cross_entropy import linear_cross_entropy
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
 from peft_engine.ops.prefix_attention import prefix_attention
+from peft_engine.ops.prompt_embedding import prompt_embedding
 
 __all__ = [
     "NF4Tensor",
@@ -14,4 +15,5 @@ __all__ = [
     "nf4_dequantize",
     "nf4_quantize",
     "prefix_attention",
+    "prompt_embedding",
 ]

@@ -200,12 +200,13 @@ PARAMETERS = (
     "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? norm_weight,"
     " Tensor? norm_bias, str activation, float scaling"
 )
-# middle (M, R) is m, in the weights' dtype; stats float32 (M, 2) mean and rstd of each row, (0, 2) without norm.
+# middle (M, R) is m, in the weights' dtype; stats float32 (M, 2) mean and rstd of each row, (0, 2) without
+# norm.
 native.library.define(
     f"bottleneck_forward(Tensor x, Tensor? residual, {PARAMETERS}, float eps) -> (Tensor, Tensor, Tensor)"
 )
-# wanted: which of dx, ddown_weight, ddown_bias, dup_weight, dup_bias, dnorm_weight, dnorm_bias; the others come
-# with no elements.
+# wanted: which of dx, ddown_weight, ddown_bias, dup_weight, dup_bias, dnorm_weight, dnorm_bias; the others
+# come with no elements.
 native.library.define(
     f"bottleneck_backward(Tensor dy, Tensor x, Tensor middle, Tensor stats, {PARAMETERS}, bool residual_is_x,"
     " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -81,7 +81,9 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **chan
     else:
         auto = transformers.AutoModelForCausalLM
     model = auto.from_config(config, dtype=dtype).eval()
-    if family == "t5":  # its init is tuned for other sizes: logits of some size make a test of more than noise
+    if (
+        family == "t5"
+    ):  # its init is tuned for other sizes: logits of some size make a test of more than noise
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
@@ -113,7 +115,9 @@ def inputs(family: str, rows: int = 4, tokens: int = 7, seed: int = 0, pad: str 
         labels[1:, -1] = -100
     else:
         labels = ids.masked_fill(mask == 0, -100)
-        labels[:, 0] = -100  # nothing here predicts a row's first token; behind a prompt PEFT's last vector does
+        labels[
+            :, 0
+        ] = -100  # nothing here predicts a row's first token; behind a prompt PEFT's last vector does
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

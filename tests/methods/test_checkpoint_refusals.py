@@ -128,10 +128,11 @@ def test_a_pickle_is_refused(llama, saved):
 
 def test_missing_files_are_named(llama, saved, tmp_path):
     refused(llama(), tmp_path / "none", "is no folder", FileNotFoundError)
+    weights = (saved / WEIGHTS).rename(tmp_path / "elsewhere")
+    refused(llama(), saved, f"has no {WEIGHTS}", FileNotFoundError)
+    weights.rename(saved / WEIGHTS)
     (saved / CONFIG).unlink()
     refused(llama(), saved, f"has no {CONFIG}", FileNotFoundError)
-    (saved / WEIGHTS).unlink()
-    refused(llama(), saved, f"has no {WEIGHTS}", FileNotFoundError)
 
 
 def test_every_key_that_does_not_land_is_listed(llama, saved):
