@@ -103,10 +103,11 @@ def evaluate(
         rows = read_rows(data)
         quiet()
         from peft_engine.train import evaluate as measures
+        from peft_engine.train.models import virtual_tokens
 
         folders = adapter or []
         loaded, tokenizer, names = _load(model, folders, quantize, dtype)
-        limit = length_limit(loaded.config, None)
+        limit = length_limit(loaded.config, None, virtual_tokens(loaded))
         results = []
         for name in names if names else (None,):
             peft_engine.active(loaded, name)
@@ -157,11 +158,16 @@ def generate(
 ) -> None:
     """Write text.
 
-    One prompt is streamed; several are run in batches; of several adapters each answers every prompt.
+    One prompt is streamed; several are run in batches; of several adapters each answers every prompt. Where
+    the rows of --prompt-file have an adapter column, each row is answered by the adapter it names (a folder
+    of --adapter, or its last part; empty: the base), and rows of different adapters run in one batch.
 
     \b
     Example:
       peft-engine generate --model ./SmolLM2-135M --adapter out/movies --prompt "Review: fun! Sentiment:"
+      peft-engine generate --model ./SmolLM2-135M --adapter out/movies --adapter out/prefix \\
+        --prompt-file rows.jsonl
+      with rows as {"prompt": "Review: fun! Sentiment:", "adapter": "movies"}
     """
     with command(debug) as show:
         _check_base(quantize, dtype)
@@ -169,30 +175,34 @@ def generate(
             raise typer.BadParameter("give --prompt or --prompt-file, one of them")
         quiet()
         from peft_engine.train import generate as text
+        from peft_engine.train.data import Prompts
 
         with usage():
             sampling = text.Sampling(max_new_tokens, temperature, top_p, seed)
-        prompts = text.prompts_from(prompt_file) if prompt_file else [prompt or ""]
-        loaded, tokenizer, names = _load(model, adapter or [], quantize, dtype)
-        if chat:
-            prompts = [text.chat_prompt(tokenizer, p) for p in prompts]
-        if len(prompts) == 1 and len(names) < 2 and not json_:
-            for piece in text.stream(loaded, tokenizer, prompts[0], sampling):
+        folders = adapter or []
+        prompts = text.prompts_from(prompt_file) if prompt_file else Prompts([prompt or ""], None, [""])
+        mixed = prompts.adapters is not None
+        with usage():
+            of_row = text.adapters_of(prompts, folders) if mixed else []
+        loaded, tokenizer, names = _load(model, folders, quantize, dtype)
+        texts = [text.chat_prompt(tokenizer, p) for p in prompts.texts] if chat else prompts.texts
+        name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
+        if not mixed and len(names) > 1:  # each adapter answers every prompt
+            texts, of_row = [t for t in texts for _ in folders], list(folders) * len(texts)
+        if not of_row and len(texts) == 1 and not json_:
+            for piece in text.stream(loaded, tokenizer, texts[0], sampling):
                 show(piece, end="")
             show("")
             return
-        many = list(names) if len(names) > 1 else None
-        folders = dict(zip(names, adapter or [], strict=True))
+        many = [name_of[folder] for folder in of_row] or None
         answers: list[dict[str, Any]] = []
         start = time.perf_counter()
-        for batch in text.generate(
-            loaded, tokenizer, prompts, sampling, adapters=many, batch_size=batch_size
-        ):
+        for batch in text.generate(loaded, tokenizer, texts, sampling, adapters=many, batch_size=batch_size):
             for answer in batch:
-                folder = folders.get(answer.adapter or (names[0] if names else ""))
+                folder = of_row[len(answers)] if many else next(iter(folders), None)
                 answers.append({**dataclasses.asdict(answer), "adapter": folder})
                 if not json_:
-                    show(f"--- {answer.prompt}" + (f" [{folder}]" if many else ""))
+                    show(f"--- {answer.prompt}" + (f" [{folder or 'the base'}]" if many else ""))
                     show(answer.text)
         seconds = time.perf_counter() - start
         tokens = sum(answer["tokens"] for answer in answers)
