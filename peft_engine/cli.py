@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import peft_engine
+from peft_engine.train.compare_command import compare
 from peft_engine.train.console import choice, command, quiet, say, table, usage
 from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
 from peft_engine.train.train_command import train
@@ -39,6 +40,7 @@ def main() -> NoReturn:
 
 
 app.command()(train)
+app.command()(compare)
 
 
 def _load(

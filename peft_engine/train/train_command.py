@@ -7,7 +7,7 @@ import typer
 
 from peft_engine.train import options as o
 from peft_engine.train.console import choice, command, quiet, say, usage
-from peft_engine.train.method_options import METHODS, MethodOptions
+from peft_engine.train.method_options import METHODS
 from peft_engine.train.method_options import learning_rate as default_rate
 
 
@@ -39,50 +39,18 @@ def train(
     scheduler: o.Scheduler = "cosine",
     weight_decay: o.WeightDecay = 0.0,
     max_grad_norm: o.MaxGradNorm = 1.0,
-    rank: Annotated[int | None, typer.Option(help="(lora, qlora) Rank of the adapter. Default: 16.")] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="(lora, qlora) Its scaling is alpha / rank. Default: 2 x rank.")
-    ] = None,
-    dropout: Annotated[
-        float | None, typer.Option(help="(lora, qlora, bottleneck) Dropout in the adapter. Default: 0.")
-    ] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option(help="(lora, qlora) all-linear, the default, or names with commas: q_proj,v_proj"),
-    ] = None,
-    virtual_tokens: Annotated[
-        int | None, typer.Option(help="(prefix, prompt) Their length. Default: prefix 16, prompt 32.")
-    ] = None,
-    prefix_projection: Annotated[
-        bool, typer.Option("--prefix-projection", help="(prefix) An MLP makes the prefix in training.")
-    ] = False,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            help="(prefix, prompt) What they start from. Default: vocab, tokens drawn from the vocabulary; "
-            "random with --prefix-projection.",
-            metavar="random|vocab|text",
-        ),
-    ] = None,
-    init_text: Annotated[
-        str | None,
-        typer.Option(help="(prefix, prompt) The text of --init text, over and over to their length."),
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="(bottleneck) Width of its middle.")] = None,
-    reduction_factor: Annotated[
-        float | None, typer.Option(help="(bottleneck) Or the model's width over that one. Default: 16.")
-    ] = None,
-    placement: Annotated[
-        str | None,
-        typer.Option(
-            help="(bottleneck) After attention and feed-forward, after the feed-forward, or beside it. "
-            "Default: pfeiffer.",
-            metavar="houlsby|pfeiffer|parallel",
-        ),
-    ] = None,
-    activation: Annotated[
-        str | None, typer.Option(help="(bottleneck) Default: relu.", metavar="relu|gelu|silu|tanh")
-    ] = None,
+    rank: o.Rank = None,
+    alpha: o.Alpha = None,
+    dropout: o.Dropout = None,
+    target_modules: o.TargetModules = None,
+    virtual_tokens: o.VirtualTokens = None,
+    prefix_projection: o.PrefixProjection = False,
+    init: o.Init = None,
+    init_text: o.InitText = None,
+    width: o.Width = None,
+    reduction_factor: o.ReductionFactor = None,
+    placement: o.Placement = None,
+    activation: o.Activation = None,
     dtype: o.TrainDtype = "auto",
     seed: o.Seed = 0,
     max_length: o.MaxLength = None,
@@ -130,9 +98,9 @@ def train(
             "max_grad_norm": max_grad_norm, "seed": seed, "eval_steps": eval_steps, "save_steps": save_steps,
             "gradient_checkpointing": gradient_checkpointing,
         }  # fmt: skip
-        given = MethodOptions(
-            rank=rank, alpha=alpha, dropout=dropout, target_modules=_targets(target_modules),
-            virtual_tokens=virtual_tokens, prefix_projection=prefix_projection or None, init=init,
+        given = o.method_options(
+            rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules,
+            virtual_tokens=virtual_tokens, prefix_projection=prefix_projection, init=init,
             init_text=init_text, width=width, reduction_factor=reduction_factor, placement=placement,
             activation=activation,
         )  # fmt: skip
@@ -159,10 +127,3 @@ def train(
             )
         test = eval_data or "test.jsonl"
         say(f"Next: peft-engine eval --model {model} --adapter {output} --data {test}")
-
-
-def _targets(option: str | None) -> list[str] | str | None:
-    if option is None:
-        return None
-    names = [name.strip() for name in option.split(",") if name.strip()]
-    return "all-linear" if names == ["all-linear"] else names
