@@ -6,12 +6,14 @@ from typing import Any
 
 METHODS = ("lora", "qlora", "prefix", "prompt", "bottleneck")
 INITS = ("random", "vocab", "text")
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 STARTS = {"random": "RANDOM", "vocab": "SAMPLE_VOCAB", "text": "TEXT"}  # PEFT's words
 
 LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "prefix": 1e-2, "prompt": 1e-1, "bottleneck": 1e-3}
 
+# The activation and the reduction factor that each placement was published with, as `adapters` has them.
+_OF_PLACEMENT = {"houlsby": ("silu", 16.0), "pfeiffer": ("relu", 16.0), "parallel": ("relu", 2.0)}
+PLACEMENTS = tuple(_OF_PLACEMENT)
 _LORA = {"rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": _LORA,
@@ -178,13 +180,13 @@ def _bottleneck(values: dict[str, Any]) -> None:
     placement = values["placement"]
     require(placement in PLACEMENTS, "placement", f"one of {', '.join(PLACEMENTS)}", placement)
     if values["activation"] is None:
-        values["activation"] = "relu"
+        values["activation"] = _OF_PLACEMENT[placement][0]
     activation, width, factor = values["activation"], values["width"], values["reduction_factor"]
     require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
     require(width is None or width >= 1, "width", "at least 1", width)
     require(width is None or factor is None, "width", "no --reduction-factor beside it", "both")
     if width is None:
-        values["reduction_factor"] = 16.0 if factor is None else factor
+        values["reduction_factor"] = _OF_PLACEMENT[placement][1] if factor is None else factor
         factor = values["reduction_factor"]
         require(math.isfinite(factor) and factor > 0, "reduction_factor", "a number above 0", factor)
     _dropout(values)

@@ -90,7 +90,7 @@ InitText = Annotated[
 ]
 Width = Annotated[int | None, typer.Option(help="(bottleneck) Width of its middle.")]
 ReductionFactor = Annotated[
-    float | None, typer.Option(help="(bottleneck) The model's width over that one. Default: 16.")
+    float | None, typer.Option(help="(bottleneck) The model's width over that one. Default: 16; parallel 2.")
 ]
 Placement = Annotated[
     str | None,
@@ -101,7 +101,7 @@ Placement = Annotated[
     ),
 ]
 Activation = Annotated[
-    str | None, typer.Option(help="(bottleneck) Default: relu.", metavar="|".join(ACTIVATIONS))
+    str | None, typer.Option(help="(bottleneck) Default: relu; houlsby silu.", metavar="|".join(ACTIVATIONS))
 ]
 
 

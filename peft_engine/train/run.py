@@ -78,7 +78,8 @@ def _checkpoint(settings: RunSettings) -> Path | None:
     if output.exists() and not output.is_dir():
         raise RunError(f"--output {output}: is a file; give a folder")
     there = [
-        p.name for p in (*output.glob("adapter_model.*"), *output.glob("checkpoint-*"), *output.glob(RECORD))
+        p.name
+        for p in (*output.glob("adapter*.safetensors"), *output.glob("checkpoint-*"), *output.glob(RECORD))
     ]
     if not settings.resume:
         if there and not settings.overwrite:
@@ -116,8 +117,9 @@ def _clear(output: Path) -> None:
     """Takes an earlier run's files away, so that none of them passes for this run's."""
     for path in (*output.glob("checkpoint-*"), output / ".saving"):
         shutil.rmtree(path, ignore_errors=True)
-    for file in ("adapter_model.safetensors", "adapter_config.json", RECORD, "loss.png"):
-        (output / file).unlink(missing_ok=True)
+    for file in (*output.glob("adapter*.safetensors"), output / "adapter_config.json", output / RECORD):
+        file.unlink(missing_ok=True)
+    (output / "loss.png").unlink(missing_ok=True)
 
 
 def _tell_plan(

@@ -1,5 +1,6 @@
 """The command over every method: training, the options of each, and rows that name their adapter."""
 
+import csv
 import json
 import shutil
 import sys
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine.cli import main
+from peft_engine.train.compare import Comparison, arguments, methods_of, rates_of
+from peft_engine.train.compare_report import table
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, config_of, learning_rate
+from peft_engine.train.settings import LoopSettings
 
 # What a method takes on a model two layers deep and 64 wide.
 OPTIONS = {
@@ -267,3 +271,101 @@ def test_a_prompt_that_the_virtual_tokens_leave_no_room_for_is_refused(command, 
     line = ("generate", "--model", model, "--prompt", "a", "--adapter", adapters["prompt"])
     code, out, err = command(*line, "--max-new-tokens", 122)
     assert code == 1 and out == "" and "exceed the model's 122" in err
+
+
+# --- compare ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare(command, model, data, tmp_path):
+    def run(*more, methods="lora,prefix"):
+        return command(
+            "compare", "--model", model, "--data", data, "--eval-data", data, "--output", tmp_path / "all",
+            "--methods", methods, "--batch-size", 4, *more,
+        )  # fmt: skip
+
+    return run
+
+
+def test_compare_measures_each_method_and_writes_table_csv_and_picture(compare, tmp_path, data):
+    line = ("--epochs", 4, "--rank", 4, "--virtual-tokens", 6, "--learning-rate", "lora=0.01")
+    code, out, err = compare(*line, "--learning-rate", "prefix=0.1")
+    assert code == 0, err
+    folder = tmp_path / "all"
+    found = json.loads((folder / "compare.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["base", "lora", "prefix"]
+    base, *rows = found["rows"]
+    assert base["trainable_parameters"] is None and found["eval_data"] == str(data)
+    for row in rows:
+        record = json.loads((folder / row["method"] / "run.json").read_text())
+        for key in ("trainable_parameters", "train_seconds", "peak_rss_bytes", "steps", "settings"):
+            assert row[key] == record[key]
+        files = [
+            folder / row["method"] / name for name in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+        assert row["file_bytes"] == sum(file.stat().st_size for file in files)
+        assert row["steps"] == 16 and row["accuracy"] > base["accuracy"] and row["error"] is None
+    assert rows[0]["settings"]["rank"] == 4 and rows[0]["settings"]["learning_rate"] == 0.01
+    assert rows[1]["settings"]["virtual_tokens"] == 6 and rows[1]["settings"]["learning_rate"] == 0.1
+    for word in ("base", "lora", "prefix", "accuracy", "trainable parameters", "file size", "peak memory"):
+        assert word in out
+    assert f"{rows[0]['trainable_parameters']:,}" in out
+    with open(folder / "compare.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["method"] for row in written] == ["base", "lora", "prefix"]
+    assert float(written[2]["accuracy"]) == rows[1]["accuracy"]
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "Comparing 1/2" in err and "ETA" in err and "  prefix: Training 16/16" in err
+    code, out, err = compare()
+    assert code == 1 and out == "" and "holds a comparison already" in err
+
+
+def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path):
+    code, out, err = compare("--max-steps", 2, "--rank", 500, "--json")
+    assert code == 1 and "Traceback" not in err
+    assert "compare: failed: lora" in err.strip().splitlines()[-1]
+    base, lora, prefix = json.loads(out)["rows"]
+    assert "500" in lora["error"] and lora["accuracy"] is None and lora["settings"]["rank"] == 500
+    assert prefix["error"] is None and prefix["accuracy"] is not None and base["error"] is None
+    assert (tmp_path / "all" / "compare.png").exists()
+    drawn = table(json.loads(out), 110)
+    assert f"lora failed: {lora['error']}" in drawn and "failed" in drawn.splitlines()[4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--methods", "lora,lra"), "--methods: expected all, or some of lora, qlora"),
+        (("--methods", ","), "got nothing"),
+        (("--learning-rate", "prompt=1"), "'prompt' is not compared"),
+        (("--learning-rate", "fast"), "METHOD=RATE or a number"),
+        (("--width", 8), "--width: is an option of bottleneck, and --methods has none of them"),
+        (("--virtual-tokens", 0), "--virtual-tokens: expected at least 1"),
+        (("--batch-size", 0), "--batch-size"),
+    ],
+)
+def test_wrong_usage_of_compare_is_found_before_anything_runs(compare, tmp_path, arguments, says):
+    code, out, err = compare(*arguments)
+    assert code == 2 and out == "" and says in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "all").exists()
+
+
+def test_the_command_line_that_compare_gives_to_train_means_the_settings(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("peft_engine.train.run.run", lambda settings, say: seen.append(settings) or 1 / 0)
+    for method in METHODS:
+        settings = Comparison(
+            methods=METHODS, model="m", data=tmp_path / "d", eval_data=tmp_path / "e", output=tmp_path / "o",
+            quantize="nf4", max_length=50, overwrite=True, rates=rates_of(["0.5", "prefix=2e-3"], METHODS),
+            options=MethodOptions(
+                rank=3, target_modules=["q_proj", "v_proj"], virtual_tokens=5, prefix_projection=True, width=7
+            ),
+            loop=LoopSettings(max_steps=3, gradient_checkpointing=True),
+        ).run(method)  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["peft-engine", *arguments(settings)])
+        with pytest.raises(SystemExit):
+            main()
+        assert seen[-1].to_dict() == settings.to_dict()
+        assert settings.loop.learning_rate == (2e-3 if method == "prefix" else 0.5)
+        assert settings.base == "nf4"
+    assert methods_of("all") == METHODS
