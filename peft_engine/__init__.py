@@ -12,6 +12,7 @@ _HOME = {
     "LoraConfig": "methods",
     "PrefixTuningConfig": "methods",
     "PromptTuningConfig": "methods",
+    "BottleneckConfig": "methods",
     "attach": "methods",
     "detach": "methods",
     "active": "methods",

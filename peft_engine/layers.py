@@ -21,6 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from peft_engine.dispatch import BackendError, Choice
+from peft_engine.methods import virtual_tokens
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
@@ -163,8 +164,11 @@ class _Attention:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        out = _attend(q, k, v, attention_mask, self.scaling)
-        out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        if virtual_tokens.stands_before(self):
+            out, _ = virtual_tokens.attend(_by_op, self, q, k, v, attention_mask, scaling=self.scaling)
+        else:
+            out = _attend(q, k, v, attention_mask, self.scaling).transpose(1, 2)
+        out = out.reshape(*hidden_states.shape[:-1], -1)
         return self._modules["o_proj"](out), None
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -222,8 +226,9 @@ class Phi3Attention(_Attention, phi3.Phi3Attention):
 
 def _own_attention(module: Any) -> str:
     """Why the layer's own code runs, or nothing; what is set may change after the layer was fused."""
-    if module.config._attn_implementation != "sdpa":
-        return f"attention is set to {module.config._attn_implementation}; the fused one stands for sdpa"
+    implementation = module.config._attn_implementation.removeprefix(virtual_tokens.NAME)
+    if implementation != "sdpa":
+        return f"attention is set to {implementation}; the fused one stands for sdpa"
     if not module.is_causal:
         return "it is bidirectional"
     if module.training and module.attention_dropout:
@@ -254,6 +259,11 @@ def _attend(
     if intervals is not None:
         return attention(q, k, v, intervals=intervals, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _by_op(module, query, key, value, mask, *, scaling: float, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """_attend, called as transformers' interface calls its functions."""
+    return _attend(query, key, value, mask, scaling).transpose(1, 2), None
 
 
 # --- which class --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from peft_engine.heads import FusedHeadLinear
+from peft_engine.methods import copies
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
 
@@ -31,7 +32,7 @@ def quantize_(
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
     ("down_proj"); it takes the place of the default, the output head (a classifier: its last layer). A tied
-    weight stays dense always.
+    weight stays dense always, and so does what transformers keeps in float32 (T5's wo).
     Raises ValueError before anything is changed: for a model with adapters or another quantisation, for
     linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches nothing.
     """
@@ -89,6 +90,8 @@ def select_linears(
                 f"{caller}: skip_modules names {pattern!r}, which no module has{_near(pattern, names)}"
             )
     tied = _tied_weights(model)
+    # T5's wo: its block casts what goes in to the weight's dtype, which for packed bytes is none.
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     chosen: list[str] = []
     dense: list[str] = []
     refused: list[str] = []
@@ -98,10 +101,12 @@ def select_linears(
                 f"{caller}: {name} has an adapter already; quantise first and attach then "
                 "(detach, or merge_and_unload of PEFT, takes adapters off)"
             )
+        if copies.is_ours(name):
+            continue
         skipped = any(_matches(name, pattern) for pattern in skip)
         why = _refusal(module)
         if why is None and type(module) is torch.nn.Linear:
-            skipped = skipped or f"{name}.weight".removeprefix(".") in tied
+            skipped = skipped or f"{name}.weight".removeprefix(".") in tied or name.rpartition(".")[2] in kept
             (dense if skipped else chosen).append(name)
         elif why is not None and skipped:
             dense.append(name)

@@ -15,6 +15,7 @@ import torch
 from peft_engine import native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
+from peft_engine.methods import virtual_tokens
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
@@ -155,6 +156,9 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
                 continue
         if inside is not None and name.startswith(inside):
             continue
+        if ".peft_engine_" in f".{name}":  # an adapter's own part: the line of its layer speaks for it
+            continue
+        yield from _virtual_tokens_line(name, module, dtype)
         if _is_peft_layer(module):
             inside = f"{name}." if name else ""
             yield _peft_line(name, module, dtype)
@@ -282,6 +286,16 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
     dtype = (base.compute_dtype or weight.dtype) if isinstance(weight, NF4Tensor) else weight.dtype
     adapter = None if alone else module.lora_A[names[0]].weight
     return _product_line(name, module, weight, dtype, adapter)
+
+
+def _virtual_tokens_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
+    """A line besides the layer's own for what stands in front of an attention layer's keys."""
+    device = next(module.parameters(), torch.empty(0)).device.type
+    found = virtual_tokens.describe(module, device, dtype)
+    if found is not None and found[0]:
+        yield _ran(name, module, "prefix_attention", *found)
+    elif found is not None:
+        yield _own(name, module, "prefix_attention", found[1])
 
 
 def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:

@@ -1,21 +1,6 @@
 // What joins an adapter to the base product: its matrices as terms of the same contraction. Included once per
 // instruction set, after panels.inl.
 
-template <class F>
-inline void in_parallel(int64_t n, bool worth_it, const F& f) {
-  if (worth_it) torch::stable::parallel_for(0, n, 1, f);
-  else if (n > 0) f(0, n);
-}
-
-inline Source dense(const void* data, Type type, int64_t rows, int64_t cols) {
-  Source s;
-  s.m.data = data;
-  s.m.type = type;
-  s.m.rows = rows;
-  s.m.cols = cols;
-  return s;
-}
-
 // n contiguous values of a dense matrix times `factor` as bf16 terms: out[t] holds the t-th of each.
 inline void bf16_terms(const Matrix& m, int64_t i, int64_t n, float factor, int terms, uint16_t* const* out) {
   for (int64_t start = 0; start < n; start += 16) {
@@ -114,6 +99,3 @@ inline Dropout dropout_of(const Adapter& adapter) {
 constexpr int64_t aligned(int64_t n) { return (n + 31) / 32 * 32; }
 
 constexpr Type kWord[2] = {Type::f32, Type::bf16};
-
-// A product of fewer multiplications than this is not worth waking a second thread.
-constexpr int64_t kWorthThreads = 1 << 19;

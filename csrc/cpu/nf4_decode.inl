@@ -3,7 +3,7 @@
 // 64 weights are 32 packed bytes. Natural order is kept: each 16-bit word holds four indices, so it is copied to the
 // four lanes that need it and shifted by 4, 0, 12 or 8 bits; the table lookup then reads the low bits of each lane.
 
-#include "cpu/convert.inl"
+#include "cpu/vector.inl"
 
 // 64 floats. `w` is NF4, i (the flat index of the first) a multiple of 64.
 inline void decode64(const Matrix& w, int64_t i, float* out) {

@@ -7,6 +7,15 @@
 #include "cpu/nf4_decode.inl"
 #include "cpu/tiles.inl"
 
+// A product of fewer multiplications than this is not worth waking a second thread.
+constexpr int64_t kWorthThreads = 1 << 19;
+
+template <class F>
+inline void in_parallel(int64_t n, bool worth_it, const F& f) {
+  if (worth_it) torch::stable::parallel_for(0, n, 1, f);
+  else if (n > 0) f(0, n);
+}
+
 // The dropout of lora_linear: element (row, column) is kept when its hash is not below the threshold.
 struct Dropout {
   bool on = false;
@@ -34,7 +43,39 @@ struct Dropout {
 struct Source {
   Matrix m;
   Dropout dropout;
+  // Of a matrix read through a LayerNorm: the mean and rstd of each row, and for each column, up to a multiple of 64,
+  // what it is multiplied with and what is added.
+  const float* stats = nullptr;
+  const float* gain = nullptr;
+  const float* shift = nullptr;
 };
+
+inline Source dense(const void* data, Type type, int64_t rows, int64_t cols) {
+  Source s;
+  s.m.data = data;
+  s.m.type = type;
+  s.m.rows = rows;
+  s.m.cols = cols;
+  return s;
+}
+
+// 64 values of a row through the LayerNorm, in place.
+inline void normalise64(const Source& s, int64_t row, int64_t col, float* v) {
+  const float mean = s.stats[2 * row], rstd = s.stats[2 * row + 1];
+  for (int j = 0; j < 64; j += kWidth) {
+    const Floats z = (load<F32>(v + j) - mean) * rstd * load<F32>(s.gain + col + j) + load<F32>(s.shift + col + j);
+    store<F32>(v + j, z);
+  }
+}
+
+// 64 values of a dense matrix as floats.
+inline void load64(const void* data, Type type, int64_t i, float* out) {
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    const auto* from = static_cast<const typename T::Value*>(data) + i;
+    for (int j = 0; j < 64; j += kWidth) store<F32>(out + j, load<T>(from + j));
+  });
+}
 
 // n <= 64 values from (row, col) as floats, zeros up to 64 and outside the matrix.
 inline void read64(const Source& s, int64_t row, int64_t col, float* out) {
@@ -48,9 +89,15 @@ inline void read64(const Source& s, int64_t row, int64_t col, float* out) {
   if (s.m.type == Type::nf4) {
     if (n == 64 && i % 64 == 0) decode64(s.m, i, out);
     else decode_any(s.m, i, n, out);
+  } else if (n == 64) {
+    load64(s.m.data, s.m.type, i, out);
   } else {
     for (int j = 0; j < 64; j += 16)
       load_up_to_16(s.m.data, s.m.type, i + j, n - j < 0 ? 0 : n - j < 16 ? n - j : 16, out + j);
+  }
+  if (s.stats != nullptr) {
+    normalise64(s, row, col, out);
+    for (int j = n; j < 64; ++j) out[j] = 0.0f;
   }
   if (s.dropout.on) {
     const uint32_t key = s.dropout.row_key(row);
@@ -84,7 +131,7 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
 #if PE_LEVEL >= 3
 // read64 as bf16, two registers.
 inline void read64_bf16(const Source& s, int64_t row, int64_t col, __m512i* first, __m512i* second) {
-  if (s.m.type == Type::bf16 && !s.dropout.on && row < s.m.rows && col + 64 <= s.m.cols) {
+  if (s.m.type == Type::bf16 && !s.dropout.on && s.stats == nullptr && row < s.m.rows && col + 64 <= s.m.cols) {
     const uint16_t* from = static_cast<const uint16_t*>(s.m.data) + row * s.m.cols + col;
     *first = _mm512_loadu_si512(from);
     *second = _mm512_loadu_si512(from + 32);

@@ -32,6 +32,29 @@ inline void transpose16(const uint32_t* in, uint32_t* out) {
     _mm512_storeu_si512(out + 16 * (8 + c), _mm512_shuffle_i32x4(lo01, lo23, 0xDD));
     _mm512_storeu_si512(out + 16 * (12 + c), _mm512_shuffle_i32x4(hi01, hi23, 0xDD));
   }
+#elif PE_LEVEL == 1
+  // Quarters of 8 x 8.
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const int row = quarter / 2 * 8, col = quarter % 2 * 8;
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in) + 16 * (row + i) + col);
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+      r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
+      r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+      r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
+    }
+    // r[4g + c] holds, in its lane l, column 4l + c of rows 4g .. 4g + 3.
+    float* to = reinterpret_cast<float*>(out) + 16 * col + row;
+    for (int c = 0; c < 4; ++c) {
+      _mm256_storeu_ps(to + 16 * c, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
+      _mm256_storeu_ps(to + 16 * (4 + c), _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
+    }
+  }
 #else
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) out[16 * j + i] = in[16 * i + j];
@@ -153,11 +176,12 @@ struct TileUnit {
 template <bool kPairs>
 constexpr int64_t kSumSteps = kPairs ? 2 : 4;
 
-// One tile of rows against kCols (1 or 2) tiles of columns, at most kSumSteps steps.
+// One tile, of which the first `used` rows count, against kCols (1 or 2) tiles of columns, at most kSumSteps steps.
 template <bool kPairs, int kCols>
-inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t steps, float* c) {
+inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t steps, float* c,
+                            int64_t used) {
 #if PE_LEVEL >= 2
-  for (int half = 0; half < 16; half += 8) {
+  for (int half = 0; half < used; half += 8) {
     __m512 sum[8][kCols];
     for (int r = 0; r < 8; ++r)
       for (int j = 0; j < kCols; ++j) sum[r][j] = _mm512_setzero_ps();
@@ -190,7 +214,7 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 #elif PE_LEVEL == 1
   const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
   for (int j = 0; j < kCols; ++j) {
-    for (int quarter = 0; quarter < 16; quarter += 4) {
+    for (int quarter = 0; quarter < used; quarter += 4) {
       float* to = c + j * kTile + 16 * quarter;
       __m256 low[4], high[4];
       for (int r = 0; r < 4; ++r) {
@@ -218,7 +242,7 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 #else
   const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
   for (int j = 0; j < kCols; ++j) {
-    for (int r = 0; r < 16; ++r) {
+    for (int r = 0; r < used; ++r) {
       float sum[16] = {};
       for (int64_t s = 0; s < steps; ++s) {
         const float *as = af + s * kTile + 16 * r, *bs = bf + s * kTile + j * b_stride;
@@ -232,10 +256,11 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 }
 
 // C += A B over `steps`: rows tiles of A, cols tiles of B, C tile (r, j) at c + r * c_stride + j * kTile. Strides in words.
-// kLeftOnce: the right operand stays in the L1 cache, else the left one.
+// kLeftOnce: the right operand stays in the L1 cache, else the left one. Of the last tile of A, the first `last_used`
+// rows count.
 template <bool kPairs, bool kLeftOnce>
 inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
-                     int64_t cols, int64_t steps, float* c, int64_t c_stride) {
+                     int64_t cols, int64_t steps, float* c, int64_t c_stride, int64_t last_used = 16) {
 #if PE_LEVEL >= 4
   if constexpr (kPairs) {
     int64_t j = 0;
@@ -265,11 +290,12 @@ inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const ui
   for (int64_t j = 0; j < cols; j += 2) {
     for (int64_t r = 0; r < rows; ++r) {
       float* to = c + r * c_stride + j * kTile;
+      const int64_t used = r + 1 < rows ? 16 : last_used;
       for (int64_t s = 0; s < steps; s += kSumSteps<kPairs>) {
         const int64_t n = steps - s < kSumSteps<kPairs> ? steps - s : kSumSteps<kPairs>;
         const uint32_t *left = a + r * a_stride + s * kTile, *right = b + j * b_stride + s * kTile;
-        if (j + 2 <= cols) vector_multiply<kPairs, 2>(left, right, b_stride, n, to);
-        else vector_multiply<kPairs, 1>(left, right, b_stride, n, to);
+        if (j + 2 <= cols) vector_multiply<kPairs, 2>(left, right, b_stride, n, to, used);
+        else vector_multiply<kPairs, 1>(left, right, b_stride, n, to, used);
       }
     }
   }

@@ -89,14 +89,15 @@ def _attentions(stack: nn.Module) -> list[tuple[str, Any]]:
 def _stack(path: str, stack: Any, *, causal: bool, shifted: bool) -> Stack:
     prefix = f"{path}." if path else ""
     sites = tuple(
-        Site(prefix + inner, *_heads(module), cross=not set(CROSS).isdisjoint(inner.split(".")))
+        Site(prefix + inner, *heads_of(module), cross=not set(CROSS).isdisjoint(inner.split(".")))
         for inner, module in _attentions(stack)
     )
     embeddings = _embeddings(stack) if shifted else None
     return Stack(path, causal, sites, embeddings, _learned(stack))
 
 
-def _heads(module: Any) -> tuple[int, int]:
+def heads_of(module: Any) -> tuple[int, int]:
+    """The key heads of an attention layer, and their width."""
     heads = next((getattr(module, name) for name in HEADS if hasattr(module, name)), None)
     if heads is None:
         heads = module.config.num_attention_heads

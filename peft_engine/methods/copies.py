@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-CHILD = "peft_engine_copies"
+OURS = "peft_engine_"  # how the names of the children begin that hold what a method adds
+CHILD = f"{OURS}copies"
 BASE = "__base__"
+
+
+def is_ours(path: str) -> bool:
+    """Whether a module or parameter is one that a method put there: it lies below a child of our name."""
+    return any(part.startswith(OURS) for part in path.split("."))
 
 
 def root_paths(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, list[str]]:
     """For each name of modules_to_save, the paths that end with it (PEFT's rule), without what is inside."""
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and CHILD not in path]
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and not is_ours(path)]
     found = {name: [path for path in paths if path.endswith(name)] for name in modules_to_save}
     outer = {path for group in found.values() for path in group}
     return {
@@ -38,7 +44,7 @@ def whole(model: nn.Module, roots: Iterable[str]) -> list[str]:
                     f"attach: modules_to_save: {root} holds the adapter tensor {path}; a module is adapted "
                     "or trained whole, the same for all adapters of a model"
                 )
-            if CHILD in path:
+            if is_ours(path):
                 continue
             if not parameter.is_floating_point():
                 raise TypeError(
@@ -46,7 +52,7 @@ def whole(model: nn.Module, roots: Iterable[str]) -> list[str]:
                     f"trained; leave the module dense: quantize_(model, skip_modules=[{root!r}])"
                 )
             out.append(path)
-        state = {key for key in module.state_dict() if CHILD not in key}
+        state = {key for key in module.state_dict() if not is_ours(key)}
         held = state - {key for key, _ in module.named_parameters(remove_duplicate=False)}
         if held:
             raise TypeError(

@@ -170,10 +170,39 @@ def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> t
         return _grouped(layer, x, weight, known)
     parts = []
     for name, rows in known.items():
-        part = x.index_select(0, torch.tensor(rows, device=x.device))
-        parts.append(_product(layer, part, weight, name, copies.value(layer, "bias", name)))
+        index = torch.tensor(rows, device=x.device)
+        bias = copies.value(layer, "bias", name)
+        if name not in layer.lora and not isinstance(weight, NF4Tensor):
+            # torch's product of fewer rows has other bits than that of the batch.
+            parts.append(F.linear(x, weight, bias).index_select(0, index))
+        else:
+            parts.append(_apart(layer, x, index, weight, name, bias))
     order = torch.tensor([row for rows in known.values() for row in rows], device=x.device)
     return torch.cat(parts).index_select(0, order.argsort())
+
+
+# From this many on, lora_linear's rows are computed in one way: their bits do not depend on how many there are.
+MANY_ROWS = 17
+
+
+def _apart(
+    layer: Any,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor | NF4Tensor,
+    name: str | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product of some rows of the batch under one adapter, with the bits that the whole batch would give."""
+    part = x.index_select(0, index)
+    flat = part.reshape(-1, x.shape[-1])
+    short = min(math.prod(x.shape[:-1]), MANY_ROWS) - flat.shape[0]
+    if short <= 0:
+        return _product(layer, part, weight, name, bias)
+    # Any rows do: they stand for the others of the batch, and what comes of them is dropped.
+    more = flat[:1].detach().expand(short, -1)
+    y = _product(layer, torch.cat((flat, more)), weight, name, bias)[: flat.shape[0]]
+    return y.view(*part.shape[:-1], -1)
 
 
 def _groups(layer: Any, known: Mapping[str | None, list[int]]) -> bool:

@@ -90,12 +90,11 @@ class PromptEncoder(nn.Module):
         """The inputs of an encoder, with the prompt written in front of their embeddings."""
         if self.causal:
             return kwargs
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
-            embeds = prompt_embedding(
-                kwargs["input_ids"], stack.get_input_embeddings(), self.embedding.weight
-            )
-        else:
+        embeds, table = kwargs.get("inputs_embeds"), stack.get_input_embeddings()
+        if embeds is None and type(table) is nn.Embedding:
+            embeds = prompt_embedding(kwargs["input_ids"], table.weight, self.embedding.weight)
+        else:  # embeddings that are given, or that the model scales
+            embeds = table(kwargs["input_ids"]) if embeds is None else embeds
             prompt = self.embedding.weight.to(embeds.dtype).expand(embeds.shape[0], -1, -1)
             embeds = torch.cat((prompt, embeds), dim=1)
         kwargs = {**kwargs, "input_ids": None, "inputs_embeds": embeds}
@@ -104,6 +103,7 @@ class PromptEncoder(nn.Module):
             attention_mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"),
             token_type_ids=kwargs.get("token_type_ids"),
+            is_causal=False,
         )
 
 

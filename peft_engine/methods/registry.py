@@ -6,12 +6,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from peft_engine.methods import lora_layers, prefix_tuning, prompt_tuning
+from peft_engine.methods import bottleneck, lora_layers, prefix_tuning, prompt_tuning
+from peft_engine.methods.bottleneck_config import BottleneckConfig
 from peft_engine.methods.lora import LoraConfig
 from peft_engine.methods.prefix_tuning import PrefixTuningConfig
 from peft_engine.methods.prompt_tuning import PromptTuningConfig
 
-Config = LoraConfig | PrefixTuningConfig | PromptTuningConfig
+Config = LoraConfig | PrefixTuningConfig | PromptTuningConfig | BottleneckConfig
 Shape = tuple[int, ...]
 
 
@@ -82,7 +83,7 @@ class Method(Protocol):
         """The config in an adapter_config.json; ValueError for what it does not know."""
 
 
-METHODS: tuple[Method, ...] = (lora_layers, prefix_tuning, prompt_tuning)
+METHODS: tuple[Method, ...] = (lora_layers, prefix_tuning, prompt_tuning, bottleneck)
 
 
 def method_of(config: Any, who: str = "attach") -> Method:

@@ -92,7 +92,7 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
     if config.bias != "none":
         for path, parameter in model.named_parameters(remove_duplicate=False):
             parent, _, leaf = path.rpartition(".")
-            mine = leaf == "bias" and copies.CHILD not in path and path not in copied
+            mine = leaf == "bias" and not copies.is_ours(path) and path not in copied
             if mine and (config.bias == "all" or parent in layers) and parameter.is_floating_point():
                 copied.append(path)
     return Plan(layers, copied)
@@ -117,7 +117,11 @@ def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
     head = None if get is None else get()
     if head is None and task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, name, None) for name in HEAD_NAMES) if h is not None), None)
-    return [path for path, module in model.named_modules() if is_linear(module) and module is not head]
+    return [
+        path
+        for path, module in model.named_modules()
+        if is_linear(module) and module is not head and not copies.is_ours(path)
+    ]
 
 
 def named(path: str, names: str | Iterable[str]) -> bool:
@@ -162,7 +166,11 @@ def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:
 
 def near_names(wanted: Iterable[str], model: nn.Module) -> list[str]:
     """Names of linear layers that look like the wanted ones; all of their last parts when none does."""
-    paths = [path for path, module in model.named_modules() if path and is_linear(module)]
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if path and is_linear(module) and not copies.is_ours(path)
+    ]
     leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
     near: list[str] = []
     for name in wanted:
@@ -236,7 +244,7 @@ def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> l
 
 def _own(path: str) -> bool:
     """Whether a module is the base's, and not one that an adapter put there."""
-    return copies.CHILD not in path and not {"lora_A", "lora_B"} & set(path.split("."))
+    return not copies.is_ours(path) and not {"lora_A", "lora_B"} & set(path.split("."))
 
 
 def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) -> None:

@@ -9,6 +9,7 @@ goes through the model's own attention.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_engine.methods import copies
-from peft_engine.methods.attention_sites import Stack, parameters_of
+from peft_engine.methods.attention_sites import Stack, heads_of, parameters_of
 from peft_engine.ops.attention import Intervals, kept_intervals
-from peft_engine.ops.prefix_attention import prefix_attention
+from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
 
 CHILD = "peft_engine_virtual_tokens"
 SITE = "peft_engine_site"
@@ -296,29 +297,35 @@ def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[li
 # --- the attention ------------------------------------------------------------------------------------------
 
 
-def _forward(own: str, module: Any, query, key, value, attention_mask, **kwargs: Any) -> tuple[Any, Any]:
+def stands_before(module: Any) -> bool:
+    """Whether something stands in front of an attention layer's keys in the forward that runs, or is caught."""
     live: Live | None = module.__dict__.get(SITE)
-    base = _base(own, module)
+    return live is not None and (live.catch or bool(live.parts))
+
+
+def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:
+    """Attention of `module` behind its virtual tokens; `base` is what runs without any, as the interface has it."""
+    live: Live | None = module.__dict__.get(SITE)
     if live is not None and live.catch:
         live.caught = key, value
     if live is None or not live.parts:
         return base(module, query, key, value, attention_mask, **kwargs)
-    if live.parts[0][0] is None:
-        _, prefix_k, prefix_v = live.parts[0]
-        return with_prefix(
-            base, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs
-        ), None
-    return _mixed(base, module, query, key, value, attention_mask, live.parts, **kwargs), None
+    rows, prefix_k, prefix_v = live.parts[0]
+    if rows is None:
+        out = with_prefix(base, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs)
+    else:
+        out = _mixed(base, module, query, key, value, attention_mask, live.parts, **kwargs)
+    return out, None
 
 
 def forward_over_sdpa(module, query, key, value, attention_mask, **kwargs):
     """Attention behind virtual tokens, for a model set to sdpa; (B, T, heads, head_dim)."""
-    return _forward("sdpa", module, query, key, value, attention_mask, **kwargs)
+    return attend(_base("sdpa", module), module, query, key, value, attention_mask, **kwargs)
 
 
 def forward_over_eager(module, query, key, value, attention_mask, **kwargs):
     """Attention behind virtual tokens, for a model set to eager."""
-    return _forward("eager", module, query, key, value, attention_mask, **kwargs)
+    return attend(_base("eager", module), module, query, key, value, attention_mask, **kwargs)
 
 
 _forwards = {"sdpa": forward_over_sdpa, "eager": forward_over_eager}
@@ -330,7 +337,7 @@ def _base(own: str, module: Any) -> Any:
 
         return sdpa_attention_forward
     kind = next(k for k in type(module).__mro__ if k.__module__.startswith("transformers."))
-    return vars(__import__("sys").modules[kind.__module__])["eager_attention_forward"]
+    return vars(sys.modules[kind.__module__])["eager_attention_forward"]
 
 
 def why_by_cat(dropout: float, kwargs: dict) -> str:
@@ -352,6 +359,10 @@ def with_prefix(
     """Attention of `module` over [prefix ; keys] as (B, T, heads, head_dim)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and mask is None and query.shape[2] > 1
+    if (
+        causal and key.shape[2] > query.shape[2]
+    ):  # a static cache before its first token: later slots are empty
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if why_by_cat(dropout, kwargs):
         return _by_cat(
             base, module, query, key, value, mask, prefix_k, prefix_v, causal,
@@ -412,3 +423,23 @@ def _mixed(base, module, query, key, value, mask, parts: Sequence[Part], *, posi
             outs.append(base(module, q, k, v, m, **extra)[0])
         order += group  # type: ignore[arg-type]
     return torch.cat(outs).index_select(0, torch.tensor(order, device=query.device).argsort())
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+def describe(module: Any, device: str, dtype: torch.dtype) -> tuple[str, str] | None:
+    """The backend behind whose virtual tokens an attention layer's queries run, and why no faster one.
+
+    None for a layer that has none in front now. The backend is "" where torch's attention runs over the
+    joined keys.
+    """
+    if SITE not in module.__dict__ or not module.config._attn_implementation.startswith(NAME):
+        return None
+    dropout = module.training and float(getattr(module, "attention_dropout", 0.0) or 0.0)
+    why = why_by_cat(dropout, {"softcap": getattr(module.config, "attn_logit_softcapping", None)})
+    if why:
+        return "", why
+    _, head_dim = heads_of(module)
+    choice = PREFIX_ATTENTION.choose(PrefixAttentionCall(device, dtype, head_dim))
+    return choice.backend, choice.reason

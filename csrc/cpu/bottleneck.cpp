@@ -1,0 +1,116 @@
+// bottleneck on the CPU: y = residual + s (act(LN(x) Wd^T + bd) Wu^T + bu) and its gradients. The maths is in
+// peft_engine/ops/bottleneck.py.
+#include "cpu/bottleneck.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/scratch.h"
+#include "cpu/tensors.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define PE_KERNELS "cpu/bottleneck.inl"
+#include "cpu/foreach_isa.h"
+
+namespace pe {
+namespace {
+
+using Maybe = std::optional<Tensor>;
+
+const void* data_of(const Maybe& t) { return t ? t->const_data_ptr() : nullptr; }
+
+Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(name == "tanh", "bottleneck: activation must be relu, gelu, silu or tanh, got ", name);
+  return Activation::tanh;
+}
+
+BottleneckAdapter adapter_of(const Tensor& down, const Maybe& down_bias, const Tensor& up, const Maybe& up_bias,
+                             const Maybe& norm, const Maybe& norm_bias, const std::string& activation, double scaling) {
+  BottleneckAdapter a{};
+  a.down = down.const_data_ptr();
+  a.down_bias = data_of(down_bias);
+  a.up = up.const_data_ptr();
+  a.up_bias = data_of(up_bias);
+  a.type = type_of(down);
+  a.norm = data_of(norm);
+  a.norm_bias = data_of(norm_bias);
+  a.norm_type = norm ? type_of(*norm) : Type::f32;
+  a.features = down.size(1);
+  a.width = down.size(0);
+  a.activation = activation_of(activation);
+  a.scaling = static_cast<float>(scaling);
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& x, Maybe residual, const Tensor& down, Maybe down_bias,
+                                              const Tensor& up, Maybe up_bias, Maybe norm, Maybe norm_bias,
+                                              std::string activation, double scaling, double eps) {
+  BottleneckForward f{};
+  f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
+  f.rows = x.size(0);
+  f.x = x.const_data_ptr();
+  f.residual = residual ? residual->const_data_ptr() : f.x;
+  f.type = type_of(x);
+  f.eps = static_cast<float>(eps);
+  Tensor y = like(x, {f.rows, f.adapter.features}), middle = like(down, {f.rows, f.adapter.width});
+  Tensor stats = empty({norm ? f.rows : 0, 2}, torch::headeronly::ScalarType::Float);
+  f.y = y.mutable_data_ptr();
+  f.middle = middle.mutable_data_ptr();
+  f.stats = static_cast<float*>(stats.mutable_data_ptr());
+  if (f.rows > 0) PE_CALL(bottleneck_forward)(f, torch::stable::get_num_threads());
+  return {y, middle, stats};
+}
+
+// A gradient of `source`'s shape, or one with no elements; `data` is set where it is wanted.
+Tensor gradient(bool wanted, const Tensor* source, const Tensor& dy, void** data) {
+  if (!wanted || source == nullptr) return like(dy, {0});
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < source->dim(); ++d) shape.push_back(source->size(d));
+  Tensor out = empty(shape.data(), source->dim(), source->scalar_type());
+  *data = out.mutable_data_ptr();
+  return out;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward_op(const Tensor& dy, const Tensor& x, const Tensor& middle, const Tensor& stats, const Tensor& down,
+                      Maybe down_bias, const Tensor& up, Maybe up_bias, Maybe norm, Maybe norm_bias,
+                      std::string activation, double scaling, bool residual_is_x, std::vector<bool> wanted) {
+  STD_TORCH_CHECK(wanted.size() == 7, "bottleneck_backward: wanted must have 7 entries, got ", wanted.size());
+  BottleneckBackward f{};
+  f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
+  f.rows = dy.size(0);
+  f.dy = dy.const_data_ptr();
+  f.x = x.const_data_ptr();
+  f.middle = middle.const_data_ptr();
+  f.stats = static_cast<const float*>(stats.const_data_ptr());
+  f.type = type_of(dy);
+  f.residual_is_x = residual_is_x;
+  const auto maybe = [](const Maybe& t) { return t ? &*t : nullptr; };
+  Tensor dx = gradient(wanted[0], &dy, dy, &f.dx), ddown = gradient(wanted[1], &down, dy, &f.ddown);
+  Tensor ddown_bias = gradient(wanted[2], maybe(down_bias), dy, &f.ddown_bias);
+  Tensor dup = gradient(wanted[3], &up, dy, &f.dup), dup_bias = gradient(wanted[4], maybe(up_bias), dy, &f.dup_bias);
+  Tensor dnorm = gradient(wanted[5], maybe(norm), dy, &f.dnorm);
+  Tensor dnorm_bias = gradient(wanted[6], maybe(norm_bias), dy, &f.dnorm_bias);
+  PE_CALL(bottleneck_backward)(f, torch::stable::get_num_threads());
+  return {dx, ddown, ddown_bias, dup, dup_bias, dnorm, dnorm_bias};
+}
+
+}  // namespace
+}  // namespace pe
+
+STABLE_TORCH_LIBRARY_IMPL(peft_engine, CPU, m) {
+  m.impl("bottleneck_forward", TORCH_BOX(&pe::forward_op));
+  m.impl("bottleneck_backward", TORCH_BOX(&pe::backward_op));
+}

@@ -1,0 +1,203 @@
+"""Where a model's layers end their attentions and their feed-forwards: where bottleneck adapters stand.
+
+Every layer of transformers has sublayers of one form, s' = s + h or s' = LN(s + h) with h = sublayer(s). A site
+is one of them: the module whose output is h, the module whose input is s, and LN where the layer has one after
+the sum. The families of FAMILIES are known by the names of a layer's children; of others the sublayers alone are
+found, by their own names, and s is not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peft_engine.methods import copies
+from peft_engine.methods.attention_sites import CROSS, uses_interface
+
+ATTENTION, CROSS_ATTENTION, OUTPUT = "mh_adapter", "cross_adapter", "output_adapter"  # the library's words
+# What the `adapters` library calls the module that holds a layer's adapters.
+HOLDERS = {
+    ATTENTION: "attention_adapters",
+    CROSS_ATTENTION: "cross_attention_adapters",
+    OUTPUT: "output_adapters",
+}
+# Feed-forwards and attentions by name, in layers of no known family.
+FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "ff", "fc2")
+ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
+# Families with BART's names whose norms stand after the sum, as BART's do.
+POST_NORM = ("bart", "marian", "plbart")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sublayer: see the head of the file.
+
+    path    of the module whose output is h; adapters live there
+    holder  the path of the module that has the adapters in the `adapters` library
+    kind    ATTENTION, CROSS_ATTENTION or OUTPUT
+    layer   the layer's index, those of a decoder counted on from its encoder's
+    source  the path of the module whose input is s, and argument: which; None where s is not known
+    norm    the path of LN, None where the sum has none after it
+    """
+
+    path: str
+    holder: str
+    kind: str
+    layer: int
+    source: str | None
+    argument: int
+    norm: str | None
+    width: int
+
+    @property
+    def generic(self) -> bool:
+        """Whether the layer is of no known family."""
+        return self.source is None
+
+
+Found = tuple[str, str, str, str | None, int, str | None]  # path, holder, kind, source, argument, norm
+
+
+def find(model: nn.Module) -> tuple[Site, ...]:
+    """The sites of a model in the order of its layers."""
+    sites: list[Site] = []
+    layers: dict[str, int] = {}
+    done: list[str] = []
+    hidden = _hidden(model)
+    for path, module in model.named_modules():
+        if copies.is_ours(path) or any(path.startswith(f"{outer}.") for outer in done):
+            continue
+        found, layer = list(of_layer(path, module)), path
+        if not found:
+            found, layer = list(_generic(path, module, hidden)), path.rpartition(".")[0]
+        if found:
+            done.append(path)
+        for where, holder, kind, source, argument, norm in found:
+            index = layers.setdefault(layer, len(layers))
+            width = hidden or _width(model.get_submodule(source or where)) or 0
+            sites.append(Site(where, holder, kind, index, source, argument, norm, width))
+    return tuple(sites)
+
+
+def holder_of(model: nn.Module, path: str) -> str:
+    """The `adapters` library's path for what lives at a site."""
+    parts = path.split(".")
+    for length in range(len(parts)):
+        layer = ".".join(parts[:length])
+        for where, holder, *_ in of_layer(layer, model.get_submodule(layer)):
+            if where == path:
+                return holder
+    module = model.get_submodule(path)
+    kind = next((kind for _, _, kind, *_ in _generic(path, module, None)), OUTPUT)
+    return f"{path.rpartition('.')[0]}.{HOLDERS[kind]}".removeprefix(".")
+
+
+def of_layer(path: str, layer: nn.Module) -> Iterator[Found]:
+    """The sites of a layer of a known family, nothing for any other module."""
+    for family in FAMILIES:
+        sites = list(family(f"{path}.".removeprefix("."), layer))
+        if sites:
+            yield from sites
+            return
+
+
+# --- families -----------------------------------------------------------------------------------------------
+
+
+def _has(module: Any, *names: str) -> bool:
+    return all(isinstance(module._modules.get(name), nn.Module) for name in names)
+
+
+def _llama(at: str, layer: Any) -> Iterator[Found]:
+    """Norms before the sublayers: Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, Phi-3, SmolLM3, ..."""
+    norms = {name for name in layer._modules if "norm" in name}
+    if not _has(layer, "self_attn", "mlp") or norms != {"input_layernorm", "post_attention_layernorm"}:
+        return
+    yield f"{at}self_attn", f"{at}{HOLDERS[ATTENTION]}", ATTENTION, f"{at}input_layernorm", 0, None
+    yield f"{at}mlp", f"{at}{HOLDERS[OUTPUT]}", OUTPUT, f"{at}post_attention_layernorm", 0, None
+
+
+def _gpt2(at: str, layer: Any) -> Iterator[Found]:
+    if not _has(layer, "ln_1", "attn", "ln_2", "mlp"):
+        return
+    yield f"{at}attn", f"{at}{HOLDERS[ATTENTION]}", ATTENTION, f"{at}ln_1", 0, None
+    if _has(layer, "crossattention", "ln_cross_attn"):
+        holder = f"{at}{HOLDERS[CROSS_ATTENTION]}"
+        yield f"{at}crossattention", holder, CROSS_ATTENTION, f"{at}ln_cross_attn", 0, None
+    yield f"{at}mlp", f"{at}{HOLDERS[OUTPUT]}", OUTPUT, f"{at}ln_2", 0, None
+
+
+def _bert(at: str, layer: Any) -> Iterator[Found]:
+    """BERT, RoBERTa, ELECTRA, XLM-R: each sublayer ends in a module that drops, adds and norms."""
+    if not _has(layer, "attention", "intermediate", "output") or not _has(layer.attention, "output"):
+        return
+    for name in ("attention.output", "crossattention.output", "output"):
+        try:
+            end = layer.get_submodule(name)
+        except AttributeError:
+            continue
+        if _has(end, "dense", "dropout", "LayerNorm"):
+            here = at + name
+            kind = OUTPUT if name == "output" else ATTENTION
+            yield f"{here}.dropout", here, kind, here, 1, f"{here}.LayerNorm"
+
+
+def _t5(at: str, block: Any) -> Iterator[Found]:
+    parts = block._modules.get("layer")
+    if not isinstance(parts, nn.ModuleList):
+        return
+    kinds = {"SelfAttention": ATTENTION, "EncDecAttention": CROSS_ATTENTION, "DenseReluDense": OUTPUT}
+    for i, part in enumerate(parts):
+        kind = next((kind for name, kind in kinds.items() if _has(part, name)), None)
+        if kind is not None and _has(part, "layer_norm", "dropout"):
+            here = f"{at}layer.{i}"
+            yield f"{here}.dropout", here, kind, f"{here}.layer_norm", 0, None
+
+
+def _bart(at: str, layer: Any) -> Iterator[Found]:
+    """Norms after the sums. The layer drops what a sublayer gives in a function, so an adapter comes before."""
+    family = type(layer).__module__.split(".")[-2:-1]
+    if not set(family) & set(POST_NORM) or not _has(layer, "self_attn", "fc1", "fc2", "final_layer_norm"):
+        return
+    attentions = (("self_attn", ATTENTION), ("encoder_attn", CROSS_ATTENTION))
+    for name, kind in attentions:
+        if _has(layer, name, f"{name}_layer_norm"):
+            here = at + name
+            yield here, at + HOLDERS[kind], kind, here, 0, f"{here}_layer_norm"
+    yield f"{at}fc2", at + HOLDERS[OUTPUT], OUTPUT, f"{at}fc1", 0, f"{at}final_layer_norm"
+
+
+FAMILIES = (_llama, _gpt2, _bert, _t5, _bart)
+
+
+def _generic(path: str, module: nn.Module, hidden: int | None) -> Iterator[Found]:
+    """A sublayer known by its own name alone: h is its output, and s is not known."""
+    parent, _, name = path.rpartition(".")
+    at = f"{parent}.".removeprefix(".")
+    if name in FEED_FORWARDS:
+        kind = OUTPUT
+    elif uses_interface(module):
+        kind = CROSS_ATTENTION if name in CROSS else ATTENTION
+    elif name in ATTENTIONS:
+        kind = ATTENTION
+    else:
+        return
+    if hidden is None or _width(module) == hidden:
+        yield path, at + HOLDERS[kind], kind, None, 0, None
+
+
+def _hidden(model: Any) -> int | None:
+    """The width of the layers, from the config of a transformers model."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "hidden_size", None)
+
+
+def _width(module: nn.Module) -> int | None:
+    """The features that a module's last linear layer gives."""
+    found = None
+    for path, part in module.named_modules():
+        if not copies.is_ours(path):
+            found = getattr(part, "out_features", None) or getattr(part, "nf", None) or found
+    return found
