@@ -93,7 +93,7 @@ def _bars(
     places = range(len(rows))
     axes.barh(places, drawn, color=[COLOURS[row["method"]] for row in rows], height=0.68)
     axes.set_yticks(places, [row["method"] for row in rows])
-    axes.set_title(title, fontsize=10, pad=14)
+    axes.set_title(title, fontsize=10, pad=16, loc="left")
     most = max(drawn, default=0.0) or 1.0
     low = 0.0
     if log:
@@ -103,7 +103,7 @@ def _bars(
     else:
         axes.set_xlim(0, most * 1.5)
     for place, row, value in zip(places, rows, values, strict=True):
-        text = shown(value) if value is not None else "failed" if row["error"] else ""
+        text = "failed" if row["error"] else "" if value is None else shown(value)
         axes.annotate(
             text, (value or low, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
         )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine.cli import main
-from peft_engine.train.compare import Comparison, arguments, methods_of, rates_of
+from peft_engine.train.compare import ChildError, Comparison, _child, arguments, methods_of, rates_of
 from peft_engine.train.compare_report import table
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, config_of, learning_rate
 from peft_engine.train.settings import LoopSettings
@@ -320,16 +320,37 @@ def test_compare_measures_each_method_and_writes_table_csv_and_picture(compare, 
     assert code == 1 and out == "" and "holds a comparison already" in err
 
 
-def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path):
+def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path, monkeypatch):
+    record = {
+        "trainable_parameters": 10, "train_seconds": 1.5, "peak_rss_bytes": 2**30, "steps": 2, "tokens": 9,
+        "losses": [2.0, 1.0], "settings": {},
+    }  # fmt: skip
+
+    def child(line, label, say):
+        if line[0] == "train" and label == "lora":
+            raise ChildError("attach: rank 500 is above the layer's")
+        return record if line[0] == "train" else {"accuracy": 0.75, "perplexity": None}
+
+    monkeypatch.setattr("peft_engine.train.compare._child", child)
     code, out, err = compare("--max-steps", 2, "--rank", 500, "--json")
     assert code == 1 and "Traceback" not in err
     assert "compare: failed: lora" in err.strip().splitlines()[-1]
     base, lora, prefix = json.loads(out)["rows"]
-    assert "500" in lora["error"] and lora["accuracy"] is None and lora["settings"]["rank"] == 500
-    assert prefix["error"] is None and prefix["accuracy"] is not None and base["error"] is None
+    assert "rank 500" in lora["error"] and lora["accuracy"] is None and lora["settings"]["rank"] == 500
+    assert prefix["error"] is None and prefix["accuracy"] == base["accuracy"] == 0.75
     assert (tmp_path / "all" / "compare.png").exists()
     drawn = table(json.loads(out), 110)
     assert f"lora failed: {lora['error']}" in drawn and "failed" in drawn.splitlines()[4]
+
+
+def test_the_error_of_a_process_is_its_own_line_and_its_progress_goes_on(tmp_path):
+    told: list[str] = []
+    with pytest.raises(ChildError) as error:
+        _child(["eval", "--model", "m", "--data", str(tmp_path / "none.jsonl")], "base", told.append)
+    assert str(error.value).startswith(f"{tmp_path / 'none.jsonl'}: does not exist")
+    with pytest.raises(ChildError, match="exit code 2"):
+        _child(["eval"], "base", told.append)
+    assert any("--model" in line and line.startswith("  base: ") for line in told)
 
 
 @pytest.mark.parametrize(
