@@ -28,7 +28,7 @@ struct Cut {
       : rows(rows), columns(columns), group(group) {
     groups = (rows + group - 1) / group;
     panels = (columns + widest - 1) / widest;
-    if (groups * panels < threads) panels = (threads + groups - 1) / groups;
+    if (groups > 0 && groups * panels < threads) panels = (threads + groups - 1) / groups;
     panel = ((columns + panels - 1) / panels + 1) / 2 * 2;  // columns of tiles are multiplied two at a time
     panels = (columns + panel - 1) / panel;
   }

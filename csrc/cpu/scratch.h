@@ -7,7 +7,7 @@
 
 namespace pe {
 
-enum class Slot { panel, accumulators, activations, dropped, adapter, transposed, few_rows, count };
+enum class Slot { panel, accumulators, activations, dropped, adapter, transposed, few_rows, task, shared, sums, count };
 
 class Scratch {
  public:

@@ -1,0 +1,136 @@
+// Attention over a prefix and real keys on CPU; the maths is in peft_engine/ops/prefix_attention.py.
+//
+// A task is one key/value head of one row of the batch (forward: some of its queries), and owns all that it writes. Only
+// the gradient of a shared prefix is a sum over the batch: the batch is cut into chunks, by its size and not by the
+// threads there are; each sums its rows one after another, and the sums are added in the chunks' order. No atomics, the
+// same bits whatever the number of threads, and memory that stops growing with the batch at kSums sums.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/prefix_attention.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+
+#define PE_KERNELS "cpu/prefix_attention.inl"
+#include "cpu/foreach_isa.h"
+
+namespace {
+
+using pe::Heads4;
+using pe::PrefixAttentionArgs;
+using pe::Slot;
+using torch::stable::Tensor;
+
+// Rows of one task of the forward, a multiple of kRowBlock: the real keys are packed again for each.
+constexpr int64_t kForwardRows = 768;
+// Tasks that the backward of a shared prefix is cut into at most, so that sums kept for them.
+constexpr int64_t kSums = 32;
+
+Heads4 heads4(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+// (B, H, T, D) as a view of (B, T, H, D): the layout the next linear reads.
+Tensor by_token(const Tensor& x) {
+  Tensor out = pe::like(x, {x.size(0), x.size(2), x.size(1), x.size(3)});
+  return torch::stable::transpose(out, 1, 2);
+}
+
+PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
+                              const Tensor& prefix_v, const std::optional<Tensor>& first,
+                              const std::optional<Tensor>& last, const std::optional<Tensor>& bias, bool causal,
+                              double scale) {
+  PrefixAttentionArgs x{};
+  x.type = pe::type_of(q), x.prefix_type = pe::type_of(prefix_k);
+  x.batch = q.size(0), x.heads = q.size(1), x.queries = q.size(2), x.head_dim = q.size(3);
+  x.kv_heads = k.size(1), x.keys = k.size(2), x.prefix = prefix_k.size(2);
+  x.shared = prefix_k.size(0) == 1;
+  x.causal = causal;
+  x.scale = static_cast<float>(scale);
+  x.first = first ? static_cast<const int32_t*>(first->const_data_ptr()) : nullptr;
+  x.last = last ? static_cast<const int32_t*>(last->const_data_ptr()) : nullptr;
+  x.q = heads4(q), x.k = heads4(k), x.v = heads4(v), x.prefix_k = heads4(prefix_k), x.prefix_v = heads4(prefix_v);
+  if (bias) {
+    x.bias = bias->const_data_ptr(), x.bias_type = pe::type_of(*bias);
+    const auto stride = [&](int d) { return bias->size(d) == 1 ? 0 : bias->stride(d); };
+    x.bias_batch = stride(0), x.bias_head = stride(1), x.bias_query = stride(2), x.bias_key = bias->stride(3);
+  }
+  return x;
+}
+
+uint32_t* scratch(const PrefixAttentionArgs& x) { return pe::scratch<uint32_t>(Slot::task, pe::task_words(x)); }
+
+// A shared prefix as operands, once a call.
+void pack_shared(PrefixAttentionArgs& x, bool backward) {
+  if (!x.shared || x.prefix == 0 || x.batch == 0) return;
+  const int64_t words = 3 * pe::operand_words(x.prefix, x.head_dim);
+  uint32_t* packed = pe::scratch<uint32_t>(Slot::shared, x.kv_heads * words);
+  torch::stable::parallel_for(0, x.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) PE_CALL(prefix_attention_pack)(x, g, backward, packed, scratch(x));
+  });
+  x.packed = packed;
+}
+
+std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v,
+                                                    std::optional<Tensor> first, std::optional<Tensor> last,
+                                                    std::optional<Tensor> bias, bool causal, double scale) {
+  Tensor out = by_token(q);
+  Tensor lse = pe::empty({q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
+  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale);
+  x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr());
+  pack_shared(x, false);
+  const int64_t chunks = (x.rows() + kForwardRows - 1) / kForwardRows;
+  torch::stable::parallel_for(0, x.batch * x.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row0 = i % chunks * kForwardRows, head = i / chunks;
+      PE_CALL(prefix_attention_forward_task)
+      (x, head / x.kv_heads, head % x.kv_heads, row0, std::min(x.rows(), row0 + kForwardRows), scratch(x));
+    }
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor out, Tensor lse,
+    std::optional<Tensor> first, std::optional<Tensor> last, std::optional<Tensor> bias, bool causal, double scale) {
+  Tensor dq = by_token(q), dk = by_token(k), dv = by_token(v);
+  const auto empty_like = [](const Tensor& t) { return pe::like(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
+  Tensor dprefix_k = empty_like(prefix_k), dprefix_v = empty_like(prefix_v);
+  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale);
+  x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr()), x.dout = heads4(dout);
+  x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
+  x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);
+  pack_shared(x, true);
+  const int64_t most = x.shared ? std::max<int64_t>(1, kSums / x.kv_heads) : x.batch;
+  const int64_t each = std::max<int64_t>(1, (x.batch + most - 1) / std::max<int64_t>(1, most));
+  const int64_t chunks = (x.batch + each - 1) / each, area = 2 * pe::padded(x.prefix) * pe::padded(x.head_dim);
+  float* sums = x.shared ? pe::scratch<float>(Slot::sums, chunks * x.kv_heads * area) : nullptr;
+  torch::stable::parallel_for(0, chunks * x.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b0 = i / x.kv_heads * each;
+      PE_CALL(prefix_attention_backward_task)
+      (x, b0, std::min(x.batch, b0 + each), i % x.kv_heads, sums + i * area, scratch(x));
+    }
+  });
+  if (x.shared && x.prefix > 0)
+    torch::stable::parallel_for(0, x.kv_heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g)
+        PE_CALL(prefix_attention_write_prefix)
+        (x, g, sums + g * area, chunks, x.kv_heads * area, reinterpret_cast<float*>(scratch(x)));
+    });
+  return {dq, dk, dv, dprefix_k, dprefix_v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(peft_engine, CPU, m) {
+  m.impl("prefix_attention_forward", TORCH_BOX(&prefix_attention_forward));
+  m.impl("prefix_attention_backward", TORCH_BOX(&prefix_attention_backward));
+}

@@ -1,0 +1,53 @@
+// Attention over learned keys and values in front of the real ones; see peft_engine/ops/prefix_attention.py.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/attention.h"
+
+namespace pe {
+
+struct PrefixAttentionArgs {
+  Type type, prefix_type, bias_type;
+  int64_t batch, heads, kv_heads, queries, keys, prefix, head_dim;
+  bool shared, causal;  // one prefix for all rows of the batch; the last query sees the last key, and so on
+  float scale;
+  const int32_t *first, *last;  // (batch, queries) each, or both null
+  Heads4 q, k, v, prefix_k, prefix_v, out, dout, dq, dk, dv, dprefix_k, dprefix_v;
+  const void* bias;  // null, or (batch, heads, queries, keys) with these strides
+  int64_t bias_batch, bias_head, bias_query, bias_key;
+  float* lse;              // (batch, heads, queries)
+  const uint32_t* packed;  // a shared prefix as operands, packed_words for each key/value head
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t rows() const { return queries * group(); }
+  // Intervals are the caller's: none may lead outside of the keys.
+  int64_t first_key(int64_t b, int64_t t) const {
+    return first == nullptr || first[b * queries + t] < 0 ? 0 : first[b * queries + t];
+  }
+  int64_t last_key(int64_t b, int64_t t) const {
+    if (last != nullptr) return last[b * queries + t] < keys ? last[b * queries + t] : keys;
+    return causal ? keys - queries + t + 1 : keys;
+  }
+};
+
+// Rows that are computed together: token by token, the heads that share a key/value head side by side.
+constexpr int kRowBlock = 24;
+constexpr int64_t kMostPanel = 64;  // columns of the widest panel of an operand
+
+inline int64_t up_to_panels(int64_t n) { return (n + kMostPanel - 1) / kMostPanel * kMostPanel; }
+
+// Words of one matrix of keys or values as an operand, in either layout.
+inline int64_t operand_words(int64_t keys, int64_t head_dim) { return up_to_panels(keys) * up_to_panels(head_dim); }
+
+// A row of scores: prefix, then real keys. An odd number of cache lines, so that a column is not all in one set.
+inline int64_t score_stride(int64_t prefix, int64_t keys) { return (padded(prefix) + padded(keys)) / 16 * 16 | 16; }
+
+// Words of scratch that a task asks for at most.
+inline int64_t task_words(const PrefixAttentionArgs& x) {
+  const int64_t width = up_to_panels(x.head_dim), stride = score_stride(x.prefix, x.keys);
+  return 5 * operand_words(x.keys, x.head_dim) + 5 * operand_words(x.prefix, x.head_dim) + 4 * kRowBlock * stride +
+         7 * kRowBlock * width + 16 * width + padded(x.keys) + 1024;
+}
+
+}  // namespace pe
