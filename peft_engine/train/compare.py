@@ -23,6 +23,7 @@ from peft_engine.train.settings import LoopSettings, RunSettings
 
 RESULT = "compare.json"
 ERROR = "peft-engine: error: "
+KEPT = ("trainable_parameters", "train_seconds", "peak_rss_bytes", "peak_gpu_bytes", "steps", "tokens")
 SCORES = ("accuracy", "exact_match", "token_f1", "perplexity")
 
 
@@ -157,14 +158,10 @@ def _method(run: RunSettings, measure: list[str], say: Callable[[str], None]) ->
         say(f"{run.method}: failed: {error}")
         return _row(run.method, {}, error=str(error), settings=run.to_dict())
     size = sum(file.stat().st_size for file in run.output.glob("*adapter*") if file.is_file())
-    kept = {
-        key: record[key]
-        for key in ("trainable_parameters", "train_seconds", "peak_rss_bytes", "steps", "tokens")
-    }
     return _row(
         run.method,
         scores,
-        **kept,
+        **{key: record[key] for key in KEPT},
         file_bytes=size,
         final_loss=record["losses"][-1],
         settings=record["settings"],
@@ -173,10 +170,7 @@ def _method(run: RunSettings, measure: list[str], say: Callable[[str], None]) ->
 
 def _row(method: str, scores: dict[str, Any], **more: Any) -> dict[str, Any]:
     """One row of the result; what it has no value for is None."""
-    columns = (
-        *SCORES, "trainable_parameters", "file_bytes", "train_seconds", "peak_rss_bytes", "final_loss",
-        "steps", "tokens", "error", "settings",
-    )  # fmt: skip
+    columns = (*SCORES, "file_bytes", *KEPT, "final_loss", "error", "settings")
     return {"method": method} | dict.fromkeys(columns) | {k: scores.get(k) for k in SCORES} | more
 
 

@@ -14,6 +14,7 @@ NUMBERS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("file_bytes", "file size", lambda n: f"{n / 2**20:,.2f} MiB"),
     ("train_seconds", "seconds", lambda s: f"{s:,.1f}"),
     ("peak_rss_bytes", "peak memory", lambda n: f"{n / 2**20:,.0f} MiB"),
+    ("peak_gpu_bytes", "peak GPU memory", lambda n: f"{n / 2**20:,.0f} MiB"),
 )
 COLOURS = {
     "lora": "#1f4e8c", "qlora": "#5b8fd6", "prefix": "#c8553d", "prompt": "#e2a13b", "bottleneck": "#3f8f6b",
@@ -25,6 +26,11 @@ def score_of(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
     return next((s for s in SCORES if any(row[s[0]] is not None for row in rows)), SCORES[0])
 
 
+def costs_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, Callable[[Any], str]]]:
+    """The columns of NUMBERS that some row has a value in: without a GPU there is no memory of one."""
+    return [number for number in NUMBERS if any(row[number[0]] is not None for row in rows)]
+
+
 def table(found: dict[str, Any], width: int) -> str:
     """The comparison as a table `width` columns wide; errors of methods that failed stand below it."""
     from rich import box
@@ -32,13 +38,14 @@ def table(found: dict[str, Any], width: int) -> str:
     from rich.table import Table
 
     key, name = score_of(found["rows"])
+    costs = costs_of(found["rows"])
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     drawn.add_column("method")
-    for title in (name, *(title for _, title, _ in NUMBERS)):
+    for title in (name, *(title for _, title, _ in costs)):
         drawn.add_column(title, justify="right")
     for row in found["rows"]:
-        score = "failed" if row["error"] else f"{row[key]:.4f}"
-        cells = [shown(row[column]) if row[column] is not None else "" for column, _, shown in NUMBERS]
+        score = "failed" if row["error"] else "" if row[key] is None else f"{row[key]:.4f}"
+        cells = ["" if row[column] is None else shown(row[column]) for column, _, shown in costs]
         drawn.add_row(row["method"], score, *cells)
     out = io.StringIO()
     Console(file=out, width=width).print(drawn)
@@ -64,7 +71,9 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     key, name = score_of(found["rows"])
     figure = Figure(figsize=(13, 1.5 + 0.42 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 1 + len(NUMBERS), sharey=True, width_ratios=[1.4, *[1] * len(NUMBERS)])
+    costs = costs_of(rows)
+    ratios = [1.4, *[1] * len(costs)]
+    panels = figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios, squeeze=False)[0]
     _bars(panels[0], rows, key, f"{name} on held-out rows", lambda v: f"{v:.3f}")
     if base[key] is not None:
         panels[0].axvline(base[key], color="0.35", linestyle="--", linewidth=1)
@@ -72,7 +81,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
             f"base {base[key]:.3f}", (base[key], 1.0), xycoords=("data", "axes fraction"),
             xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8, color="0.35",
         )  # fmt: skip
-    for axes, (column, title, shown) in zip(panels[1:], NUMBERS, strict=True):
+    for axes, (column, title, shown) in zip(panels[1:], costs, strict=True):
         spread = [row[column] for row in rows if row[column]]
         log = bool(spread) and max(spread) > 20 * min(spread)
         _bars(axes, rows, column, title + (" (log scale)" if log else ""), shown, log=log)

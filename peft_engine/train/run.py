@@ -9,7 +9,7 @@ from peft_engine.train import method_options as of_method
 from peft_engine.train import progress
 from peft_engine.train.data import Document, length_limit, read_rows, tokenize
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
-from peft_engine.train.record import draw_losses, peak_rss_bytes, versions, write_json
+from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
 
 NAME = "default"
@@ -184,6 +184,7 @@ def _finish(output: Path, record: dict[str, Any], outcome: Any) -> dict[str, Any
         "train_seconds": outcome.train_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_gpu_bytes": peak_gpu_bytes(),
         "saved": outcome.saved,
         "saved_step": outcome.best_step if outcome.saved == "best" else outcome.steps,
         "without_gradient": outcome.without_gradient,

@@ -322,8 +322,8 @@ def test_compare_measures_each_method_and_writes_table_csv_and_picture(compare, 
 
 def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path, monkeypatch):
     record = {
-        "trainable_parameters": 10, "train_seconds": 1.5, "peak_rss_bytes": 2**30, "steps": 2, "tokens": 9,
-        "losses": [2.0, 1.0], "settings": {},
+        "trainable_parameters": 10, "train_seconds": 1.5, "peak_rss_bytes": 2**30,
+        "peak_gpu_bytes": None, "steps": 2, "tokens": 9, "losses": [2.0, 1.0], "settings": {},
     }  # fmt: skip
 
     def child(line, label, say):
