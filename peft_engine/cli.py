@@ -1,4 +1,4 @@
-"""The command `peft-engine`: train, eval, generate, explain, doctor, bench.
+"""The command `peft-engine`: train, compare, eval, generate, explain, doctor, bench.
 
 Progress and what is about to be done go to standard error, results to standard output; with --json that is
 one object and nothing else. Exit code 0: done; 1: failed, with one line on standard error (the traceback only
@@ -16,44 +16,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import peft_engine
+from peft_engine.train.compare_command import compare
 from peft_engine.train.console import choice, command, quiet, say, table, usage
+from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
+from peft_engine.train.train_command import train
 
 app = typer.Typer(
     name="peft-engine",
-    help="LoRA and QLoRA, kernel-optimised: train, evaluate and use adapters.",
+    help="LoRA, QLoRA, prefix, prompt and bottleneck adapters, kernel-optimised: train, compare, use them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str, typer.Option(help="Folder written by save_pretrained, or a name on the hub.", metavar="DIR_OR_NAME")
-]
-Data = Annotated[
-    Path, typer.Option(help="JSONL or CSV (or .gz of one): prompt and completion, or messages, or text.")
-]
-Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="Folder of an adapter; may be repeated, or left out.")
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        help="nf4: the base in 4 bit; none: as stored. Default: what the adapter was trained on.",
-        metavar="nf4|none",
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="auto (as stored), bfloat16, float16 or float32. Default: what the adapter was trained on."
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Count = Annotated[int, typer.Option(min=1)]
 
 
 def main() -> NoReturn:
@@ -64,108 +39,8 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-@app.command()
-def train(
-    model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option(help="Folder for the adapter, run.json, loss.png and checkpoints.")],
-    eval_data: Annotated[
-        Path | None, typer.Option(help="Rows to evaluate on; the best state is then what is kept.")
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="qlora is lora over a base in 4 bit.", metavar="lora|qlora")
-    ] = "qlora",
-    quantize: Annotated[
-        str | None, typer.Option(help="The base; default nf4 for qlora, none for lora.", metavar="nf4|none")
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[
-        int | None, typer.Option(help="Stop after this many optimiser steps instead.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows in a micro-batch, packed without padding.")] = 8,
-    gradient_accumulation_steps: Annotated[int, typer.Option(help="Micro-batches in an optimiser step.")] = 1,
-    learning_rate: Annotated[float, typer.Option()] = 2e-4,
-    warmup_ratio: Annotated[
-        float, typer.Option(help="Share of the steps in which the rate rises from 0.")
-    ] = 0.03,
-    scheduler: Annotated[
-        str, typer.Option(help="cosine, linear, constant, ... (transformers' names).")
-    ] = "cosine",
-    weight_decay: Annotated[float, typer.Option()] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
-    alpha: Annotated[
-        float | None, typer.Option(help="Its scaling is alpha / rank. Default: 2 x rank.")
-    ] = None,
-    dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.0,
-    target_modules: Annotated[
-        str, typer.Option(help="all-linear, or names with commas: q_proj,v_proj")
-    ] = "all-linear",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
-    seed: Annotated[int, typer.Option()] = 0,
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a row; longer texts are cut in pieces.")
-    ] = None,
-    eval_steps: Annotated[
-        int | None, typer.Option(help="Evaluate every so many steps. Default: each epoch.")
-    ] = None,
-    save_steps: Annotated[
-        int | None, typer.Option(help="Checkpoint every so many steps. Default: each epoch.")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that --output holds.")
-    ] = False,
-    json_: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Train an adapter.
-
-    \b
-    Example:
-      peft-engine train --model ./SmolLM2-135M --data train.jsonl --output out/movies --batch-size 8
-    """
-    with command(debug) as show:
-        from peft_engine.train.run import run
-        from peft_engine.train.settings import LoopSettings, RunSettings
-
-        names = [name.strip() for name in target_modules.split(",") if name.strip()]
-        loop: dict[str, Any] = {
-            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps, "learning_rate": learning_rate,
-            "warmup_ratio": warmup_ratio, "scheduler": scheduler, "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm, "seed": seed, "eval_steps": eval_steps, "save_steps": save_steps,
-            "gradient_checkpointing": gradient_checkpointing,
-        }  # fmt: skip
-        with usage():
-            settings = RunSettings(
-                model=model, data=data, output=output, eval_data=eval_data, method=method, quantize=quantize,
-                dtype=dtype, max_length=max_length, rank=rank, alpha=alpha, dropout=dropout,
-                target_modules="all-linear" if names == ["all-linear"] else names,
-                resume=resume, overwrite=overwrite, loop=LoopSettings(**loop),
-            )  # fmt: skip
-        quiet()
-        record = run(settings, say)
-        if json_:
-            show(record)
-        else:
-            show(
-                f"Trained {record['steps']} steps, {record['tokens']:,} tokens in "
-                f"{record['train_seconds']:.1f} s "
-                f"({record['tokens_per_second']:,.0f} tokens/s); loss {record['losses'][0]:.4f} -> "
-                f"{record['losses'][-1]:.4f}; peak memory {record['peak_rss_bytes'] / 2**20:,.0f} MiB"
-            )
-            show(
-                f"Saved the {record['saved']} state (step {record['saved_step']}) to {output}, "
-                "its losses to loss.png"
-            )
-        test = eval_data or "test.jsonl"
-        say(f"Next: peft-engine eval --model {model} --adapter {output} --data {test}")
+app.command()(train)
+app.command()(compare)
 
 
 def _load(
@@ -230,10 +105,11 @@ def evaluate(
         rows = read_rows(data)
         quiet()
         from peft_engine.train import evaluate as measures
+        from peft_engine.train.models import virtual_tokens
 
         folders = adapter or []
         loaded, tokenizer, names = _load(model, folders, quantize, dtype)
-        limit = length_limit(loaded.config, None)
+        limit = length_limit(loaded.config, None, virtual_tokens(loaded))
         results = []
         for name in names if names else (None,):
             peft_engine.active(loaded, name)
@@ -284,11 +160,16 @@ def generate(
 ) -> None:
     """Write text.
 
-    One prompt is streamed; several are run in batches; of several adapters each answers every prompt.
+    One prompt is streamed; several are run in batches; of several adapters each answers every prompt. Where
+    the rows of --prompt-file have an adapter column, each row is answered by the adapter it names (a folder
+    of --adapter, or its last part; empty: the base), and rows of different adapters run in one batch.
 
     \b
     Example:
       peft-engine generate --model ./SmolLM2-135M --adapter out/movies --prompt "Review: fun! Sentiment:"
+      peft-engine generate --model ./SmolLM2-135M --adapter out/movies --adapter out/prefix \\
+        --prompt-file rows.jsonl
+      with rows as {"prompt": "Review: fun! Sentiment:", "adapter": "movies"}
     """
     with command(debug) as show:
         _check_base(quantize, dtype)
@@ -296,30 +177,34 @@ def generate(
             raise typer.BadParameter("give --prompt or --prompt-file, one of them")
         quiet()
         from peft_engine.train import generate as text
+        from peft_engine.train.data import Prompts
 
         with usage():
             sampling = text.Sampling(max_new_tokens, temperature, top_p, seed)
-        prompts = text.prompts_from(prompt_file) if prompt_file else [prompt or ""]
-        loaded, tokenizer, names = _load(model, adapter or [], quantize, dtype)
-        if chat:
-            prompts = [text.chat_prompt(tokenizer, p) for p in prompts]
-        if len(prompts) == 1 and len(names) < 2 and not json_:
-            for piece in text.stream(loaded, tokenizer, prompts[0], sampling):
+        folders = adapter or []
+        prompts = text.prompts_from(prompt_file) if prompt_file else Prompts([prompt or ""], None, [""])
+        mixed = prompts.adapters is not None
+        with usage():
+            of_row = text.adapters_of(prompts, folders) if mixed else []
+        loaded, tokenizer, names = _load(model, folders, quantize, dtype)
+        texts = [text.chat_prompt(tokenizer, p) for p in prompts.texts] if chat else prompts.texts
+        name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
+        if not mixed and len(names) > 1:  # each adapter answers every prompt
+            texts, of_row = [t for t in texts for _ in folders], list(folders) * len(texts)
+        if not of_row and len(texts) == 1 and not json_:
+            for piece in text.stream(loaded, tokenizer, texts[0], sampling):
                 show(piece, end="")
             show("")
             return
-        many = list(names) if len(names) > 1 else None
-        folders = dict(zip(names, adapter or [], strict=True))
+        many = [name_of[folder] for folder in of_row] or None
         answers: list[dict[str, Any]] = []
         start = time.perf_counter()
-        for batch in text.generate(
-            loaded, tokenizer, prompts, sampling, adapters=many, batch_size=batch_size
-        ):
+        for batch in text.generate(loaded, tokenizer, texts, sampling, adapters=many, batch_size=batch_size):
             for answer in batch:
-                folder = folders.get(answer.adapter or (names[0] if names else ""))
+                folder = of_row[len(answers)] if many else next(iter(folders), None)
                 answers.append({**dataclasses.asdict(answer), "adapter": folder})
                 if not json_:
-                    show(f"--- {answer.prompt}" + (f" [{folder}]" if many else ""))
+                    show(f"--- {answer.prompt}" + (f" [{folder or 'the base'}]" if many else ""))
                     show(answer.text)
         seconds = time.perf_counter() - start
         tokens = sum(answer["tokens"] for answer in answers)

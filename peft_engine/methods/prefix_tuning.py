@@ -223,6 +223,7 @@ def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> N
     hidden = None
     mode = model.training
     model.eval()
+    virtual_tokens.activate(model, name)  # the layers leave their keys only under our attention
     for stack in plan.stacks:
         module: Any = model.get_submodule(stack.path)
         tokens = module._modules[virtual_tokens.CHILD]
@@ -232,6 +233,7 @@ def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> N
             rows = [t[0].transpose(0, 1).flatten(1).float() for live in lives for t in live.caught]  # type: ignore[union-attr]
         tokens.encoders[name].embedding.weight.copy_(torch.cat(rows, dim=1))
         hidden = out[0]
+    virtual_tokens.activate(model, None)
     model.train(mode)
 
 

@@ -10,7 +10,7 @@ import csv
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +32,18 @@ class Row:
     kind: str
     fields: dict[str, Any]
     where: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to go on from, the adapter that each row names (None: the base), and where the row stands.
+
+    adapters is None where no row has such a column: then all prompts go to the same adapters.
+    """
+
+    texts: list[str]
+    adapters: list[str | None] | None
+    where: list[str]
 
 
 @dataclass(frozen=True)
@@ -63,16 +75,25 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompt column of such a file; DataError as `read_rows`."""
-    prompts = []
+def read_prompts(path: str | Path) -> Prompts:
+    """The prompt column of such a file, and its adapter column; DataError as `read_rows`."""
+    out, named = Prompts([], [], []), False
     for where, fields in _rows(Path(path)):
         if not isinstance(fields.get("prompt"), str):
             raise DataError(f"{where}: expected a prompt, a string; got the columns {_names(fields)}")
-        prompts.append(fields["prompt"])
-    if not prompts:
+        adapter = fields.get("adapter")
+        if adapter is not None and not isinstance(adapter, str):
+            raise DataError(
+                f"{where}: adapter must be the name of a folder, or null for the base; "
+                f"got {type(adapter).__name__}"
+            )
+        named |= "adapter" in fields
+        out.texts.append(fields["prompt"])
+        out.adapters.append(adapter or None)  # type: ignore[union-attr]
+        out.where.append(where)
+    if not out.texts:
         raise DataError(f"{path}: holds no rows")
-    return prompts
+    return out if named else replace(out, adapters=None)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -303,17 +324,25 @@ def micro_batches(documents: Sequence[Document], batch_size: int) -> Iterator[di
         yield pack(documents[start : start + batch_size])
 
 
-def length_limit(config: Any, max_length: int | None) -> int:
+def length_limit(config: Any, max_length: int | None, virtual_tokens: int = 0) -> int:
     """The most tokens a document may have: the model's own limit, or max_length when that is smaller.
 
+    virtual_tokens: how many of the model's positions an adapter takes.
     Raises DataError when max_length is larger than the model takes, or too small to learn from.
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     model = getattr(config, "max_position_embeddings", None)
+    if model is not None and virtual_tokens:
+        if virtual_tokens > model - 2:
+            raise DataError(
+                f"--virtual-tokens: the model has {model} positions, got {virtual_tokens}; take fewer"
+            )
+        model -= virtual_tokens
     if max_length is None:
         return 2**31 if model is None else model
     if max_length < 2:
         raise DataError(f"--max-length: expected at least 2 tokens, got {max_length}")
     if model is not None and max_length > model:
-        raise DataError(f"--max-length: the model takes {model} tokens, got {max_length}")
+        beside = f" beside {virtual_tokens} virtual ones" if virtual_tokens else ""
+        raise DataError(f"--max-length: the model takes {model} tokens{beside}, got {max_length}")
     return max_length

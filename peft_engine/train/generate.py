@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from peft_engine.methods import active
-from peft_engine.train.data import DataError, encode_prompt, read_prompts
+from peft_engine.train.data import DataError, Prompts, encode_prompt, length_limit, read_prompts
+from peft_engine.train.models import virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Answer:
     tokens: int
 
 
-def prompts_from(path: Path) -> list[str]:
-    """The prompts of a JSONL or CSV file's prompt column, or the lines of any other text file."""
+def prompts_from(path: Path) -> Prompts:
+    """The prompts of a JSONL or CSV file, with its adapter column, or the lines of any other text file."""
     if path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson", ".csv")):
         return read_prompts(path)
     try:
@@ -51,7 +52,33 @@ def prompts_from(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read: {error}") from None
     if not lines:
         raise DataError(f"{path}: holds no prompts")
-    return lines
+    return Prompts(lines, None, [f"{path}, text {i}" for i in range(1, len(lines) + 1)])
+
+
+def adapters_of(prompts: Prompts, folders: Sequence[Path]) -> list[Path | None]:
+    """The folder of each row's adapter, None for the base; a row names a folder by its path or its last part.
+
+    Raises ValueError for a name that is none of the folders, or more than one of them.
+    """
+    return [
+        None if name is None else _folder(name, where, folders)
+        for name, where in zip(prompts.adapters or (), prompts.where, strict=True)
+    ]
+
+
+def _folder(name: str, where: str, folders: Sequence[Path]) -> Path:
+    path = Path(name)
+    exact = [folder for folder in folders if folder == path or folder.resolve() == path.resolve()]
+    found = exact or [folder for folder in folders if folder.resolve().name == name]
+    if len(found) == 1:
+        return found[0]
+    given = ", ".join(map(str, folders)) or "none"
+    if found:
+        raise ValueError(f"{where}: adapter {name!r} is several of those given: {given}; write its path")
+    raise ValueError(
+        f"{where}: no adapter {name!r} is given; given: {given}; add --adapter, or mend "
+        "the row (empty: the base)"
+    )
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:
@@ -73,10 +100,10 @@ def generate(
 ) -> Iterator[list[Answer]]:
     """The answers, a batch at a time, in the order of the prompts.
 
-    adapters: one batch mixes them, each prompt answered by each; None: what is active now.
+    adapters: one for each prompt, None in it the base; a batch mixes them. None: what is active now.
     """
     torch.manual_seed(sampling.seed)
-    work = [(prompt, adapter) for prompt in prompts for adapter in (adapters or [None])]
+    work = list(zip(prompts, adapters or [None] * len(prompts), strict=True))
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
         inputs = left_padded(tokenizer, [prompt for prompt, _ in part], model, sampling.max_new_tokens)
@@ -123,11 +150,11 @@ def left_padded(tokenizer: Any, prompts: Sequence[str], model: Any, room: int) -
     Raises DataError for an empty prompt, and for one that leaves no room for `room` tokens more.
     """
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = length_limit(model.config, None, virtual_tokens(model))
     for prompt, ids in zip(prompts, rows, strict=True):
         if not ids:
             raise DataError(f"the prompt {prompt!r} has no tokens; give some text")
-        if limit is not None and len(ids) + room > limit:
+        if len(ids) + room > limit:
             raise DataError(
                 f"a prompt of {len(ids)} tokens and {room} new ones exceed the model's {limit}; "
                 "shorten it, or lower --max-new-tokens"

@@ -15,6 +15,7 @@ import torch
 
 from peft_engine.checkpoint import load_adapter
 from peft_engine.methods import active
+from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
 
 RECORD = "run.json"
@@ -78,6 +79,11 @@ def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
     if names:
         active(model, names[0])
     return names
+
+
+def virtual_tokens(model: Any) -> int:
+    """The most positions of the model that one of its adapters takes."""
+    return max((getattr(config, "num_virtual_tokens", 0) for config in attached(model).values()), default=0)
 
 
 def run_record(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,13 @@ def peak_rss_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def peak_gpu_bytes() -> int | None:
+    """The most memory that tensors of this process ever held on the GPU; None without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def versions() -> dict[str, str | None]:
     """peft-engine, Python, and the packages that decide the numbers."""
     out: dict[str, str | None] = {"peft-engine": peft_engine.__version__, "python": platform.python_version()}

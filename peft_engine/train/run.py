@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft_engine.train import method_options as of_method
 from peft_engine.train import progress
 from peft_engine.train.data import Document, length_limit, read_rows, tokenize
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
-from peft_engine.train.record import draw_losses, peak_rss_bytes, versions, write_json
+from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
 
 NAME = "default"
@@ -30,7 +31,8 @@ def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
     rows = read_rows(settings.data)
     eval_rows = read_rows(settings.eval_data) if settings.eval_data else []
     config, tokenizer = load_config(settings.model), load_tokenizer(settings.model)
-    limit = length_limit(config, settings.max_length)
+    taken = of_method.virtual_tokens(settings.method_options)
+    limit = length_limit(config, settings.max_length, taken)
     split = settings.max_length is not None
     documents = tokenize(rows, tokenizer, limit, split_text=split)
     eval_documents = tokenize(eval_rows, tokenizer, limit, split_text=split)
@@ -76,7 +78,8 @@ def _checkpoint(settings: RunSettings) -> Path | None:
     if output.exists() and not output.is_dir():
         raise RunError(f"--output {output}: is a file; give a folder")
     there = [
-        p.name for p in (*output.glob("adapter_model.*"), *output.glob("checkpoint-*"), *output.glob(RECORD))
+        p.name
+        for p in (*output.glob("adapter*.safetensors"), *output.glob("checkpoint-*"), *output.glob(RECORD))
     ]
     if not settings.resume:
         if there and not settings.overwrite:
@@ -93,6 +96,11 @@ def _checkpoint(settings: RunSettings) -> Path | None:
             f"--resume: {output} holds no checkpoint; leave --resume out to start from the beginning"
         )
     before, now = run_record(checkpoint).get("settings", {}), settings.to_dict()
+    if before.get("prefix_projection"):
+        raise RunError(
+            f"--resume: {checkpoint} holds the prefix that the MLP of --prefix-projection made, without the "
+            "MLP, so its training cannot go on; leave --resume out to start from the beginning"
+        )
     changed = [
         f"{key} was {before[key]!r}, is {now[key]!r}"
         for key in before.keys() & now.keys() - FREE
@@ -109,8 +117,9 @@ def _clear(output: Path) -> None:
     """Takes an earlier run's files away, so that none of them passes for this run's."""
     for path in (*output.glob("checkpoint-*"), output / ".saving"):
         shutil.rmtree(path, ignore_errors=True)
-    for file in ("adapter_model.safetensors", "adapter_config.json", RECORD, "loss.png"):
-        (output / file).unlink(missing_ok=True)
+    for file in (*output.glob("adapter*.safetensors"), output / "adapter_config.json", output / RECORD):
+        file.unlink(missing_ok=True)
+    (output / "loss.png").unlink(missing_ok=True)
 
 
 def _tell_plan(
@@ -127,7 +136,7 @@ def _tell_plan(
     say(f"Data: {rows} rows of {settings.data}, {tokens:,} tokens, {labelled:,} of them labelled")
     if eval_documents:
         say(f"Evaluation: {len(eval_documents)} rows of {settings.eval_data}; the best state is kept")
-    say(f"Adapter: LoRA, rank {settings.rank} on {settings.target_modules}, to {settings.output}")
+    say(f"Adapter: {of_method.describe(settings.method, settings.method_options)}, to {settings.output}")
     say(
         f"Training: {loop.total_steps(rows)} steps of {loop.batch_size} x {loop.gradient_accumulation_steps} "
         f"rows, learning rate {loop.learning_rate:g}, {loop.scheduler}"
@@ -140,7 +149,7 @@ def _prepare(settings: RunSettings, resume_from: Path | None) -> tuple[Any, Any]
     """The model, checked, with the adapter on it and fused; and the report."""
     import torch
 
-    from peft_engine import LoraConfig, attach, load_adapter, optimize
+    from peft_engine import attach, load_adapter, optimize
     from peft_engine.train.finite import check_weights
 
     model = load_base(settings.model, quantize=settings.base, dtype=settings.dtype)
@@ -149,13 +158,7 @@ def _prepare(settings: RunSettings, resume_from: Path | None) -> tuple[Any, Any]
     if resume_from is not None:
         load_adapter(model, resume_from, NAME)
     else:
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.dropout,
-            target_modules=settings.target_modules,
-            task_type="CAUSAL_LM",
-        )
+        config = of_method.config_of(settings.method, settings.method_options, settings.model)
         attach(model, config, NAME)
     return model, optimize(model)
 
@@ -181,16 +184,12 @@ def _finish(output: Path, record: dict[str, Any], outcome: Any) -> dict[str, Any
         "train_seconds": outcome.train_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_gpu_bytes": peak_gpu_bytes(),
         "saved": outcome.saved,
         "saved_step": outcome.best_step if outcome.saved == "best" else outcome.steps,
         "without_gradient": outcome.without_gradient,
     }
     write_json(output / RECORD, done)
-    settings = record["settings"]
-    draw_losses(
-        output / "loss.png",
-        outcome.losses,
-        outcome.eval_losses,
-        f"{record['method']}, rank {settings['rank']}",
-    )
+    title = of_method.title(record["method"], record["settings"])
+    draw_losses(output / "loss.png", outcome.losses, outcome.eval_losses, title)
     return done

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-METHODS = ("lora", "qlora")
+from peft_engine.train.method_options import METHODS, MethodOptions, require
+
 QUANTIZE = ("nf4", "none")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SCHEDULERS = (
@@ -36,14 +37,14 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "save_steps"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
+            require(value is None or value >= 1, name, "at least 1", value)
         for name in ("epochs", "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, "a number above 0", value)
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", "a number from 0", self.weight_decay)
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number from 0 up to 1", self.warmup_ratio)
-        _require(0 <= self.seed < 2**32, "seed", "a number from 0 up to 2^32", self.seed)
-        _require(self.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", self.scheduler)
+            require(math.isfinite(value) and value > 0, name, "a number above 0", value)
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number from 0", self.weight_decay)
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number from 0 up to 1", self.warmup_ratio)
+        require(0 <= self.seed < 2**32, "seed", "a number from 0 up to 2^32", self.seed)
+        require(self.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", self.scheduler)
 
     def steps_per_epoch(self, documents: int) -> int:
         return math.ceil(math.ceil(documents / self.batch_size) / self.gradient_accumulation_steps)
@@ -54,7 +55,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A run. quantize None: nf4 for qlora, none for lora; alpha None: twice the rank."""
+    """A run. quantize None: nf4 for qlora, none for the others; options: those of the method."""
 
     model: str
     data: Path
@@ -64,33 +65,24 @@ class RunSettings:
     quantize: str | None = None
     dtype: str = "auto"
     max_length: int | None = None
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
     resume: bool = False
     overwrite: bool = False
+    options: MethodOptions = field(default_factory=MethodOptions)
     loop: LoopSettings = field(default_factory=LoopSettings)
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
-        allowed = QUANTIZE if self.method == "lora" else ("nf4",)  # qlora is lora over a quantised base
-        _require(
+        require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        allowed = ("nf4",) if self.method == "qlora" else QUANTIZE  # qlora is lora over a quantised base
+        require(
             self.quantize in (None, *allowed),
             "quantize",
             f"{' or '.join(allowed)} with {self.method}",
             self.quantize,
         )
-        _require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
-        _require(self.rank >= 1, "rank", "at least 1", self.rank)
-        alpha = self.lora_alpha
-        _require(math.isfinite(alpha) and alpha > 0, "alpha", "a number above 0", alpha)
-        _require(0 <= self.dropout < 1, "dropout", "a number from 0 up to 1", self.dropout)
-        _require(self.max_length is None or self.max_length >= 2, "max_length", "at least 2", self.max_length)
-        _require(
-            bool(self.target_modules), "target_modules", "all-linear, or names of layers", self.target_modules
-        )
-        _require(not (self.resume and self.overwrite), "resume", "without --overwrite", "both")
+        require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        require(self.max_length is None or self.max_length >= 2, "max_length", "at least 2", self.max_length)
+        require(not (self.resume and self.overwrite), "resume", "without --overwrite", "both")
+        self.options.of(self.method)
 
     @property
     def base(self) -> str:
@@ -98,17 +90,13 @@ class RunSettings:
         return self.quantize or ("nf4" if self.method == "qlora" else "none")
 
     @property
-    def lora_alpha(self) -> float:
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+    def method_options(self) -> dict[str, Any]:
+        """The method's options by name, with what the defaults came to."""
+        return self.options.of(self.method)
 
     def to_dict(self) -> dict[str, Any]:
         """The options by name, with what the defaults came to."""
-        options = dataclasses.asdict(self)
-        loop = options.pop("loop")
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        return plain | {"quantize": self.base, "alpha": self.lora_alpha} | loop
-
-
-def _require(fits: bool, name: str, expected: str, got: Any) -> None:
-    if not fits:
-        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {got!r}")
+        run = dataclasses.asdict(self)
+        loop, _ = run.pop("loop"), run.pop("options")
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in run.items()}
+        return plain | {"quantize": self.base} | self.method_options | loop
