@@ -28,6 +28,7 @@ from bench import (
     bench_linear_cross_entropy,
     bench_lora_linear,
     bench_nf4,
+    bench_prefix_attention,
     bench_train,
     gpu,
     gpu_tables,
@@ -39,6 +40,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "dequantise": bench_nf4.dequantise,
     "qlora_layer": bench_lora_linear.qlora_layer,
     "linear_cross_entropy": bench_linear_cross_entropy.loss,
+    "prefix_attention": bench_prefix_attention.suite,
     # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
     "train_step": bench_train.train_step,
     "finetune": bench_train.finetune,

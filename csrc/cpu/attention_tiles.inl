@@ -126,8 +126,7 @@ inline void product(int64_t rows, int64_t columns, int64_t depth, const void* a,
                     const uint32_t* b, int64_t b_panel, float* c, int64_t c_stride, bool add) {
   for (int64_t j = 0; j < columns; j += kPanel, b += b_panel, c += kPanel) {
     const int64_t vectors = (columns - j) / kWidth;
-    if (vectors >= kTileVectors)
-      panel_product<W, kTileVectors>(rows, depth, a, a_row, a_depth, b, c, c_stride, add);
+    if (vectors >= kTileVectors) panel_product<W, kTileVectors>(rows, depth, a, a_row, a_depth, b, c, c_stride, add);
     if constexpr (kTileVectors == 4) {
       if (vectors == 3) panel_product<W, 3>(rows, depth, a, a_row, a_depth, b, c, c_stride, add);
       if (vectors == 2) panel_product<W, 2>(rows, depth, a, a_row, a_depth, b, c, c_stride, add);
