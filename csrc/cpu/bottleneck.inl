@@ -2,9 +2,8 @@
 // once per instruction set.
 //
 // Floor: six products of rows x features x width multiplications. Beside them x is laid out as tiles twice (for the
-// middle, and for ddown) and dy twice, a quarter of a cycle for each value, where a product takes width / 16 cycles
-// with AVX2; the weights are laid out once a call. Activation, bias, scaling, residual and their derivatives are done
-// on the tiles that a product leaves in the cache.
+// middle, and for ddown) and dy twice, and the weights once a call, which for a few rows costs more than the products.
+// Activation, bias, scaling, residual and their derivatives are done on the tiles that a product leaves in the cache.
 //
 // An element is summed in the same order wherever its row stands, so a row of y is the same, bit for bit, in any batch,
 // and so is every gradient for any number of threads.
