@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from bench import (
+    bench_bottleneck,
     bench_generate,
     bench_linear_cross_entropy,
     bench_lora_linear,
@@ -41,6 +42,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "dequantise": bench_nf4.dequantise,
     "qlora_layer": bench_lora_linear.qlora_layer,
     "linear_cross_entropy": bench_linear_cross_entropy.loss,
+    "bottleneck": bench_bottleneck.layer,
     "prompt_embedding": bench_prompt_embedding.embedding,
     "prefix_attention": bench_prefix_attention.suite,
     # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
