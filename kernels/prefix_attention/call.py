@@ -37,10 +37,15 @@ class Call:
         return self.k.shape[1] * self.q.shape[0]
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v, prefix_k, prefix_v."""
+        return self.q, self.k, self.v, self.prefix_k, self.prefix_v
+
+    @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """q, k, v, prefix_k, prefix_v, first, last, bias; q in the place of what is not given."""
         masks = (self.q if t is None else t for t in (self.first, self.last, self.bias))
-        return self.q, self.k, self.v, self.prefix_k, self.prefix_v, *masks
+        return *self.tensors, *masks
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
     LOG2_E,
+    at_rows,
     block,
     blocks_of,
     packed,
@@ -68,9 +69,9 @@ def over_rows(
             lse_of = tl.where(m < queries * GROUP, lse_of, float("inf"))
             a, z = seen_by(first, last, batch, t, queries, key_count, CAUSAL, INTERVALS)
         dk, dv = gradient_of_keys(
-            dk, dv, keys, values, (q + h * stride_qh + t * stride_qt)[:, None] + d[None, :],
-            (dout + h * stride_gh + t * stride_gt)[:, None] + d[None, :], lse_of, tl.load(delta + row),
-            bias + h * stride_bh + t * stride_bt, n, a, z, unit, (d < HEAD_DIM)[None, :], MASKED, BIAS, EXACT,
+            dk, dv, keys, values, at_rows(q, h, t, stride_qh, stride_qt)[:, None] + d[None, :],
+            at_rows(dout, h, t, stride_gh, stride_gt)[:, None] + d[None, :], lse_of, tl.load(delta + row),
+            at_rows(bias, h, t, stride_bh, stride_bt), n, a, z, unit, (d < HEAD_DIM)[None, :], MASKED, BIAS, EXACT,
         )  # fmt: skip
     return dk, dv
 
@@ -139,14 +140,18 @@ def dkv_kernel(
         some_from = some_to * 0
         all_from = some_from
     some_from, some_to = some_from * GROUP, some_to * GROUP
-    masked, lead, free = blocks_of(some_from, some_to, all_from * GROUP, all_to * GROUP, BLOCK_M)
+    masked, lead, free = blocks_of(
+        some_from, some_to, all_from * GROUP, all_to * GROUP, EXACT or BIAS, BLOCK_M
+    )
     unit = scale if EXACT else scale * LOG2_E
-    zeros = tl.zeros((BLOCK_N, D), tl.float32)
-    dk_sum, dv_sum = over_rows(
-        zeros, zeros, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries, keys,
-        some_from + lead * BLOCK_M, free, 0, 0, unit, d, stride_qh, stride_qt, stride_gh, stride_gt,
-        stride_bh, stride_bt, GROUP, CAUSAL, INTERVALS, False, BIAS, EXACT, HEAD_DIM, BLOCK_M,
-    )  # fmt: skip
+    dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
+    dv_sum = dk_sum
+    if not (EXACT or BIAS):
+        dk_sum, dv_sum = over_rows(
+            dk_sum, dv_sum, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries,
+            keys, some_from + lead * BLOCK_M, free, 0, 0, unit, d, stride_qh, stride_qt, stride_gh, stride_gt,
+            stride_bh, stride_bt, GROUP, CAUSAL, INTERVALS, False, BIAS, EXACT, HEAD_DIM, BLOCK_M,
+        )  # fmt: skip
     dk_sum, dv_sum = over_rows(
         dk_sum, dv_sum, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries, keys,
         some_from, masked, lead, free, unit, d, stride_qh, stride_qt, stride_gh, stride_gt,
@@ -193,8 +198,8 @@ def prefix_kernel(
         t, h = packed(r % each, head, queries, GROUP)
         row = batch * stride_lb + h * queries + t
         lse_of = tl.where(m < per_copy * each, unless_empty(tl.load(lse + row), EXACT), float("inf"))
-        q_at = q + batch * stride_qb + h * stride_qh + t * stride_qt
-        g_at = dout + batch * stride_gb + h * stride_gh + t * stride_gt
+        q_at = at_rows(q + batch * stride_qb, h, t, stride_qh, stride_qt)
+        g_at = at_rows(dout + batch * stride_gb, h, t, stride_gh, stride_gt)
         dk_sum, dv_sum = gradient_of_keys(
             dk_sum, dv_sum, key, value, q_at[:, None] + d[None, :], g_at[:, None] + d[None, :], lse_of,
             tl.load(delta + row), q_at, n, t, t, unit, inside, False, False, EXACT,
@@ -223,7 +228,7 @@ def sum_kernel(parts_k, parts_v, dk, dv, numel, parts, BLOCK: tl.constexpr):
 def gradient_of_real(call: Call, dout, lse, delta, dk, dv, scale: float) -> None:
     """Fills dk and dv."""
     q, k, v = call.q, call.k, call.v
-    block_n, block_m, warps, stages = tiles.tile("dkv", call.rows, q.shape[3], q.dtype, q.device)
+    block_n, block_m, warps, stages = tiles.tile("dkv", call)
     programs = triton.cdiv(k.shape[2], block_n)
     launch(
         dkv_kernel, (programs * call.heads,),
@@ -240,8 +245,8 @@ def gradient_of_real(call: Call, dout, lse, delta, dk, dv, scale: float) -> None
 def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> None:
     """Fills dk and dv of the prefix."""
     q, prefix_k = call.q, call.prefix_k
-    copies, kv_heads, prefix, head_dim = prefix_k.shape
-    block_n, block_m, warps, stages = tiles.tile("dkv", call.rows, head_dim, q.dtype, q.device)
+    copies, kv_heads, prefix, _ = prefix_k.shape
+    block_n, block_m, warps, stages = tiles.tile("prefix", call)
     programs, per_copy = triton.cdiv(prefix, block_n), q.shape[0] // copies
     share, shares = tiles.shares(per_copy * call.rows, programs * kv_heads, block_m)
     parts = dk, dv

@@ -13,12 +13,14 @@ from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
     LN_2,
     LOG2_E,
+    at_rows,
     block,
     blocks_of,
     packed,
     power,
     product,
     program,
+    rows_anew,
     scores,
     seen_by,
     sum_product,
@@ -32,10 +34,10 @@ from peft_engine.ops.attention import by_token
 def attend(
     acc, top, total, q, k, v, stride_k, stride_v, start, end, blocks, lead, free, a, z, bias_at, unit, d,
     MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The online softmax carried on over blocks of keys from `start`; `free` blocks after `lead` left out."""
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=STAGES):
         at = start + i * BLOCK_N
         if MASKED:
             at += tl.where(i < lead, 0, free * BLOCK_N)
@@ -63,7 +65,7 @@ def forward_kernel(
     stride_oc, stride_ob, stride_oh, stride_ot, stride_lc, stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of packed rows, over the chunk's part of [prefix; keys].
 
@@ -75,10 +77,10 @@ def forward_kernel(
     t, h = packed(m, head, queries, GROUP)
     d = tl.arange(0, D)
     q_tile = tl.load(
-        (q + batch * stride_qb + h * stride_qh + t * stride_qt)[:, None] + d[None, :],
+        at_rows(q + batch * stride_qb, h, t, stride_qh, stride_qt)[:, None] + d[None, :],
         (d < HEAD_DIM)[None, :], other=0.0,
     )  # fmt: skip
-    bias_at = bias + batch * stride_bb + h * stride_bh + t * stride_bt
+    bias_at = at_rows(bias + batch * stride_bb, h, t, stride_bh, stride_bt)
     unit = scale if EXACT else scale * LOG2_E
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -92,31 +94,35 @@ def forward_kernel(
         acc, top, total, q_tile, prefix_k + batch * stride_pkb + head * stride_pkh,
         prefix_v + batch * stride_pvb + head * stride_pvh, stride_pkp, stride_pvp,
         start, end, tl.cdiv(end - start, BLOCK_N), 0, 0, none, none + end, bias_at, unit, d,
-        True, False, EXACT, HEAD_DIM, D, BLOCK_N,
+        True, False, EXACT, HEAD_DIM, D, BLOCK_N, 1,
     )  # fmt: skip
 
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
     start = tl.maximum(tl.min(a, 0), begin - prefix)
     end = tl.minimum(tl.max(z, 0), begin + chunk - prefix)
-    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), BLOCK_N)
+    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS, BLOCK_N)
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
-    acc, top, total = attend(
-        acc, top, total, q_tile, k, v, stride_ks, stride_vs, start + lead * BLOCK_N, end, free, 0, 0, a, z,
-        bias_at, unit, d, False, BIAS, EXACT, HEAD_DIM, D, BLOCK_N,
-    )  # fmt: skip
+    if not (EXACT or BIAS):
+        acc, top, total = attend(
+            acc, top, total, q_tile, k, v, stride_ks, stride_vs, start + lead * BLOCK_N, end, free, 0, 0, a,
+            z, bias_at, unit, d, False, BIAS, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
+        )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q_tile, k, v, stride_ks, stride_vs, start, end, masked, lead, free, a,
         tl.minimum(z, end), bias_at, unit, d, True, BIAS, EXACT, HEAD_DIM, D, BLOCK_N,
+        STAGES,
     )  # fmt: skip
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     natural = (top if EXACT else top * LN_2) + tl.log(total)
+    m = rows_anew(tile, masked, BLOCK_M)
+    t, h = packed(m, head, queries, GROUP)
     there = m < queries * GROUP
     out += tl.program_id(1).to(tl.int64) * stride_oc + batch * stride_ob
     tl.store(
-        (out + h * stride_oh + t * stride_ot)[:, None] + d[None, :],
+        at_rows(out, h, t, stride_oh, stride_ot)[:, None] + d[None, :],
         (acc / total[:, None]).to(out.dtype.element_ty), there[:, None] & (d < HEAD_DIM)[None, :],
     )  # fmt: skip
     lse += tl.program_id(1).to(tl.int64) * stride_lc + batch * stride_lb
@@ -165,7 +171,7 @@ def forward(
     if not q.numel():
         return out, lse
     call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal)
-    block_m, block_n, warps, stages = tiles.tile("attend", call.rows, q.shape[3], q.dtype, q.device)
+    block_m, block_n, warps, stages = tiles.tile("attend", call)
     chunk, chunks = tiles.chunks(call.rows, prefix_k.shape[2] + k.shape[2])
     programs = triton.cdiv(call.rows, block_m)
     to, to_lse = out, lse
@@ -178,7 +184,7 @@ def forward(
             *call.inputs, to, to_lse, *call.sizes, programs, chunk, scale,
             *call.strides, to.stride(0) if chunks > 1 else 0, *to.stride()[-4:-1], lse.numel(), lse.stride(0),
         ),
-        {**call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n},
+        {**call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages},
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if chunks > 1:

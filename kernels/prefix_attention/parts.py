@@ -44,9 +44,23 @@ def program(tiles, kv_heads):
 
 @triton.jit
 def packed(row, head, queries, GROUP: tl.constexpr):
-    """Query and head (both 64-bit) of packed rows of a key head; those beyond the last are the last."""
+    """Query, and head (64-bit), of packed rows of a key head; those beyond the last are the last."""
     row = tl.minimum(row, queries * GROUP - 1)
-    return (row // GROUP).to(tl.int64), head * GROUP + row % GROUP
+    return row // GROUP, head * GROUP + row % GROUP
+
+
+@triton.jit
+def rows_anew(tile, number, BLOCK_M: tl.constexpr):
+    """The rows of a tile, for what comes after a loop of `number` turns; the compiler does not see that they are
+    those from before it, which it would hold in registers, and spill.
+    """
+    return tile * BLOCK_M + tl.minimum(number, 0) + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def at_rows(base, h, t, stride_h, stride_t):
+    """Where the rows of heads h and queries t begin."""
+    return base + h * stride_h + t.to(tl.int64) * stride_t
 
 
 @triton.jit
@@ -67,13 +81,17 @@ def seen_by(first, last, batch, t, queries, keys, CAUSAL: tl.constexpr, INTERVAL
 
 
 @triton.jit
-def blocks_of(start, end, whole_start, whole_end, BLOCK: tl.constexpr):
+def blocks_of(start, end, whole_start, whole_end, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """How many blocks from start to end hold a pair that is not seen, how many of those come first, how many
     do not: those lie between, within [whole_start, whole_end), and need no mask.
+
+    ALL_MASKED: free is 0. A bias and float32's products hold so many registers that a second loop spills.
     """
     number = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     lead = tl.minimum(tl.cdiv(tl.maximum(whole_start - start, 0), BLOCK), number)
     free = tl.maximum(tl.minimum(whole_end, end) - start - lead * BLOCK, 0) // BLOCK
+    if ALL_MASKED:
+        free = free * 0
     return number - free, lead, free
 
 
