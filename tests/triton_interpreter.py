@@ -183,7 +183,7 @@ class _Executor(interpreter.GridExecutor):
 
 
 def _call_device_function(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """As InterpretedFunction.__call__, which patches the language anew in each call: a third of a test's time."""
+    """As InterpretedFunction.__call__, which patches the language anew for each: a third of the time."""
     if id(function.fn.__globals__) not in _patched:
         interpreter._patch_lang(function.fn)
         _patched.add(id(function.fn.__globals__))
