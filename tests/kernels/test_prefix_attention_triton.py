@@ -55,7 +55,11 @@ def wide(tensors):
 
 
 def terms(dout, tensors, masks, scale):
-    """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left."""
+    """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left.
+
+    Those added up to a score count as often as they are rounded, in the scores and in lse: P = exp(S - lse)
+    makes of their error a relative one. Where scores are huge one key takes all, and that P is exact.
+    """
     q, k, v, prefix_k, prefix_v = wide(tensors)
     prefix, group = prefix_k.shape[2], q.shape[1] // k.shape[1]
     k, v = (
@@ -65,6 +69,8 @@ def terms(dout, tensors, masks, scale):
     eye = torch.eye(k.shape[2], dtype=torch.double, device=q.device)  # as values: out is the probabilities
     p = reference(q, k[:, :, prefix:], eye[prefix:].expand(*k.shape[:2], -1, -1), k[:, :, :prefix],
                   eye[:prefix].expand(*k.shape[:2], -1, -1), *wide(masks), scale)  # fmt: skip
+    depth = q.abs() @ k.abs().mT * abs(scale)
+    p = p * (1 + torch.where(depth < 1e3, depth, 0))
     dp = dout.double().abs() @ v.abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (ds.mT @ q.abs(), p.mT @ dout.double().abs()))
