@@ -1,4 +1,4 @@
-"""The launches of prefix_attention, compiled ahead of time: every tile of the tables, and every kind of mask."""
+"""The launches of prefix_attention, compiled ahead of time: every tile of the tables, every mask."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def variants() -> Iterator[Variant]:
 
 
 def launch_of(kernel: str, rows: int, head_dim: int, dtype: torch.dtype) -> Callable[[], Any]:
-    """A launch for one entry: a prompt of 1000 tokens, or the token after it; 4 query heads to one of keys."""
+    """A launch for one entry: a prompt of 1000 tokens, or the token after it; 4 query heads a key head."""
     kernel, _, bias = kernel.partition(", ")
     tokens = min(1000, rows // 4)
     q, k = _meta(2, 32, tokens, head_dim, dtype), _meta(2, 8, 1000, head_dim, dtype)

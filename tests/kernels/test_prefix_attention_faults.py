@@ -63,7 +63,7 @@ FAULTS = [
     ("forward", "there = m < queries * GROUP", "there = m >= 0", (Race, OutOfBounds), causal),
     ("dkv", "tl.where(m < queries * GROUP, lse_of, float(\"inf\"))", "lse_of", WRONG, causal),
     # who sees what, by blocks: one too few, one too many
-    ("parts", "number = tl.cdiv(tl.maximum(end - start, 0), BLOCK)", "number = (end - start) // BLOCK", WRONG, causal),
+    ("parts", "= tl.cdiv(tl.maximum(end - start, 0), BLOCK)", "= (end - start) // BLOCK", WRONG, causal),
     ("parts", "tl.minimum(whole_end, end) - start", "end - start", WRONG, halved),
     ("dkv", "number == all_to - all_from", "number >= 0", WRONG, scattered),
     ("dkv", "(a < end) & (z > start) & (a < z)", "(a < start) & (z > start)", WRONG, window),
