@@ -71,7 +71,8 @@ def over_rows(
         dk, dv = gradient_of_keys(
             dk, dv, keys, values, at_rows(q, h, t, stride_qh, stride_qt)[:, None] + d[None, :],
             at_rows(dout, h, t, stride_gh, stride_gt)[:, None] + d[None, :], lse_of, tl.load(delta + row),
-            at_rows(bias, h, t, stride_bh, stride_bt), n, a, z, unit, (d < HEAD_DIM)[None, :], MASKED, BIAS, EXACT,
+            at_rows(bias, h, t, stride_bh, stride_bt), n, a, z, unit, (d < HEAD_DIM)[None, :],
+            MASKED, BIAS, EXACT,
         )  # fmt: skip
     return dk, dv
 

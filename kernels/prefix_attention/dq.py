@@ -52,7 +52,7 @@ def gradient_of_rows(
 
 @triton.jit
 def row_sums(a_at, b_at, columns, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """sum(a b) of each row, a few columns at a time: both whole would be more registers than the loops take."""
+    """sum(a b) of each row, a few columns at a time: both whole are more registers than the loops take."""
     acc = tl.zeros((ROWS,), tl.float32)
     for start in range(0, columns, STEP):
         c = start + tl.arange(0, STEP)[None, :]

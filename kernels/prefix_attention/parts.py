@@ -51,8 +51,8 @@ def packed(row, head, queries, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_anew(tile, number, BLOCK_M: tl.constexpr):
-    """The rows of a tile, for what comes after a loop of `number` turns; the compiler does not see that they are
-    those from before it, which it would hold in registers, and spill.
+    """The rows of a tile, for what comes after a loop of `number` turns; the compiler does not see that they
+    are those from before it, which it would hold in registers, and spill.
     """
     return tile * BLOCK_M + tl.minimum(number, 0) + tl.arange(0, BLOCK_M)
 
