@@ -127,6 +127,16 @@ class _Memory:
 _memory: _Memory | None = None
 _shuffle: random.Random | None = None
 _only: Sequence[int] | None = None
+_patched: set[tuple[str, ...]] = set()  # what the launch has patched of triton.language
+_stock_patch_lang = interpreter._patch_lang
+
+
+def _patch_lang_once(fn: Any) -> None:
+    """The stock interpreter patches triton.language at each call of a device function, most of its time."""
+    found = tuple(name for name, value in fn.__globals__.items() if value is tl or value is tl.core)
+    if found not in _patched:
+        _patched.add(found)
+        _stock_patch_lang(fn)
 
 
 def _np_dtype(dtype: Any) -> np.dtype:
@@ -147,7 +157,8 @@ class _Executor(interpreter.GridExecutor):
         names = inspect.getfullargspec(self.fn).args
         kwargs = {k: v for k, v in kwargs.items() if k in names}
         memory = _memory = _Memory(self.fn.__name__)
-        scope = interpreter._patch_lang(self.fn)
+        _patched.clear()
+        scope = _stock_patch_lang(self.fn)
         try:
             arguments = inspect.getcallargs(self.fn, *args, **kwargs)
             for name, value in arguments.items():
@@ -243,9 +254,11 @@ def mended(shuffle: int | None = None, only: Sequence[int] | None = None) -> Ite
     builder = interpreter.interpreter_builder
     before = interpreter.GridExecutor, interpreter._get_np_dtype, builder.__class__, _shuffle, _only
     interpreter.GridExecutor, interpreter._get_np_dtype = _Executor, _np_dtype
+    interpreter._patch_lang = _patch_lang_once
     builder.__class__ = _Builder
     _shuffle, _only = None if shuffle is None else random.Random(shuffle), only
     try:
         yield
     finally:
         interpreter.GridExecutor, interpreter._get_np_dtype, builder.__class__, _shuffle, _only = before
+        interpreter._patch_lang = _stock_patch_lang
