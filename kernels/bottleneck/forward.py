@@ -8,7 +8,7 @@ from peft_engine.kernels.bottleneck.call import Call
 def forward(
     x, residual, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, scaling, eps
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """y (M, H), the middle (M, R) and stats (M, 2) or (0, 2); the arguments of the raw op bottleneck_forward."""
+    """y (M, H), the middle (M, R), stats (M, 2) or (0, 2); the arguments of the raw op bottleneck_forward."""
     call = Call(
         down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, activation, scaling, eps
     )  # fmt: skip

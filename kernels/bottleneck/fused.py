@@ -120,7 +120,10 @@ def forward(call, x, residual, y, middle, stats) -> None:
     block_m, block_k, block_n, warps, stages = tiles.tile("fused", call, x.device)
     launch(
         forward_kernel, (triton.cdiv(rows, block_m),),
-        (x, residual, *call.parameters(x), y, middle, stats, rows, columns, call.width, call.scaling, call.eps),
+        (
+            x, residual, *call.parameters(x), y, middle, stats, rows, columns, call.width, call.scaling,
+            call.eps,
+        ),
         {
             "ACTIVATION": call.activation, "NORM": call.norm_weight is not None,
             "NORM_BIAS": call.norm_bias is not None, "DOWN_BIAS": call.down_bias is not None,

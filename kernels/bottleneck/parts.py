@@ -1,4 +1,4 @@
-"""What the bottleneck's kernels are made of: products of mixed precision, activations, the norm, row blocks."""
+"""What the bottleneck's kernels are made of: mixed products, activations, the norm, row blocks."""
 
 import triton
 import triton.language as tl

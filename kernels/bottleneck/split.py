@@ -58,7 +58,10 @@ def contract_kernel(
     DOWN_BIAS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[m, r]: m of LN(x) or, BACKWARD, dm of x = dy; where not WHOLE, the sums of share s in out[s, m, r]."""
+    """out[m, r]: m of LN(x) or, BACKWARD, dm of x = dy.
+
+    Where a program's columns are not the WHOLE: out[s, m, r], the sums of share s.
+    """
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = row < rows
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -3,8 +3,8 @@
 fused   one launch, a program for BLOCK_M rows (fused.py)
 split   several launches, whose programs share the columns too (split.py)
 
-Nothing tunes at run time. No entry was measured on a GPU yet: they are the largest that compile without spills
-for every architecture of theirs. 80 stands for those with 160 KiB of shared memory and more, 86 for those with
+Nothing tunes at run time. No entry was measured on a GPU yet: they are large ones that compile without spills
+for each of their architectures. 80 stands for those with 160 KiB of shared memory and more, 86 for those with
 99, as in lora_linear/tiles.py. `pinned` pins a path, for tests and benchmarks.
 """
 
@@ -15,11 +15,13 @@ import torch
 from peft_engine.kernels.lora_linear.tiles import architecture, padded_rank
 
 PATHS = ("fused", "split")
-MAX_WIDTH = 256  # of the fused path: the middle and what it becomes lie in registers
+# Of the fused path: the middle and what it becomes lie in registers. Float32 weights are multiplied in three
+# parts, whose operands spill above 64 (sm_90, width 128: 624 bytes of a thread).
+MAX_WIDTH, MAX_WIDTH_SINGLE = 256, 64
 FILLS = 96  # row blocks from which one program each is taken to fill a GPU: 3/4 of an H200's; not measured
 MANY = 1 << 62
 
-# kernel: architecture: (width up to, tile with weights in half precision, tile with float32 weights)
+# kernel: architecture: (width up to, tile with weights in half precision, tile with float32 weights or none)
 # fused, fused_backward   BLOCK_M, BLOCK_K, BLOCK_N, warps, stages
 # contract                BLOCK_M, BLOCK_R, BLOCK_K, warps, stages
 # up, dx                  BLOCK_M, BLOCK_R, BLOCK_N, warps, stages
@@ -29,18 +31,18 @@ TABLE: dict[str, dict[int, tuple[tuple[int, Tile, Tile], ...]]] = {
     "fused": {
         80: (
             (64, (64, 64, 64, 4, 3), (32, 64, 64, 4, 2)),
-            (128, (64, 64, 64, 8, 3), (32, 32, 32, 8, 2)),
-            (256, (64, 32, 32, 8, 2), (32, 32, 32, 8, 2)),
+            (128, (64, 64, 64, 8, 3), ()),
+            (256, (64, 32, 32, 8, 2), ()),
         ),
     },
     "fused_backward": {
         80: (
             (64, (64, 64, 64, 4, 3), (32, 64, 64, 4, 2)),
-            (128, (64, 64, 64, 8, 3), (32, 32, 32, 8, 2)),
-            (256, (64, 32, 32, 8, 2), (32, 32, 32, 8, 2)),
+            (128, (64, 64, 64, 8, 3), ()),
+            (256, (64, 32, 32, 8, 2), ()),
         ),
     },
-    "contract": {80: ((MANY, (64, 64, 64, 4, 3), (32, 64, 32, 4, 2)),)},
+    "contract": {80: ((MANY, (64, 64, 64, 4, 3), (32, 64, 32, 8, 2)),)},
     "up": {80: ((MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
     "dx": {80: ((MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
     "outer": {80: ((MANY, (32, 64, 64, 4, 3), (32, 64, 64, 8, 2)),)},
@@ -75,11 +77,12 @@ def tile(kernel: str, call, device: torch.device) -> Tile:
 
 def choose(rows: int, call, device: torch.device) -> str:
     """The path for this many rows; ValueError where one is pinned that cannot run."""
-    if call.width > MAX_WIDTH:
+    most = MAX_WIDTH_SINGLE if call.down_weight.dtype == torch.float32 else MAX_WIDTH
+    if call.width > most:
         if _pinned == "fused":
             raise ValueError(
                 f"bottleneck: path 'fused' is pinned but cannot run this call: width {call.width} is above "
-                f"{MAX_WIDTH}, the most its tiles hold"
+                f"{most}, the most its tiles hold of {call.down_weight.dtype} weights"
             )
         return "split"
     if _pinned is not None:
@@ -93,7 +96,8 @@ def share(columns: int, programs: int, block_k: int) -> int:
     multiprocessors, two blocks in each.
     """
     shares = max(1, min(264 // programs, columns // (2 * block_k)))
-    return block_k * -(-(-(-columns // shares)) // block_k)
+    blocks = (columns + block_k - 1) // block_k
+    return block_k * ((blocks + shares - 1) // shares)
 
 
 def splits(rows: int, programs: int) -> int:
