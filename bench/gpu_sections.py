@@ -38,6 +38,10 @@ class Sizes:
     layers: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))  # (N, K)
     layer_rows: tuple[int, ...] = (2048, 8192, 512)
     head: tuple[int, int, int] = (4096, 128_256, 4096)  # rows, vocabulary, hidden
+    bottlenecks: tuple[tuple[int, int, bool], ...] = (
+        (4096, 64, False), (4096, 64, True), (576, 64, False), (2048, 128, False), (4096, 256, False),
+    )  # features, width, LayerNorm  # fmt: skip
+    bottleneck_rows: tuple[int, ...] = (2048, 8192, 512)
 
 
 # --- ceilings --------------------------------------------------------------------------------------------
