@@ -87,6 +87,10 @@ def choose(rows: int, call, device: torch.device) -> str:
         return "split"
     if _pinned is not None:
         return _pinned
+    if call.down_weight.shape[1] % 16:
+        return (
+            "split"  # the fused path's masked loads, an element each, spill (97 features, sm_90: 312 bytes)
+        )
     block_m = tile("fused", call, device)[0]
     return "fused" if rows > (FILLS - 1) * block_m else "split"
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_engine.kernels.bottleneck import parts, tiles
 from peft_engine.kernels.bottleneck.backward import backward
+from peft_engine.kernels.bottleneck.call import Call
 from peft_engine.kernels.bottleneck.forward import forward
 
 from peft_engine.ops.bottleneck import ACTIVATIONS, Norm, reference
@@ -114,6 +115,17 @@ def test_a_middle_too_wide_for_registers_is_split(device):
             case(device, 9, 80, width, dtype, weight=weight)
     with tiles.pinned("fused"):
         case(device, 5, 40, 256, torch.float16, norm=True)
+
+
+def test_many_rows_are_fused_and_few_are_split():
+    def path(rows, width=64, features=4096, weight=torch.bfloat16):
+        _, _, parameters, _ = tensors("cpu", 1, features, width, weight)
+        return tiles.choose(rows, Call(*parameters, "relu", 1.0), torch.device("cpu"))
+
+    assert [path(rows) for rows in (1, 95 * 64, 95 * 64 + 1)] == ["split", "split", "fused"]
+    assert path(8192, width=256) == path(8192, weight=torch.float32) == "fused"
+    assert path(8192, width=257) == path(8192, width=65, weight=torch.float32) == "split"
+    assert path(8192, features=97) == "split"
 
 
 def test_shares_of_columns_and_of_rows_are_added(device):
