@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import gpu_layer, gpu_prefix, gpu_sections, gpu_tables, measure
+from bench import gpu_bottleneck, gpu_layer, gpu_prefix, gpu_sections, gpu_tables, measure
 from bench.gpu_sections import Sizes
 from bench.gpu_timing import DeviceLost, Section, clock_reader
 
@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Section, Sizes], None]] = {
     "dequantise": gpu_sections.dequantise,
     "few_rows": gpu_sections.few_rows,
     "linear_cross_entropy": gpu_sections.linear_cross_entropy,
+    "bottleneck": gpu_bottleneck.bottleneck,
     "prefix_attention": gpu_prefix.prefix_attention,
 }
 # Of the time: what is left of a section's goes to those after it.
@@ -42,8 +43,9 @@ SHARES = {
     "ceilings": 4,
     "qlora_layer": 40,
     "dequantise": 10,
-    "few_rows": 30,
+    "few_rows": 28,
     "linear_cross_entropy": 7,
+    "bottleneck": 14,
     "prefix_attention": 7,
 }
 SECONDS = 280.0

@@ -44,6 +44,10 @@ class Sizes:
         (2, 8192, 128),
     )  # batch, tokens, prefix
     prefix_decode: tuple[tuple[int, int, int], ...] = ((1, 4096, 32), (32, 4096, 32))  # batch, keys, prefix
+    bottlenecks: tuple[tuple[int, int, bool], ...] = (
+        (4096, 64, False), (4096, 64, True), (576, 64, False), (2048, 128, False), (4096, 256, False),
+    )  # features, width, LayerNorm  # fmt: skip
+    bottleneck_rows: tuple[int, ...] = (2048, 8192, 512)
 
 
 # --- ceilings --------------------------------------------------------------------------------------------

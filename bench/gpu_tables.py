@@ -14,6 +14,7 @@ PRINTED = {
     "linear_cross_entropy": ("peak over inputs", "forward and backward"),
     "dequantise": ("bytes moved", "of the copy"),
     "qlora_layer": ("peak", "forward and backward", "over "),
+    "bottleneck": ("forward",),
     "ceilings": ("bandwidth", "rate"),
     "prefix_attention": ("peak over inputs", "forward and backward", "time", "bytes moved"),
 }

@@ -12,6 +12,7 @@ from accuracy import assert_twice_as_good
 
 from bench import (
     gpu,
+    gpu_bottleneck,
     gpu_layer,
     gpu_peers,
     gpu_prefix,
@@ -31,6 +32,7 @@ TINY = Sizes(
     copied_bytes=(1 << 16,), product=32, dequantise=((64, 128),), products=((64, 128),), few_rows=(1, 3),
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
     prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),), prefix_decode=((2, 16, 3),),
+    bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,),
 )  # fmt: skip
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -89,6 +91,7 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("few_rows", {peers.OURS, "dense bf16", "bitsandbytes"}),
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
         ("prefix_attention", {peers.OURS, gpu_prefix.TORCH, gpu_prefix.JOINED}),
+        ("bottleneck", {peers.OURS, gpu_bottleneck.EAGER}),
         (
             "qlora_layer",
             {gpu_layer.PADDED, gpu_layer.PLAIN, gpu_layer.PADDED_BF16, gpu_layer.SINGLE}
