@@ -38,6 +38,10 @@ class Sizes:
     layers: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))  # (N, K)
     layer_rows: tuple[int, ...] = (2048, 8192, 512)
     head: tuple[int, int, int] = (4096, 128_256, 4096)  # rows, vocabulary, hidden
+    decode_heads: tuple[int, int, int] = (32, 8, 128)  # of queries, of keys, head_dim
+    decode_batch: tuple[int, ...] = (1, 8, 32)
+    decode_keys: tuple[int, ...] = (512, 2048, 8192)
+    decode_prefix: tuple[int, ...] = (32, 128)
 
 
 # --- ceilings --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ PRINTED = {
     "qlora_layer": ("peak", "forward and backward", "over "),
     "ceilings": ("bandwidth", "rate"),
     "prefix_attention": (),
+    "prefix_decode": ("time", "of the copy"),
 }
 
 

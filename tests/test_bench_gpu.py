@@ -12,6 +12,7 @@ from accuracy import assert_twice_as_good
 
 from bench import (
     gpu,
+    gpu_decode,
     gpu_layer,
     gpu_peers,
     gpu_sections,
@@ -29,6 +30,7 @@ CPU = torch.device("cpu")
 TINY = Sizes(
     copied_bytes=(1 << 16,), product=32, dequantise=((64, 128),), products=((64, 128),), few_rows=(1, 3),
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
+    decode_heads=(4, 2, 16), decode_batch=(1, 2), decode_keys=(20,), decode_prefix=(3,),
 )  # fmt: skip
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -86,6 +88,7 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("dequantise", {peers.OURS, "bitsandbytes", gpu_sections.COPY}),
         ("few_rows", {peers.OURS, "dense bf16", "bitsandbytes"}),
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
+        ("prefix_decode", {gpu_decode.CAT, gpu_decode.HELD}),
         (
             "qlora_layer",
             {gpu_layer.PADDED, gpu_layer.PLAIN, gpu_layer.PADDED_BF16, gpu_layer.SINGLE}
