@@ -56,6 +56,12 @@ def padded(batch: int, queries: int, keys: int) -> Intervals:
     return Intervals(first.contiguous(), last.contiguous())
 
 
+def windows(batch: int, queries: int, keys: int, width: int) -> Intervals:
+    """The last `width` keys up to each query's place."""
+    last = (torch.arange(keys - queries, keys) + 1).int().expand(batch, queries).contiguous()
+    return Intervals((last - width).clamp(min=0), last)
+
+
 def check(
     target, batch, kv_heads, group, queries, keys, prefix, head_dim, dtype, *, shared=True, wide=False,
     causal=False, intervals=None, gap=0, magnitude=1.0, scale=None, times=1, multiprocessors=132, **settings,

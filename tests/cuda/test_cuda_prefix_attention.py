@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft_engine.kernels.prefix_attention import decode
 from planted import Fault
-from prefix_cases import check, padded
+from prefix_cases import check, padded, windows
 
 from peft_engine import native
 from peft_engine.kernels import scratch
@@ -53,6 +53,13 @@ def test_padding_on_the_left_and_rows_that_see_nothing(attention, dtype):
     for keys, queries, prefix in ((90, 1, 5), (90, 3, 0), (200, 2, 33)):
         intervals = padded(4, queries, keys)
         check(attention, 4, 1, 2, queries, keys, prefix, 64, dtype, intervals=intervals, multiprocessors=1)
+
+
+@pytest.mark.parametrize("width", (1, 9, 100))
+def test_windows_that_differ_from_query_to_query(attention, width):
+    for queries, keys in ((4, 90), (7, 230)):
+        intervals = windows(2, queries, keys, width)
+        check(attention, 2, 1, 2, queries, keys, 5, 64, HALF, intervals=intervals, multiprocessors=1)
 
 
 def test_a_prefix_in_float32_is_rounded_as_it_is_read(attention):
@@ -175,6 +182,19 @@ def alone(target):
     check(target, 1, 1, 2, 1, 40, 0, 32, FLOAT, multiprocessors=1)
 
 
+def many_tiles(target):
+    """Largest scores that grow from one tile of a warp to the next."""
+    check(target, 1, 1, 1, 1, 1100, 0, 64, BF16, multiprocessors=1)
+
+
+def prefix_last(target):
+    check(target, 3, 1, 2, 1, 70, 5, 32, BF16, seed=-1)
+
+
+def in_windows(target):
+    check(target, 1, 1, 2, 4, 70, 3, 64, HALF, intervals=windows(1, 4, 70, 5), multiprocessors=1)
+
+
 def causal(target):
     check(target, 2, 1, 2, 3, 70, 5, 64, HALF, causal=True, multiprocessors=1)
 
@@ -209,15 +229,15 @@ FAULTS = [
      AssertionError, slots),
     ("counters not put back", "merge", "plain", "if (last[mine]) *counter = 0;", "", AssertionError, slots),
     ("only the first row of the batch finished", "merge", "plain", "i < work.batches; ++i", "i < 1; ++i",
-     AssertionError, slots),
+     AssertionError, prefix_last),
     ("zeros where nothing is seen forgotten", "merge", "plain",
      "whole.y == 0.0f ? 0.0f : 1.0f / whole.y", "1.0f / whole.y", AssertionError,
      lambda target: check(target, 2, 1, 1, 1, 9, 0, 8, BF16, intervals=padded(2, 1, 9))),
-    ("sums not faded", "keys", "plain", "acc[i][e] *= of;", "", AssertionError, slots),
+    ("sums not faded", "keys", "plain", "acc[i][e] *= of;", "", AssertionError, many_tiles),
     ("the total not faded", "keys", "plain", "total *= fade, top = higher;", "top = higher;", AssertionError,
-     slots),
+     many_tiles),
     ("one key too many", "keys", "plain", "|| key >= seen.y", "|| key > seen.y", AssertionError, causal),
-    ("padding seen", "keys", "plain", "key < seen.x || ", "", AssertionError, left_padding),
+    ("padding seen", "keys", "plain", "key < seen.x || ", "", AssertionError, in_windows),
     ("a key read past the end", "keys", "address", "key < end && d < call.head_dim;", "d < call.head_dim;",
      BadAccess, alone),
     ("head_dim's tail read", "keys", "address", "key < end && d + i < call.head_dim", "key < end", BadAccess,
