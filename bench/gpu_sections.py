@@ -48,6 +48,10 @@ class Sizes:
         (4096, 64, False), (4096, 64, True), (576, 64, False), (2048, 128, False), (4096, 256, False),
     )  # features, width, LayerNorm  # fmt: skip
     bottleneck_rows: tuple[int, ...] = (2048, 8192, 512)
+    decode_heads: tuple[int, int, int] = (32, 8, 128)  # of queries, of keys, head_dim
+    decode_batch: tuple[int, ...] = (1, 8, 32)
+    decode_keys: tuple[int, ...] = (512, 2048, 8192)
+    decode_prefix: tuple[int, ...] = (32, 128)
 
 
 # --- ceilings --------------------------------------------------------------------------------------------

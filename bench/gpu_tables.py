@@ -17,6 +17,7 @@ PRINTED = {
     "bottleneck": ("forward",),
     "ceilings": ("bandwidth", "rate"),
     "prefix_attention": ("peak over inputs", "forward and backward", "time", "bytes moved"),
+    "prefix_decode": ("time", "of the copy"),
 }
 
 

@@ -13,6 +13,7 @@ from accuracy import assert_twice_as_good
 from bench import (
     gpu,
     gpu_bottleneck,
+    gpu_decode,
     gpu_layer,
     gpu_peers,
     gpu_prefix,
@@ -33,6 +34,7 @@ TINY = Sizes(
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
     prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),), prefix_decode=((2, 16, 3),),
     bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,),
+    decode_heads=(4, 2, 16), decode_batch=(1, 2), decode_keys=(20,), decode_prefix=(3,),
 )  # fmt: skip
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -92,6 +94,7 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
         ("prefix_attention", {peers.OURS, gpu_prefix.TORCH, gpu_prefix.JOINED}),
         ("bottleneck", {peers.OURS, gpu_bottleneck.EAGER}),
+        ("prefix_decode", {gpu_decode.CAT, gpu_decode.HELD}),
         (
             "qlora_layer",
             {gpu_layer.PADDED, gpu_layer.PLAIN, gpu_layer.PADDED_BF16, gpu_layer.SINGLE}

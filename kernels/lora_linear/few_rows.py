@@ -2,9 +2,9 @@
 
 import torch
 from peft_engine.kernels.nf4.library import DTYPES, address, stream_of
-from peft_engine.kernels.scratch import zeroed
 
 from peft_engine import native
+from peft_engine.kernels.scratch import zeroed
 
 
 def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
