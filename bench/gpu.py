@@ -25,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import gpu_layer, gpu_sections, gpu_tables, measure
+from bench import gpu_bottleneck, gpu_decode, gpu_layer, gpu_prefix, gpu_sections, gpu_tables, measure
 from bench.gpu_sections import Sizes
 from bench.gpu_timing import DeviceLost, Section, clock_reader
 
@@ -35,10 +35,21 @@ SECTIONS: dict[str, Callable[[Section, Sizes], None]] = {
     "dequantise": gpu_sections.dequantise,
     "few_rows": gpu_sections.few_rows,
     "linear_cross_entropy": gpu_sections.linear_cross_entropy,
-    "prefix_attention": gpu_sections.prefix_attention,
+    "bottleneck": gpu_bottleneck.bottleneck,
+    "prefix_attention": gpu_prefix.prefix_attention,
+    "prefix_decode": gpu_decode.decode,
 }
 # Of the time: what is left of a section's goes to those after it.
-SHARES = {"ceilings": 4, "qlora_layer": 40, "dequantise": 10, "few_rows": 36, "linear_cross_entropy": 8}
+SHARES = {
+    "ceilings": 4,
+    "qlora_layer": 40,
+    "dequantise": 10,
+    "few_rows": 26,
+    "linear_cross_entropy": 7,
+    "bottleneck": 12,
+    "prefix_attention": 7,
+    "prefix_decode": 7,
+}
 SECONDS = 280.0
 STUCK = 60.0  # a contender silent for as long hangs: it may compile some kernels, at seconds each
 GRACE = 45.0  # a section over its time by as much is ended: it ends by itself after a case

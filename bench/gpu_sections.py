@@ -1,4 +1,4 @@
-"""The GPU suite's sections but the layer: ceilings, dequantise, few rows, linear cross-entropy, prefix.
+"""The GPU suite's sections but layer and prefix: ceilings, dequantise, few rows, linear cross-entropy.
 
 Weights are rotated: a graph goes through as many copies as are four times the L2, so that each call reads its
 bytes from memory, as the layers of a model do. A figure is one call's share of a replay.
@@ -38,6 +38,20 @@ class Sizes:
     layers: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))  # (N, K)
     layer_rows: tuple[int, ...] = (2048, 8192, 512)
     head: tuple[int, int, int] = (4096, 128_256, 4096)  # rows, vocabulary, hidden
+    prefix_heads: tuple[int, int, int] = (32, 8, 128)  # of queries, of keys, head_dim
+    prefix_training: tuple[tuple[int, int, int], ...] = (
+        (8, 2048, 32),
+        (2, 8192, 128),
+    )  # batch, tokens, prefix
+    prefix_decode: tuple[tuple[int, int, int], ...] = ((1, 4096, 32), (32, 4096, 32))  # batch, keys, prefix
+    bottlenecks: tuple[tuple[int, int, bool], ...] = (
+        (4096, 64, False), (4096, 64, True), (576, 64, False), (2048, 128, False), (4096, 256, False),
+    )  # features, width, LayerNorm  # fmt: skip
+    bottleneck_rows: tuple[int, ...] = (2048, 8192, 512)
+    decode_heads: tuple[int, int, int] = (32, 8, 128)  # of queries, of keys, head_dim
+    decode_batch: tuple[int, ...] = (1, 8, 32)
+    decode_keys: tuple[int, ...] = (512, 2048, 8192)
+    decode_prefix: tuple[int, ...] = (32, 128)
 
 
 # --- ceilings --------------------------------------------------------------------------------------------
@@ -291,7 +305,7 @@ def off(got: torch.Tensor, exact: torch.Tensor) -> float:
     return error
 
 
-# --- linear cross-entropy, prefix attention --------------------------------------------------------------
+# --- linear cross-entropy ---------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(section: Section, sizes: Sizes) -> None:
@@ -345,8 +359,3 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     call()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def prefix_attention(section: Section, sizes: Sizes) -> None:
-    if section.begin("prefix of shared keys and values"):
-        section.none(OURS, "not measured: no kernel yet")

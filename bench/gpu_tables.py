@@ -14,8 +14,10 @@ PRINTED = {
     "linear_cross_entropy": ("peak over inputs", "forward and backward"),
     "dequantise": ("bytes moved", "of the copy"),
     "qlora_layer": ("peak", "forward and backward", "over "),
+    "bottleneck": ("forward",),
     "ceilings": ("bandwidth", "rate"),
-    "prefix_attention": (),
+    "prefix_attention": ("peak over inputs", "forward and backward", "time", "bytes moved"),
+    "prefix_decode": ("time", "of the copy"),
 }
 
 

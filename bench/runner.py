@@ -24,10 +24,12 @@ import torch
 import transformers
 
 from bench import (
+    bench_bottleneck,
     bench_generate,
     bench_linear_cross_entropy,
     bench_lora_linear,
     bench_nf4,
+    bench_prefix_attention,
     bench_prompt_embedding,
     bench_train,
     gpu,
@@ -40,7 +42,9 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "dequantise": bench_nf4.dequantise,
     "qlora_layer": bench_lora_linear.qlora_layer,
     "linear_cross_entropy": bench_linear_cross_entropy.loss,
+    "bottleneck": bench_bottleneck.layer,
     "prompt_embedding": bench_prompt_embedding.embedding,
+    "prefix_attention": bench_prefix_attention.suite,
     # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
     "train_step": bench_train.train_step,
     "finetune": bench_train.finetune,

@@ -85,10 +85,10 @@ def kernel_call(kernel: str, n: int, k: int, rows: int, qs: list[ops.NF4Tensor])
 
 def tiled(kernel: str, tile: Tile, call: Call) -> Call:
     """`call` with this tile in place of the table's."""
-    from peft_engine.kernels.lora_linear import tiles
+    from peft_engine.kernels.tiles import setting
 
     def run() -> object:
-        with tiles.setting(kernel, tile):
+        with setting(kernel, tile):
             return call()
 
     return run

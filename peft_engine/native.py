@@ -89,6 +89,16 @@ _CUDA_FUNCTIONS: dict[str, tuple] = {
             *(_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER),  # bias ... stream
         ],
     ),
+    "pe_prefix_attention_workspace": (_LONG, [_INT] * 9),
+    "pe_prefix_attention_decode": (
+        _INT,
+        [
+            *([_POINTER] * 6),  # q, k, v, prefix_k, prefix_v, strides
+            *([_INT] * 8),  # batch ... shared_prefix
+            *(_POINTER, _POINTER, _INT, ctypes.c_float, _INT, _INT),  # first ... prefix_dtype
+            *(_POINTER, _POINTER, _POINTER, _INT, _POINTER),  # out ... stream
+        ],
+    ),
 }
 
 

@@ -15,9 +15,11 @@ import torch
 from peft_engine import native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import virtual_tokens
+from peft_engine.methods import copies, virtual_tokens
+from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
+from peft_engine.ops.bottleneck import ALIASES, BOTTLENECK, BottleneckCall
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
 from peft_engine.ops.nf4 import NF4Tensor
 from peft_engine.report import LayerReport, Report
@@ -156,7 +158,9 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
                 continue
         if inside is not None and name.startswith(inside):
             continue
-        if ".peft_engine_" in f".{name}":  # an adapter's own part: the line of its layer speaks for it
+        if isinstance(module, Bottlenecks):
+            yield _bottleneck_line(name, module, dtype)
+        if copies.is_ours(name):  # an adapter's own part: a line speaks for all of it
             continue
         yield from _virtual_tokens_line(name, module, dtype)
         if _is_peft_layer(module):
@@ -259,6 +263,30 @@ def _our_line(name: str, module: Any) -> LayerReport:
     if adapter is None and not nf4:
         return _line(name, module, "linear", "torch", False, DENSE_ALONE)
     return _product_line(name, module, weight, dtype, adapter)
+
+
+def _bottleneck_line(name: str, module: Bottlenecks, dtype: torch.dtype) -> LayerReport:
+    """A line for the adapters behind a sublayer, with the backend of the one that runs (or of the first)."""
+    names = module.active if isinstance(module.active, tuple) else (module.active,)
+    adapters: Any = module.adapters
+    adapter = next((adapters[n] for n in names if n in adapters), None) or next(iter(adapters.values()))
+    config, weight = adapter.config, adapter.down_weight
+    norm = config.ln_before or (config.original_ln_before and module.norm[0] is not None)
+    call = BottleneckCall(
+        device=weight.device.type,
+        dtype=dtype,
+        weight=weight.dtype,
+        activation=ALIASES.get(config.non_linearity, config.non_linearity),
+        features=weight.shape[1],
+        width=weight.shape[0],
+        norm=norm,
+    )
+    try:
+        choice = BOTTLENECK.choose(call)
+    except BackendError as error:
+        return _line(name, module, "bottleneck", "none", False, str(error))
+    guessed = "of no family known here: placed by its name" if module.site.generic else ""
+    return _ran(name, module, "bottleneck", choice.backend, "; ".join(filter(None, (guessed, choice.reason))))
 
 
 def _bnb_line(name: str, module: Any) -> LayerReport:

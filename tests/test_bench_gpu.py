@@ -12,8 +12,11 @@ from accuracy import assert_twice_as_good
 
 from bench import (
     gpu,
+    gpu_bottleneck,
+    gpu_decode,
     gpu_layer,
     gpu_peers,
+    gpu_prefix,
     gpu_sections,
     gpu_tables,
     gpu_timing,
@@ -29,6 +32,9 @@ CPU = torch.device("cpu")
 TINY = Sizes(
     copied_bytes=(1 << 16,), product=32, dequantise=((64, 128),), products=((64, 128),), few_rows=(1, 3),
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
+    prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),), prefix_decode=((2, 16, 3),),
+    bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,),
+    decode_heads=(4, 2, 16), decode_batch=(1, 2), decode_keys=(20,), decode_prefix=(3,),
 )  # fmt: skip
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -86,6 +92,9 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("dequantise", {peers.OURS, "bitsandbytes", gpu_sections.COPY}),
         ("few_rows", {peers.OURS, "dense bf16", "bitsandbytes"}),
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
+        ("prefix_attention", {peers.OURS, gpu_prefix.TORCH, gpu_prefix.JOINED}),
+        ("bottleneck", {peers.OURS, gpu_bottleneck.EAGER}),
+        ("prefix_decode", {gpu_decode.CAT, gpu_decode.HELD}),
         (
             "qlora_layer",
             {gpu_layer.PADDED, gpu_layer.PLAIN, gpu_layer.PADDED_BF16, gpu_layer.SINGLE}
@@ -106,12 +115,6 @@ def test_every_contender_of_a_section_is_right_and_has_a_figure(name, expected, 
     absent = {r.contender: r.note for r in rows if not r.samples}
     assert not expected & set(absent), absent
     assert gpu_tables.tables(name, rows)
-
-
-def test_the_prefix_section_says_that_nothing_was_measured(tmp_path: Path):
-    given = section(tmp_path)
-    gpu_sections.prefix_attention(given, TINY)
-    assert [(r.samples, r.note) for r in given.rows] == [(0, "not measured: no kernel yet")]
 
 
 def test_a_contender_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path):
@@ -307,7 +310,7 @@ def test_sections_run_in_processes_of_their_own_and_share_the_time(tmp_path: Pat
     assert gpu.run(names, seconds=100, rounds=1, **here) == 0
     assert given[0] == pytest.approx(50, abs=1) and 50 < given[1] < 100
     out = capsys.readouterr().out
-    assert "32x32x32 bf16" in out and "not measured: no kernel yet" in out
+    assert "32x32x32 bf16" in out and "prefix_attention, time, us" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
         "gpu_ceilings.csv", "gpu_prefix_attention.csv",
     }  # fmt: skip

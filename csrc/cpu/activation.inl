@@ -1,5 +1,5 @@
 // Activations of the bottleneck adapter and their derivatives, kWidth values at a time. Included once per instruction
-// set, after vector.inl. Errors are about a unit in the last place of the result.
+// set, after vector.inl.
 
 struct Relu {
   static Floats value(Floats v) { return v < 0.0f ? all(0.0f) : v; }

@@ -2,9 +2,8 @@
 // once per instruction set.
 //
 // Floor: six products of rows x features x width multiplications. Beside them x is laid out as tiles twice (for the
-// middle, and for ddown) and dy twice, a quarter of a cycle for each value, where a product takes width / 16 cycles
-// with AVX2; the weights are laid out once a call. Activation, bias, scaling, residual and their derivatives are done
-// on the tiles that a product leaves in the cache.
+// middle, and for ddown) and dy twice, and the weights once a call, which for a few rows costs more than the products.
+// Activation, bias, scaling, residual and their derivatives are done on the tiles that a product leaves in the cache.
 //
 // An element is summed in the same order wherever its row stands, so a row of y is the same, bit for bit, in any batch,
 // and so is every gradient for any number of threads.
@@ -87,12 +86,11 @@ inline float* product_of_rows(const Source& rows, const Tiles& weight, const Par
   const int64_t steps = weight.stride / kTile, count = part.rows * part.columns;
   float* c = scratch<float>(Slot::accumulators, count * kTile);
   uint32_t* block = scratch<uint32_t>(Slot::panel, part.rows * kBlock * kTile);
-  memset(c, 0, static_cast<size_t>(count * kTile) * sizeof(float));
   for (int64_t step = 0; step < steps; step += kBlock) {
     const int64_t n = steps - step < kBlock ? steps - step : kBlock;
     left_panel<kPairs>(rows, false, 16 * part.row, part.rows, step, n, block);
     multiply<kPairs, true>(block, n * kTile, part.rows, weight.at(part.column, step), weight.stride, part.columns, n, c,
-                           part.columns * kTile, last_used(part, rows.m.rows));
+                           part.columns * kTile, last_used(part, rows.m.rows), step == 0);
   }
   return c;
 }
@@ -102,9 +100,8 @@ template <bool kPairs>
 inline float* product_of_tiles(const Tiles& left, const Tiles& weight, int64_t steps, const Part& part, int64_t used) {
   const int64_t count = part.rows * part.columns;
   float* c = scratch<float>(Slot::accumulators, count * kTile);
-  memset(c, 0, static_cast<size_t>(count * kTile) * sizeof(float));
   multiply<kPairs, true>(left.at(part.row, 0), left.stride, part.rows, weight.at(part.column, 0), weight.stride,
-                         part.columns, steps, c, part.columns * kTile, used);
+                         part.columns, steps, c, part.columns * kTile, used, true);
   return c;
 }
 
@@ -196,11 +193,16 @@ inline void output_tile(const BottleneckForward& f, const float* bias, const flo
   const int64_t at = 16 * t * features + 16 * p;
   const auto* residual = static_cast<const typename T::Value*>(f.residual) + at;
   auto* y = static_cast<typename T::Value*>(f.y) + at;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int i = 0; i < n; i += kWidth) {
-      const Floats up = load<F32>(c + 16 * r + i) + load<F32>(bias + 16 * p + i);
-      store<T>(y + r * features + i, load<T>(residual + r * features + i, n - i) + up * f.adapter.scaling, n - i);
-    }
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto up = [&](int i) {
+      return (load<F32>(c + 16 * r + i) + load<F32>(bias + 16 * p + i)) * f.adapter.scaling;
+    };
+    const int64_t row = r * features;
+    if (n == 16)
+      for (int i = 0; i < 16; i += kWidth) store<T>(y + row + i, load<T>(residual + row + i) + up(i));
+    else
+      for (int i = 0; i < n; i += kWidth) store<T>(y + row + i, load<T>(residual + row + i, n - i) + up(i), n - i);
+  }
 }
 
 template <bool kPairs>

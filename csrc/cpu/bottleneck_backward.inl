@@ -164,13 +164,14 @@ inline float* product_over_rows(const Tiles& turned, int64_t middles, const Sour
   const int64_t steps = (columns.m.rows + kStep<kPairs> - 1) / kStep<kPairs>;
   float* c = scratch<float>(Slot::accumulators, middles * kPanel * kTile);
   uint32_t* block = scratch<uint32_t>(Slot::panel, kPanel * kBlock * kTile);
-  memset(c, 0, static_cast<size_t>(middles * kPanel * kTile) * sizeof(float));
+  if (steps == 0) memset(c, 0, static_cast<size_t>(middles * kPanel * kTile) * sizeof(float));
   for (int64_t step = 0; step < steps; step += kBlock) {
     const int64_t n = least(kBlock, steps - step);
     right_panel<kPairs>(columns, 16 * kPanel * panel, kPanel, step, n, block);
     if (sums != nullptr) add_column_sums<kPairs>(block, kPanel, n, sums);
     if (turned.data == nullptr) continue;
-    multiply<kPairs, true>(turned.at(0, step), turned.stride, middles, block, n * kTile, kPanel, n, c, kPanel * kTile);
+    multiply<kPairs, true>(turned.at(0, step), turned.stride, middles, block, n * kTile, kPanel, n, c, kPanel * kTile,
+                           16, step == 0);
   }
   return c;
 }

@@ -105,6 +105,24 @@ inline void read64(const Source& s, int64_t row, int64_t col, float* out) {
   }
 }
 
+// Whether a matrix is read as it lies.
+inline bool as_it_lies(const Source& s) { return s.m.type != Type::nf4 && !s.dropout.on && s.stats == nullptr; }
+
+// The groups of 16, by fours, of at most `most` that lie whole in the matrix from (row, col) on: as floats, one every
+// `stride` words. Their number.
+inline int64_t copy_sixteens(const Source& s, int64_t row, int64_t col, int64_t most, uint32_t* out, int64_t stride) {
+  if (row >= s.m.rows || !as_it_lies(s)) return 0;
+  const int64_t left = s.m.cols <= col ? 0 : (s.m.cols - col) / 16, count = (left < most ? left : most) / 4 * 4;
+  with_type(s.m.type, [&](auto t) {
+    using T = decltype(t);
+    const auto* from = static_cast<const typename T::Value*>(s.m.data) + row * s.m.cols + col;
+    for (int64_t q = 0; q < count; ++q)
+      for (int j = 0; j < 16; j += kWidth)
+        store<F32>(reinterpret_cast<float*>(out + q * stride) + j, load<T>(from + 16 * q + j));
+  });
+  return count;
+}
+
 #if PE_LEVEL >= 2
 // Scales of `blocks` blocks of 64 from value i (a multiple of 64) of an NF4 matrix.
 inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) {
@@ -232,7 +250,7 @@ inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t 
     }
 #endif
     float v[64];
-    for (int64_t step = 0; step < steps; step += 4) {
+    for (int64_t step = copy_sixteens(s, row, col, steps, to, kTile); step < steps; step += 4) {
       read64(s, row, col + step * 16, v);
       for (int q = 0; q < 4; ++q) memcpy(to + (step + q) * kTile, v + 16 * q, 64);
     }
@@ -290,8 +308,9 @@ inline void right_panel(const Source& s, int64_t col0, int64_t tiles, int64_t st
       }
 #endif
       float v[64];
-      for (int64_t t = 0; t < tiles; t += 4) {
-        read64(s, (step0 + step) * 16 + k, col0 + 16 * t, v);
+      const int64_t row = (step0 + step) * 16 + k;
+      for (int64_t t = copy_sixteens(s, row, col0, tiles, to, stride); t < tiles; t += 4) {
+        read64(s, row, col0 + 16 * t, v);
         for (int q = 0; q < 4; ++q) memcpy(to + (t + q) * stride, v + 16 * q, 64);
       }
     }

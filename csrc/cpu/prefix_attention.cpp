@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 
 // Rows of one task of the forward, a multiple of kRowBlock: the real keys are packed again for each.
 constexpr int64_t kForwardRows = 768;
-// Tasks that the backward of a shared prefix is cut into at most, so that sums kept for them.
+// Sums that are kept at most for the gradient of a shared prefix (or one for each key/value head).
 constexpr int64_t kSums = 32;
 
 Heads4 heads4(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
@@ -78,6 +78,28 @@ void pack_shared(PrefixAttentionArgs& x, bool backward) {
   x.packed = packed;
 }
 
+// Few queries: a task is a head, or, where there are too few of them for the threads, one part of its keys.
+void forward_few(const PrefixAttentionArgs& x) {
+  const int64_t parts = pe::part_count(x), words = pe::part_words(x), heads = x.batch * x.kv_heads;
+  const bool split = heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  float* shared = split ? pe::scratch<float>(Slot::shared, heads * parts * words) : nullptr;
+  const auto own = [&] { return pe::scratch<uint32_t>(Slot::task, pe::few_words(x)); };
+  const auto merge = [&](int64_t head, const float* from) {
+    PE_CALL(prefix_attention_few_merge)(x, head / x.kv_heads, head % x.kv_heads, parts, from, own());
+  };
+  torch::stable::parallel_for(0, split ? heads * parts : heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = split ? i / parts : i, first = split ? i % parts : 0, last = split ? first + 1 : parts;
+      float* all = split ? shared + head * parts * words : pe::scratch<float>(Slot::sums, parts * words);
+      for (int64_t part = first; part < last; ++part) PE_CALL(prefix_attention_few_part)
+      (x, head / x.kv_heads, head % x.kv_heads, part, all + part * words, own());
+      if (!split) merge(head, all);
+    }
+  });
+  // A second parallel region would cost more than the few sums.
+  for (int64_t head = 0; head < heads && split; ++head) merge(head, shared + head * parts * words);
+}
+
 std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v,
                                                     std::optional<Tensor> first, std::optional<Tensor> last,
                                                     std::optional<Tensor> bias, bool causal, double scale) {
@@ -85,6 +107,10 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v
   Tensor lse = pe::empty({q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
   PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale);
   x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr());
+  if (x.rows() > 0 && x.rows() <= pe::kFewRows) {
+    forward_few(x);
+    return {out, lse};
+  }
   pack_shared(x, false);
   const int64_t chunks = (x.rows() + kForwardRows - 1) / kForwardRows;
   torch::stable::parallel_for(0, x.batch * x.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
@@ -121,9 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   });
   if (x.shared && x.prefix > 0)
     torch::stable::parallel_for(0, x.kv_heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g)
-        PE_CALL(prefix_attention_write_prefix)
-        (x, g, sums + g * area, chunks, x.kv_heads * area, reinterpret_cast<float*>(scratch(x)));
+      for (int64_t g = begin; g < end; ++g) PE_CALL(prefix_attention_write_prefix)
+      (x, g, sums + g * area, chunks, x.kv_heads * area, reinterpret_cast<float*>(scratch(x)));
     });
   return {dq, dk, dv, dprefix_k, dprefix_v};
 }

@@ -50,4 +50,15 @@ inline int64_t task_words(const PrefixAttentionArgs& x) {
          7 * kRowBlock * width + 16 * width + padded(x.keys) + 1024;
 }
 
+// Few queries: at most so many rows, keys in parts of so many, and the words that the parts and the work on one take.
+constexpr int64_t kFewRows = 8, kPartKeys = 256;
+
+inline int64_t part_count(const PrefixAttentionArgs& x) {
+  return (x.prefix + kPartKeys - 1) / kPartKeys + (x.keys + kPartKeys - 1) / kPartKeys;
+}
+
+inline int64_t part_words(const PrefixAttentionArgs& x) { return x.rows() * (padded(x.head_dim) + 16); }
+
+inline int64_t few_words(const PrefixAttentionArgs& x) { return 4 * padded(x.head_dim) + 5 * kPartKeys; }
+
 }  // namespace pe

@@ -17,14 +17,18 @@ struct Carver {
 template <class T>
 struct Sizes {
   static constexpr int W = kPerWord<T>;
-  int64_t width, row, depth;       // head_dim padded; words of a row as left operand; words of the contraction over it
-  int64_t prefix, stride;          // columns of the prefix in a row of scores; of the whole row
-  int64_t across;                  // from panel to panel of keys whose contraction runs over head_dim
+  int64_t width, row, depth;  // head_dim padded; words of a row as left operand; words of the contraction over it
+  int64_t prefix, stride;     // columns of the prefix in a row of scores; of the whole row
+  int64_t across;             // from panel to panel of keys whose contraction runs over head_dim
   int64_t block = kRowBlock / W * kPanel;  // the same of a block of rows whose contraction runs over them
 
   explicit Sizes(const PrefixAttentionArgs& x)
-      : width(padded(x.head_dim)), row(width / W), depth((x.head_dim + W - 1) / W), prefix(padded(x.prefix)),
-        stride(score_stride(x.prefix, x.keys)), across(depth * kPanel) {}
+      : width(padded(x.head_dim)),
+        row(width / W),
+        depth((x.head_dim + W - 1) / W),
+        prefix(padded(x.prefix)),
+        stride(score_stride(x.prefix, x.keys)),
+        across(depth * kPanel) {}
 };
 
 // Keys and values of one head as right operands; what is not asked for is null.
@@ -53,7 +57,8 @@ inline void pack_matrix(const Heads4& x, int64_t b, int64_t h, int64_t first, in
                         int64_t head_dim, int64_t words, uint32_t* across, uint32_t* along, uint32_t* rows) {
   for (int64_t i = first; i < last; i += 16) {
     const int64_t count = last - i < 16 ? last - i : 16;
-    for (int64_t r = 0; r < count; ++r) read_row<From, To>(row_of<From>(x, b, h, i + r), head_dim, n.width, rows + r * n.row);
+    for (int64_t r = 0; r < count; ++r)
+      read_row<From, To>(row_of<From>(x, b, h, i + r), head_dim, n.width, rows + r * n.row);
     memset(rows + count * n.row, 0, (16 - count) * n.row * sizeof(uint32_t));
     if (across != nullptr) put_across(rows, n.row, n.depth, i - first, across);
     if (along != nullptr) put_along<kPerWord<To>>(rows, n.row, 16, i - first, words, n.width, along);
@@ -71,8 +76,7 @@ inline void pack_keys(const Heads4& k, const Heads4& v, int64_t b, int64_t h, in
 template <class T>
 inline void pack_prefix(const PrefixAttentionArgs& x, int64_t b, int64_t g, const Sizes<T>& n, const Keys& out,
                         Carver scratch) {
-  if (x.prefix_type == T::type)
-    pack_keys<T, T>(x.prefix_k, x.prefix_v, b, g, 0, x.prefix, n, x.head_dim, out, scratch);
+  if (x.prefix_type == T::type) pack_keys<T, T>(x.prefix_k, x.prefix_v, b, g, 0, x.prefix, n, x.head_dim, out, scratch);
   else pack_keys<F32, T>(x.prefix_k, x.prefix_v, b, g, 0, x.prefix, n, x.head_dim, out, scratch);
 }
 
@@ -121,7 +125,8 @@ inline const float* bias_of(const PrefixAttentionArgs& x, int64_t b, int64_t h, 
       load_up_to_16(x.bias, x.bias_type, at + j, n, buffer + j);
       continue;
     }
-    for (int i = 0; i < 16; ++i) buffer[j + i] = i < n ? load_one(x.bias, x.bias_type, at + (j + i) * x.bias_key) : 0.0f;
+    for (int i = 0; i < 16; ++i)
+      buffer[j + i] = i < n ? load_one(x.bias, x.bias_type, at + (j + i) * x.bias_key) : 0.0f;
   }
   return buffer;
 }
@@ -158,7 +163,8 @@ inline float exponentials(float* row, int64_t count, float top, uint32_t* pairs)
 
 // Rows row0 .. row1 of key/value head g: out and lse.
 template <class T>
-inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int64_t row0, int64_t row1, Carver scratch) {
+inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int64_t row0, int64_t row1,
+                         Carver scratch) {
   const Sizes<T> n(x);
   constexpr int W = Sizes<T>::W;
   const int64_t group = x.group();
@@ -174,7 +180,8 @@ inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int
     const int64_t rows = row1 - i < kRowBlock ? row1 - i : kRowBlock;
     seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, origin, kPanel);
     for (int64_t r = 0; r < rows; ++r)
-      read_row<T, T>(row_of<T>(x.q, b, g * group + (i + r) % group, (i + r) / group), x.head_dim, n.width, query + r * n.row);
+      read_row<T, T>(row_of<T>(x.q, b, g * group + (i + r) % group, (i + r) / group), x.head_dim, n.width,
+                     query + r * n.row);
     product<W>(rows, n.prefix, n.depth, query, n.row, 1, prefix.k_across, n.across, scores, n.stride, false);
     product<W>(rows, seen.count, n.depth, query, n.row, 1, keys.k_across + seen.first * n.depth, n.across,
                scores + n.prefix, n.stride, false);
@@ -193,8 +200,8 @@ inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int
     const uint32_t* p = W == 2 ? pairs : reinterpret_cast<const uint32_t*>(scores);
     product<W>(rows, n.width, n.prefix / W, p, n.stride / W, 1, prefix.v_along, prefix.words * kPanel, result, n.width,
                false);
-    product<W>(rows, n.width, seen.count / W, p + n.prefix / W, n.stride / W, 1,
-               keys.v_along + seen.first / W * kPanel, keys.words * kPanel, result, n.width, true);
+    product<W>(rows, n.width, seen.count / W, p + n.prefix / W, n.stride / W, 1, keys.v_along + seen.first / W * kPanel,
+               keys.words * kPanel, result, n.width, true);
     for (int64_t r = 0; r < rows; ++r)
       write_row<T>(row_of<T>(x.out, b, g * group + (i + r) % group, (i + r) / group), x.head_dim, inverse[r],
                    result + r * n.width);
@@ -278,8 +285,9 @@ inline void pair_rows(const Block& x, int64_t rows, int64_t count, int64_t strid
 
 // Rows i .. i + rows: dq of those, and their part of the gradients of the prefix and of the real keys.
 template <class T>
-inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int64_t b, int64_t g, int64_t i, int64_t rows,
-                           const Keys& prefix, const Keys& keys, const Sums& dprefix, const Sums& dkeys, const Block& s) {
+inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int64_t b, int64_t g, int64_t i,
+                           int64_t rows, const Keys& prefix, const Keys& keys, const Sums& dprefix, const Sums& dkeys,
+                           const Block& s) {
   constexpr int W = Sizes<T>::W;
   const int64_t group = x.group(), even = (rows + W - 1) / W * W;
   const Seen seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, 0, kPanel);
@@ -385,13 +393,13 @@ inline void prefix_attention_pack(const PrefixAttentionArgs& x, int64_t g, bool 
   });
 }
 
-inline void prefix_attention_forward_task(const PrefixAttentionArgs& x, int64_t b, int64_t g, int64_t row0, int64_t row1,
-                                          uint32_t* scratch) {
+inline void prefix_attention_forward_task(const PrefixAttentionArgs& x, int64_t b, int64_t g, int64_t row0,
+                                          int64_t row1, uint32_t* scratch) {
   with_type(x.type, [&](auto type) { forward_rows<decltype(type)>(x, b, g, row0, row1, Carver{scratch}); });
 }
 
-inline void prefix_attention_backward_task(const PrefixAttentionArgs& x, int64_t b0, int64_t b1, int64_t g, float* shares,
-                                           uint32_t* scratch) {
+inline void prefix_attention_backward_task(const PrefixAttentionArgs& x, int64_t b0, int64_t b1, int64_t g,
+                                           float* shares, uint32_t* scratch) {
   with_type(x.type, [&](auto type) { backward_batch<decltype(type)>(x, b0, b1, g, shares, Carver{scratch}); });
 }
 
@@ -399,3 +407,5 @@ inline void prefix_attention_write_prefix(const PrefixAttentionArgs& x, int64_t 
                                           int64_t step, float* row) {
   write_prefix(x, 0, g, sums, chunks, step, row);
 }
+
+#include "cpu/prefix_attention_few.inl"

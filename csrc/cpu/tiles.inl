@@ -179,7 +179,7 @@ constexpr int64_t kSumSteps = kPairs ? 2 : 4;
 // One tile, of which the first `used` rows count, against kCols (1 or 2) tiles of columns, at most kSumSteps steps.
 template <bool kPairs, int kCols>
 inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t steps, float* c,
-                            int64_t used) {
+                            int64_t used, bool fresh) {
 #if PE_LEVEL >= 2
   for (int half = 0; half < used; half += 8) {
     __m512 sum[8][kCols];
@@ -208,7 +208,7 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
     for (int r = 0; r < 8; ++r)
       for (int j = 0; j < kCols; ++j) {
         float* to = c + j * kTile + 16 * (half + r);
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[r][j]));
+        _mm512_storeu_ps(to, fresh ? sum[r][j] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][j]));
       }
   }
 #elif PE_LEVEL == 1
@@ -234,8 +234,8 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
         }
       }
       for (int r = 0; r < 4; ++r) {
-        _mm256_storeu_ps(to + 16 * r, _mm256_add_ps(_mm256_loadu_ps(to + 16 * r), low[r]));
-        _mm256_storeu_ps(to + 16 * r + 8, _mm256_add_ps(_mm256_loadu_ps(to + 16 * r + 8), high[r]));
+        _mm256_storeu_ps(to + 16 * r, fresh ? low[r] : _mm256_add_ps(_mm256_loadu_ps(to + 16 * r), low[r]));
+        _mm256_storeu_ps(to + 16 * r + 8, fresh ? high[r] : _mm256_add_ps(_mm256_loadu_ps(to + 16 * r + 8), high[r]));
       }
     }
   }
@@ -249,7 +249,10 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
         for (int k = 0; k < 16; ++k)
           for (int i = 0; i < 16; ++i) sum[i] += as[k] * bs[16 * k + i];
       }
-      for (int i = 0; i < 16; ++i) c[j * kTile + 16 * r + i] += sum[i];
+      for (int i = 0; i < 16; ++i) {
+        float& to = c[j * kTile + 16 * r + i];
+        to = fresh ? sum[i] : to + sum[i];
+      }
     }
   }
 #endif
@@ -257,12 +260,15 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 
 // C += A B over `steps`: rows tiles of A, cols tiles of B, C tile (r, j) at c + r * c_stride + j * kTile. Strides in words.
 // kLeftOnce: the right operand stays in the L1 cache, else the left one. Of the last tile of A, the first `last_used`
-// rows count.
+// rows count. fresh: C = A B; the tiles of C are then side by side, c_stride = cols * kTile, and all of them written but
+// the rows that do not count.
 template <bool kPairs, bool kLeftOnce>
 inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
-                     int64_t cols, int64_t steps, float* c, int64_t c_stride, int64_t last_used = 16) {
+                     int64_t cols, int64_t steps, float* c, int64_t c_stride, int64_t last_used = 16,
+                     bool fresh = false) {
 #if PE_LEVEL >= 4
   if constexpr (kPairs) {
+    if (fresh) memset(c, 0, static_cast<size_t>(rows * cols * kTile) * sizeof(float));
     int64_t j = 0;
     for (; j + 2 <= cols; j += 2) {
       int64_t r = 0;
@@ -294,8 +300,8 @@ inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const ui
       for (int64_t s = 0; s < steps; s += kSumSteps<kPairs>) {
         const int64_t n = steps - s < kSumSteps<kPairs> ? steps - s : kSumSteps<kPairs>;
         const uint32_t *left = a + r * a_stride + s * kTile, *right = b + j * b_stride + s * kTile;
-        if (j + 2 <= cols) vector_multiply<kPairs, 2>(left, right, b_stride, n, to, used);
-        else vector_multiply<kPairs, 1>(left, right, b_stride, n, to, used);
+        if (j + 2 <= cols) vector_multiply<kPairs, 2>(left, right, b_stride, n, to, used, fresh && s == 0);
+        else vector_multiply<kPairs, 1>(left, right, b_stride, n, to, used, fresh && s == 0);
       }
     }
   }

@@ -15,10 +15,18 @@ template <typename T, int kXTiles>
 __global__ void __launch_bounds__(kThreads, kFit < resident(kXTiles) ? kFit : resident(kXTiles))
     lora_linear_kernel(const Call call) {
   PE_DYNAMIC_SHARED(unsigned char, shared);
-  if (blockIdx.x < call.plan.pieces) {
-    adapter_block<T, kXTiles>(call, shared);
+  const auto fill = [&] { fill_decode_table<T, Memory<kXTiles>::kEntry>(shared); };
+  unsigned* flag = reinterpret_cast<unsigned*>(shared + Memory<kXTiles>::kFlagsAt);
+  unsigned number = blockIdx.x;
+  if (call.rank > 0) {
+    number = number_by_start(call.workspace.started, flag, fill);
   } else {
-    Product<T, kXTiles>(call, shared).run(blockIdx.x - call.plan.pieces);
+    fill();  // nobody waits
+  }
+  if (number < call.plan.pieces) {
+    adapter_block<T, kXTiles>(call, number, shared);
+  } else {
+    Product<T, kXTiles>(call, shared).run(number - call.plan.pieces);
   }
 }
 
@@ -59,7 +67,7 @@ int64_t workspace_for(const Device& device, int rows, int64_t n, int64_t k, int 
 template <typename T, int kXTiles>
 cudaError_t launch(Call& call, const Device& device, cudaStream_t stream) {
   call.plan = plan_for<kXTiles>(device, call.rows, call.n, call.k, call.rank);
-  if (call.plan.tiles + 3 > kCounters) return cudaErrorInvalidValue;
+  if (call.plan.tiles + 4 > kCounters) return cudaErrorInvalidValue;
   const int bytes = shared_bytes<kXTiles>(device);
   const cudaError_t error = pe::checked(
       cudaFuncSetAttribute(lora_linear_kernel<T, kXTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -77,11 +77,11 @@ __device__ void adapter_piece(const Call& call, int64_t first, int64_t last, flo
 }
 
 template <typename T, int kXTiles>
-__device__ void adapter_block(const Call& call, unsigned char* shared) {
+__device__ void adapter_block(const Call& call, unsigned number, unsigned char* shared) {
   const unsigned pieces = call.plan.pieces, units = call.plan.units, size = call.rows * call.rank;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * units / pieces * kUnit;
-  const int64_t last = (static_cast<int64_t>(blockIdx.x) + 1) * units / pieces * kUnit;
-  adapter_piece<T, kXTiles>(call, first, last, call.workspace.pieces + static_cast<int64_t>(blockIdx.x) * size,
+  const int64_t first = static_cast<int64_t>(number) * units / pieces * kUnit;
+  const int64_t last = (static_cast<int64_t>(number) + 1) * units / pieces * kUnit;
+  adapter_piece<T, kXTiles>(call, first, last, call.workspace.pieces + static_cast<int64_t>(number) * size,
                             reinterpret_cast<float*>(shared));
   unsigned* flag = reinterpret_cast<unsigned*>(shared + Memory<kXTiles>::kFlagsAt);
   if (!last_to_arrive(call.workspace.pieces_done, pieces, flag)) return;

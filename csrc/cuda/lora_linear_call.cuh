@@ -1,6 +1,7 @@
-// What the kernel of lora_linear.cu is called with, conversions, shared memory, and how thread blocks report to each other.
+// What the kernel of lora_linear.cu is called with, shared memory, and how thread blocks report to each other.
 #pragma once
 
+#include "convert.cuh"
 #include "lora_linear_plan.cuh"
 #include "scale.cuh"
 
@@ -27,11 +28,6 @@ struct Call {
   Workspace workspace;
   Plan plan;
 };
-
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ void round_to(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void round_to(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
 template <typename T>
 __device__ __forceinline__ float load_adapter(const Call& call, const void* weight, int64_t i) {
@@ -85,6 +81,23 @@ constexpr bool kFewFresh = false;
 #else
 constexpr bool kFewFresh = true;
 #endif
+
+// Draws this thread block's number in the order of starting, which CUDA does not promise to be that of blockIdx: who waits
+// only for lower numbers waits for blocks that run. `meanwhile` passes the time that the answer takes. The last to start
+// puts the counter back to 0 for the next launch.
+template <typename Work>
+__device__ __forceinline__ unsigned number_by_start(unsigned* counter, unsigned* flag, Work meanwhile) {
+  unsigned number = 0;
+  if (threadIdx.x == 0) number = atomicAdd(counter, 1u);
+  meanwhile();
+  if (threadIdx.x == 0) {
+    *flag = number;
+    if (number == gridDim.x - 1) *counter = 0;
+  }
+  __syncthreads();
+  // From one lane, so that the compiler knows what follows from it to be the same in all.
+  return __shfl_sync(0xffffffffu, *flag, 0);
+}
 
 // Whether this thread block is the last of `total` that say to the counter that what they wrote is there. What the
 // others wrote may then be read. The last puts the counter back to 0 for the next launch.

@@ -51,7 +51,7 @@ __device__ void finish_tile(const Call& call, unsigned tile, unsigned char* shar
 }
 
 // Says that one segment of a tile is in the workspace, and finishes the tile if it was the last: with an adapter when h is
-// there, which blocks compute that were launched before this one and wait for nobody.
+// there, which blocks compute that started before this one (number_by_start) and wait for nobody.
 template <typename T, int kXTiles>
 __device__ void deliver_segment(const Call& call, unsigned tile, unsigned char* shared) {
   const unsigned first = call.plan.worker_of(tile * call.plan.units);

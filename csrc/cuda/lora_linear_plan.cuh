@@ -15,7 +15,7 @@ constexpr int kUnit = 64;     // columns: one block of NF4 at least, so that a u
 constexpr int kMaxRows = 64;  // of x
 constexpr int kMaxRank = 64;
 constexpr int kMaxPieces = 32;    // that x A^T is cut into
-constexpr int kCounters = 16384;  // 3, and one for each tile
+constexpr int kCounters = 16384;  // 4, and one for each tile
 
 // Rows of W: two tiles of mma for each warp, so that what is read of x serves both. The lookups and the reads of x share
 // the port of shared memory, which one tile with 8 rows of x keeps busy for 25 cycles a unit, two for 21.
@@ -73,6 +73,7 @@ struct Workspace {
   unsigned* pieces_done;
   unsigned* h_there;  // 1 when x A^T is in h
   unsigned* tiles_done;
+  unsigned* started;  // thread blocks of a launch in which some wait for others
   unsigned* tile_arrivals;
   float* h;
   float* pieces;
@@ -83,13 +84,10 @@ __host__ __device__ inline Workspace workspace_at(void* base) {
   unsigned* counters = static_cast<unsigned*>(base);
   float* h = reinterpret_cast<float*>(counters + kCounters);
   constexpr int kSize = kMaxRows * kMaxRank;
-  return {counters,
-          counters + 1,
-          counters + 2,
-          counters + 3,
-          h,
-          h + kSize,
-          h + static_cast<int64_t>(kSize) * (1 + kMaxPieces)};
+  return {counters,     counters + 1,
+          counters + 2, counters + 3,
+          counters + 4, h,
+          h + kSize,    h + static_cast<int64_t>(kSize) * (1 + kMaxPieces)};
 }
 
 inline int64_t fixed_bytes() { return 4 * (kCounters + static_cast<int64_t>(kMaxRows) * kMaxRank * (1 + kMaxPieces)); }

@@ -283,6 +283,7 @@ struct Product {
     }
   }
 
+  // The decode table is being filled: the first segment has a barrier before it reads it.
   __device__ __forceinline__ void run(unsigned worker) {
     const int units = call.plan.units;
     const unsigned first = call.plan.start(worker);
@@ -292,7 +293,6 @@ struct Product {
     load_first(tile, unit, count);
     load_scales(tile, unit);
     if (kBuffers == 2) load_x(0, unit, min(count, kWindow));
-    fill_decode_table<T, kEntry>(shared);
     while (true) {
       segment(tile, unit, count);
       store_segment(worker + tile);

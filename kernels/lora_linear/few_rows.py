@@ -4,9 +4,7 @@ import torch
 from peft_engine.kernels.nf4.library import DTYPES, address, stream_of
 
 from peft_engine import native
-
-_scratch: dict[tuple[int, int], torch.Tensor] = {}
-_captured: dict[int, torch.Tensor] = {}  # of the graph that is being captured, by its number
+from peft_engine.kernels.scratch import zeroed
 
 
 def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
@@ -20,9 +18,8 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
         a, b = a.contiguous(), b.contiguous()
     bias = None if bias is None else bias.contiguous()
     library, device, stream = native.cuda(), x.device.index or 0, stream_of(x)
-    scratch = _workspace(
-        library.pe_lora_linear_workspace(rows, out_features, columns, rank, device), x, stream
-    )
+    size = library.pe_lora_linear_workspace(rows, out_features, columns, rank, device)
+    scratch = zeroed("lora_linear", size, x.device, stream) if size else None
     code = library.pe_lora_linear_nf4(
         x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), absmax.data_ptr(), address(nested),
         address(offset), blocksize, out_features, address(a), address(b), rank,
@@ -31,21 +28,3 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
     )  # fmt: skip
     native.cuda_check(code, "lora_linear")
     return y, h
-
-
-def _workspace(size: int, x: torch.Tensor, stream: int) -> torch.Tensor | None:
-    """Zeroed scratch: the kernel leaves its counters at zero, so that a stream reuses it from call to call.
-
-    A graph gets its own, filled once in a replay: it must not share memory with calls made beside its
-    replays.
-    """
-    if not size:
-        return None
-    device = x.device.index or 0
-    capture = native.cuda().pe_cuda_capture(stream, device) if x.is_cuda else 0
-    held, key = (_captured, capture) if capture else (_scratch, (device, stream))
-    if key not in held or held[key].numel() < size:
-        if capture:
-            held.clear()  # an earlier graph's is its own pool's to keep
-        held[key] = torch.zeros(size, dtype=torch.uint8, device=x.device)
-    return held[key]

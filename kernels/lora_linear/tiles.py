@@ -7,23 +7,20 @@ those with 160 KiB of shared memory and more (80, 90, 100), 86 for those with 99
 compile every entry for every architecture, without spills and within its shared memory.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 
 import torch
 
+from peft_engine.kernels.tiles import MANY, Entry, Table, Tile, entries_for, tile_of
+
 MAX_RANK = 128  # beyond, a rank's sums no longer fit the registers of a tile
 MAX_RANK_SINGLE = 64  # the single kernel holds the base's sums as well
-
-MANY = 1 << 62
 
 # kernel: architecture: (rows up to, rank up to, tile in half precision, tile in float32), the first that
 # fits. down             BLOCK_M, BLOCK_K, warps, stages up               BLOCK_M, BLOCK_N, warps, stages
 # outer            BLOCK_M, BLOCK_C, warps, stages single           BLOCK_M, BLOCK_N, BLOCK_K, warps, stages
 # single_backward  BLOCK_M, BLOCK_K (columns of dx), BLOCK_N, warps, stages
-Tile = tuple[int, ...]
-TABLE: dict[str, dict[int, tuple[tuple[int, int, Tile, Tile], ...]]] = {
+TABLE: Table = {
     "down": {
         80: (
             (MANY, 32, (64, 64, 4, 4), (32, 64, 4, 3)),
@@ -86,10 +83,6 @@ TABLE: dict[str, dict[int, tuple[tuple[int, int, Tile, Tile], ...]]] = {
     },
 }
 
-_SMALL = (86, 89, 120)
-_set: dict[str, Tile] = {}
-_pretended: int | None = None
-
 
 def padded_rank(rank: int) -> int:
     """The rank as a tile holds it: a power of two, at least the 16 that a matrix unit takes."""
@@ -98,29 +91,12 @@ def padded_rank(rank: int) -> int:
 
 def tile(kernel: str, rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tile:
     """The tile of a kernel for these rows and this rank."""
-    if kernel in _set:
-        return _set[kernel]
-    for most, largest, half, single in entries(kernel, architecture(device)):
-        if rows <= most and rank <= largest:
-            return single if dtype == torch.float32 else half
-    raise ValueError(f"lora_linear: no tile of {kernel} holds rank {rank}")
+    return tile_of("lora_linear", TABLE, kernel, rows, rank, dtype, device)
 
 
-def entries(kernel: str, arch: int) -> tuple[tuple[int, int, Tile, Tile], ...]:
+def entries(kernel: str, arch: int) -> tuple[Entry, ...]:
     """The table of a kernel for an architecture (compute capability times ten)."""
-    table = TABLE[kernel]
-    kin = [a for a in table if a <= arch and (a in _SMALL) == (arch in _SMALL)] or [min(table)]
-    return table[max(kin)]
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability times ten; 90 where there is no GPU (in the interpreter any tile is right)."""
-    if _pretended is not None:
-        return _pretended
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return entries_for(TABLE[kernel], arch)
 
 
 def shares(columns: int, programs: int, block_k: int) -> int:
@@ -135,27 +111,6 @@ def splits(rows: int, programs: int) -> int:
     rows.
     """
     return max(1, min(-(-264 // programs), rows // 128))
-
-
-@contextlib.contextmanager
-def setting(kernel: str, tile: Tile) -> Iterator[None]:
-    """Inside, a kernel has this tile: for the tuner and the tests."""
-    _set[kernel] = tile
-    try:
-        yield
-    finally:
-        del _set[kernel]
-
-
-@contextlib.contextmanager
-def pretended(arch: int) -> Iterator[None]:
-    """Inside, tiles are those of this architecture: for compiling ahead of time."""
-    global _pretended
-    before, _pretended = _pretended, arch
-    try:
-        yield
-    finally:
-        _pretended = before
 
 
 def candidates(kernel: str) -> list[Tile]:

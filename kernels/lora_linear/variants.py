@@ -10,6 +10,7 @@ from peft_engine.kernels.lora_linear.down import down
 from peft_engine.kernels.lora_linear.outer import outer
 from peft_engine.kernels.lora_linear.up import up_
 
+from peft_engine.kernels.tiles import pretended
 from peft_engine.kernels.variants import ARCHS, TENSOR_CORE, Variant, launched
 
 N, K = 4096, 4096
@@ -20,7 +21,7 @@ NF4, DENSE = "nf4", "dense"
 
 def variants() -> Iterator[Variant]:
     for arch in ARCHS:
-        with tiles.pretended(arch):
+        with pretended(arch):
             for kernel in tiles.TABLE:
                 for place, (rows, rank, *_) in enumerate(tiles.entries(kernel, arch)):
                     # float16 compiles to bfloat16's code but for its products with float32: one entry shows

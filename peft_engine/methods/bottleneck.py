@@ -1,5 +1,6 @@
-"""Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, 2005.00247; He et al. 2021,
-2110.04366), to the letter of the `adapters` library: what attach and checkpoint need of the method.
+"""Bottleneck adapters, to the letter of the `adapters` library: what attach and checkpoint need of them.
+
+Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, 2005.00247; He et al. 2021, 2110.04366.
 
 A layer's sublayer reads s and gives h, and the layer goes on with s + h, or LN(s + h). With an adapter
 f(x) = scaling up(act(down(x))), h becomes

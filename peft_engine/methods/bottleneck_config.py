@@ -30,16 +30,16 @@ class BottleneckConfig:
 
     mh_adapter           adapters behind the self-attentions; output_adapter: behind the feed-forwards;
                          cross_adapter: behind the decoder's attentions to the encoder
-    reduction_factor     hidden size / width of the bottleneck: a number, or one by layer, {"1": 8, "default": 16};
-                         16 when nothing is given
+    reduction_factor     hidden size / width of the bottleneck: a number, or one by layer as in
+                         {"1": 8, "default": 16}; 16 when nothing is given
     width                the width itself, in place of reduction_factor
     non_linearity        relu, gelu (by erf), silu (swish) or tanh
     is_parallel          beside the sublayer, on the layer's state before it (He et al.); else behind it
     scaling              the factor of what the adapter adds
     original_ln_before   the adapter reads the layer's sum, normed where the layer norms it (Pfeiffer et al.);
                          else what the sublayer gives (Houlsby et al.)
-    residual_before_ln   with original_ln_before, what the adapter adds to: True what the sublayer gives, False
-                         what the adapter reads, "post_add" the sum before the norm
+    residual_before_ln   with original_ln_before, what the adapter adds to: True what the sublayer gives,
+                         False what the adapter reads, "post_add" the sum before the norm
     ln_before, ln_after  a new LayerNorm in front of, and behind, the bottleneck; with
                          adapter_residual_before_ln the latter comes after the adapter's sum
     init_weights         "bert": normal, deviation 0.02; "mam_adapter": down kaiming-uniform, up zero;
@@ -90,8 +90,8 @@ class BottleneckConfig:
                 )
         if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
             raise ValueError(
-                "BottleneckConfig: mh_adapter, output_adapter and cross_adapter are all False, which leaves no "
-                "adapter; set one"
+                "BottleneckConfig: mh_adapter, output_adapter and cross_adapter are all False, which leaves "
+                "no adapter; set one"
             )
         _check_width(self)
         _check_numbers(self)
@@ -111,7 +111,8 @@ class BottleneckConfig:
             )
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError(
-                "BottleneckConfig: residual_before_ln='post_add' has a meaning only with original_ln_before=True"
+                "BottleneckConfig: residual_before_ln='post_add' has a meaning only with "
+                "original_ln_before=True"
             )
         _check_lists(self)
 
@@ -160,8 +161,8 @@ def _check_width(config: BottleneckConfig) -> None:
     if config.width is not None:
         if factor is not None:
             raise ValueError(
-                f"BottleneckConfig: width={config.width!r} and reduction_factor={factor!r} both say how wide the "
-                "bottleneck is; give one"
+                f"BottleneckConfig: width={config.width!r} and reduction_factor={factor!r} both say how wide "
+                "the bottleneck is; give one"
             )
         if type(config.width) is not int or config.width < 1:
             raise ValueError(
@@ -182,15 +183,16 @@ def _check_width(config: BottleneckConfig) -> None:
     for value in factor.values() if isinstance(factor, Mapping) else (factor,):
         if not _number(value) or value <= 0:
             raise ValueError(
-                f"BottleneckConfig: reduction_factor must be a number above 0, or map layers to such, got {value!r}"
+                "BottleneckConfig: reduction_factor must be a number above 0, or map layers to such, "
+                f"got {value!r}"
             )
 
 
 def _check_numbers(config: BottleneckConfig) -> None:
     if isinstance(config.scaling, str):
         raise ValueError(
-            f"BottleneckConfig: scaling={config.scaling!r} is not offered: a factor that is learned is no part of "
-            "the op, and the up-projection learns it as well; give a number"
+            f"BottleneckConfig: scaling={config.scaling!r} is not offered: a factor that is learned is no "
+            "part of the op, and the up-projection learns it as well; give a number"
         )
     if not _number(config.scaling):
         raise TypeError(f"BottleneckConfig: scaling must be a finite number, got {config.scaling!r}")

@@ -1,7 +1,7 @@
 """Bottleneck adapters as the `adapters` library (AdapterHub) has them on disk, both ways.
 
-A folder holds adapter_config.json and adapter.safetensors (or, from the library's default, a pickle). A tensor's
-key is the path of the library's module: `bert.encoder.layer.0.output.adapters.NAME.adapter_down.0.weight`.
+A folder holds adapter_config.json and adapter.safetensors (or, by the library's default, a pickle). The key
+of a tensor is its path in the library: `bert.encoder.layer.0.output.adapters.NAME.adapter_down.0.weight`.
 """
 
 import dataclasses
@@ -54,8 +54,9 @@ def config_to_file(model: Any, config: BottleneckConfig, name: str) -> dict[str,
     if config.width is not None:
         if hidden is None:
             raise ValueError(
-                f"save_adapter: the adapter has width={config.width}, and the file says how many times narrower "
-                "than the hidden size it is, which this model's config does not tell; give reduction_factor"
+                f"save_adapter: the adapter has width={config.width}, and the file says how many times "
+                "narrower than the hidden size it is, which this model's config does not tell; give "
+                "reduction_factor"
             )
         fields["reduction_factor"] = _factor(hidden, config.width)
     fields["scaling"] = float(config.scaling)  # the library takes no integer

@@ -1,8 +1,8 @@
 """The modules of bottleneck adapters, and the hooks by which a layer runs them.
 
-At a site (bottleneck_sites.py) lives a Bottlenecks module with one Adapter per name, and a forward hook puts its
-output in the place of the sublayer's. Where an adapter needs the state s that the sublayer read, a forward
-pre-hook on the module that reads it, a Catch, keeps it until then.
+At a site (bottleneck_sites.py) lives a Bottlenecks module with one Adapter per name, and a forward hook puts
+its output in the place of the sublayer's. Where an adapter needs the state s that the sublayer read, a
+forward pre-hook on the module that reads it, a Catch, keeps it until then.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Where a model's layers end their attentions and their feed-forwards: where bottleneck adapters stand.
 
-Every layer of transformers has sublayers of one form, s' = s + h or s' = LN(s + h) with h = sublayer(s). A site
-is one of them: the module whose output is h, the module whose input is s, and LN where the layer has one after
-the sum. The families of FAMILIES are known by the names of a layer's children; of others the sublayers alone are
-found, by their own names, and s is not.
+Every layer of transformers has sublayers of one form, s' = s + h or s' = LN(s + h) with h = sublayer(s). A
+site is one of them: the module whose output is h, the module whose input is s, and LN where the layer has one
+after the sum. The families of FAMILIES are known by the names of a layer's children; of others the sublayers
+alone are found, by their own names, and s is not.
 """
 
 from collections.abc import Iterator
@@ -156,7 +156,7 @@ def _t5(at: str, block: Any) -> Iterator[Found]:
 
 
 def _bart(at: str, layer: Any) -> Iterator[Found]:
-    """Norms after the sums. The layer drops what a sublayer gives in a function, so an adapter comes before."""
+    """Norms after the sums. The layer drops what a sublayer gives in a function: an adapter comes before."""
     family = type(layer).__module__.split(".")[-2:-1]
     if not set(family) & set(POST_NORM) or not _has(layer, "self_attn", "fc1", "fc2", "final_layer_norm"):
         return

@@ -210,7 +210,10 @@ def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | N
 def _mixed_forward(
     module: nn.Module, names: tuple[str | None, ...], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """The module's forward, run once for the rows of each adapter with its own parameters in place."""
+    """The module's forward with the parameters of each adapter in place, and of each the rows that are its own.
+
+    All rows go through each time: torch's product of fewer rows has other bits than that of the batch.
+    """
     who = f"active: {type(module).__name__}"
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dim()]
     if not tensors:
@@ -220,25 +223,17 @@ def _mixed_forward(
     rows = tensors[0].shape[0]
     out: torch.Tensor | None = None
     for name, group in row_groups(names, rows, who).items():
-        index = torch.tensor(group, device=tensors[0].device)
-
-        def pick(a: Any, index: torch.Tensor = index) -> Any:
-            return (
-                a.index_select(0, index)
-                if isinstance(a, torch.Tensor) and a.dim() and a.shape[0] == rows
-                else a
-            )
-
         install(module, name)
         try:
-            part = type(module).forward(module, *map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
+            full = type(module).forward(module, *args, **kwargs)
         finally:
             install(module, None)
-        if not isinstance(part, torch.Tensor):
+        if not isinstance(full, torch.Tensor):
             raise TypeError(
-                f"{who}: returns {type(part).__name__}, which a mixed batch cannot put together; activate one"
+                f"{who}: returns {type(full).__name__}, which a mixed batch cannot put together; activate one"
             )
-        out = part.new_empty(rows, *part.shape[1:]) if out is None else out
-        out = out.index_copy(0, index, part)
+        index = torch.tensor(group, device=full.device)
+        out = full.new_empty(full.shape) if out is None else out
+        out = out.index_copy(0, index, full.index_select(0, index))
     assert out is not None
     return out

@@ -141,5 +141,5 @@ def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
 
 def owns(fields: Mapping[str, Any]) -> bool:
     """Whether an adapter_config.json is this method's; one that names no method too, for the error."""
-    unnamed = "" if "config" in fields else "LORA"  # the `adapters` library's files hold config, no peft_type
-    return fields.get("peft_type", unnamed) == "LORA"
+    # "config" alone is the `adapters` library's file, which names no peft_type.
+    return fields.get("peft_type", None if "config" in fields else "LORA") == "LORA"

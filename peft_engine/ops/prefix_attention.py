@@ -295,10 +295,15 @@ def _(dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal, sc
 
 # Triton is imported when the first tensor on a GPU asks for it.
 @torch.library.impl(native.library, "prefix_attention_forward", "CUDA")
-def _forward_on_gpu(*arguments):
+def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
+    from peft_engine.kernels.prefix_attention import decode
+
+    # By the number of queries, inside the op, so that no trace depends on it.
+    if decode.refuse(q, k, bias) is None:
+        return decode.forward(q, k, v, prefix_k, prefix_v, first, last, causal, scale)
     from peft_engine.kernels.prefix_attention.forward import forward
 
-    return forward(*arguments)
+    return forward(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale)
 
 
 @torch.library.impl(native.library, "prefix_attention_backward", "CUDA")
@@ -356,10 +361,19 @@ def refuse_unless_triton(call: PrefixAttentionCall) -> str | None:
     return refuse(call) or refuse_unless_cuda(call)
 
 
+def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:
+    why = refuse_unless_triton(call)
+    if why is None and call.biased:
+        why = "its kernel of few queries adds no bias"
+    return why or dispatch.available_backends()["triton"]  # which runs what has more queries
+
+
 def _refuse_unless_cpu(call: PrefixAttentionCall) -> str | None:
     return refuse(call) or refuse_unless_cpu(call)
 
 
+# "cuda" is "triton" with the CUDA library's kernel of few queries before it.
+PREFIX_ATTENTION.register("cuda", _kernels, _refuse_unless_decode)
 PREFIX_ATTENTION.register("triton", _kernels, refuse_unless_triton)
 PREFIX_ATTENTION.register("cpu", _kernels, _refuse_unless_cpu)
 PREFIX_ATTENTION.register("reference", reference)

@@ -7,8 +7,8 @@ Lester et al. 2021, arXiv 2104.08691.
 ids (B, T), E (V, H), prompt (P, H), y (B, P + T, H). Nothing is saved but the ids, and those only for dE.
 
 There is no kernel below plain torch: y is filled by one gather over [0 .. 0 | ids], which runs on every
-thread, and the prompt is written over the first P rows. Least times on 2 Zen 3 cores, bf16, beside a copy of y
-(`clone`, whose source is warm, while the table's rows are not) and a cat behind an embedding:
+thread, and the prompt is written over the first P rows. Least times on 2 Zen 3 cores, bf16, beside a copy
+(y.clone(), whose source is warm, while the table's rows are not) and a cat behind an embedding:
 4 x (20 + 128) x 576 74 us, copy 31, cat 93; 64 x (20 + 128) x 576 1.13 ms, copy 0.65, cat 1.81;
 8 x (20 + 512) x 2048 1.60 ms, copy 0.96, cat 2.72.
 """
@@ -67,7 +67,8 @@ def _check(input_ids, embedding, prompt) -> None:
     if prompt.dim() != 2 or prompt.shape[1] != embedding.shape[1]:
         raise ValueError(
             f"prompt_embedding: prompt must be (length, features)=(length, {embedding.shape[1]}) as the "
-            f"embedding {tuple(embedding.shape)}, got {tuple(prompt.shape)}; was it trained for another model?"
+            f"embedding {tuple(embedding.shape)}, got {tuple(prompt.shape)}; "
+            "was it trained for another model?"
         )
     for name, t in (("input_ids", input_ids), ("prompt", prompt)):
         if t.device != embedding.device:

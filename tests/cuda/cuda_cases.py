@@ -11,6 +11,7 @@ from cuda_on_cpu import Huge
 from peft_engine.ops.lora_linear import reference
 from peft_engine.ops.nf4 import CODE, NF4Tensor, nf4_quantize, reference_dequantize
 
+COUNTERS = 16384  # lora_linear_plan.cuh
 TYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -110,6 +111,7 @@ def check_lora(
     for y in ys:
         assert_twice_as_good(y, plain, exact, what=f"y of {what}")
     assert all(same_bits(y, ys[0]) for y in ys), f"another y the second time: {what}"
+    assert not scratch[: 4 * COUNTERS].any(), f"the counters are not as they were found: {what}"
     return ys[0]
 
 

@@ -300,9 +300,8 @@ void launch(const char* kernel, const void* function, dim3 grid, dim3 block, siz
   kernel_body = &body;
   main_identity = present_identity();
   const size_t at_once = kFresh ? 1 : static_cast<size_t>(std::max<int64_t>(1, setting("PE_CPU_BLOCKS", 1)));
-  // One thread block on each multiprocessor is what every kernel can count on, and that they start in order. In
-  // another order, which a device does not take, a wait may need them all.
-  const int64_t held = seed == 0 ? setting("PE_CPU_MULTIPROCESSORS", kMultiprocessors) : INT64_MAX;
+  // The order in which blocks start is nothing that a kernel can count on.
+  const int64_t held = setting("PE_CPU_ROOM", setting("PE_CPU_MULTIPROCESSORS", kMultiprocessors));
   run_blocks(order_of_blocks(grid), at_once, static_cast<size_t>(held));
   if (failed) set_error(cudaErrorLaunchFailure);
   else end_launch();

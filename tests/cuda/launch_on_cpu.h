@@ -6,7 +6,9 @@
 //   PE_CPU_BLOCKS           blocks that run at the same time, by turns (1); always 1 under ThreadSanitizer, which sees
 //                           a race between blocks in any order
 //   PE_CPU_LAST             runs only so many of the last blocks of a grid, so that huge ones can be tested
-//   PE_CPU_MULTIPROCESSORS  what the device has (132): it says so, and where blocks wait for each other holds one on each
+//   PE_CPU_MULTIPROCESSORS  what the device has (132): it says so
+//   PE_CPU_ROOM             the blocks that it holds where some wait for others: one on each multiprocessor, or fewer, as
+//                           where another stream's kernel has the rest
 #pragma once
 
 #include <cstddef>

@@ -70,6 +70,7 @@ def test_no_kernel_spills(library, arch):
         "dequantize_32bit",
         "lora_linear_kernel",
         "few_rows_kernel",
+        "prefix_attention_kernel",
     }
     assert all(any(kernel in name for name in used) for kernel in kernels)
     for name, body in sass.functions(library, arch).items():
@@ -136,6 +137,12 @@ def test_few_rows_read_16_bytes_of_their_weights_at_a_time_and_scales_of_four_un
         x_tiles = 2 if "Li2E" in name else 1
         assert sass.count(loop, "LDG.NA.LTC128B.128") == 8, name
         assert sass.count(loop, "LDG") == 8 + 8 * x_tiles + 2, name  # and two for the scales
+
+
+def test_prefix_attention_brings_keys_and_values_without_registers_by_one_loop(library):
+    for name, body in bodies(library, 90, "prefix_attention_kernel").items():
+        ways = 1 if "Li8EEE" in name else 2  # where the prefix's rows are more than the keys', a loop each
+        assert sass.count(body, "LDGSTS.128") == sass.count(body, "LDGSTS") == 8 * ways, name
 
 
 def test_the_library_loads_beside_a_torch_without_cuda(library):

@@ -53,6 +53,10 @@ def shared_tiles(target):
         check_lora(target, 20, 192, 130, 8, BF16, multiprocessors=4, seed=seed)
 
 
+def last_blocks_first(target):
+    check_lora(target, 20, 192, 130, 8, BF16, multiprocessors=8, room=1, seed=-1)
+
+
 def shared_tiles_alone(target):
     check_lora(target, 20, 192, 130, 0, BF16, multiprocessors=4)
 
@@ -167,6 +171,11 @@ FAULTS = [
      shared_tiles),
     ("h said to be there for good", "lora_linear_finish.cuh", "plain", ", *call.workspace.h_there = 0", "",
      AssertionError, product),
+    ("blocks numbered as CUDA numbers them", "lora_linear.cu", "plain",
+     "number = number_by_start(call.workspace.started, flag, fill);", "fill(), __syncthreads();",
+     LaunchFailed, last_blocks_first),
+    ("the numbers not put back", "lora_linear_call.cuh", "plain",
+     "if (number == gridDim.x - 1) *counter = 0;", "", BadAccess, product),
     # up to 16 rows
     ("nibbles exchanged", "lora_linear_few.cuh", "plain", "word[1][i] = make_uint2(lower ? other.x",
      "word[1][i] = make_uint2(lower ? other.y", AssertionError, few_rows),

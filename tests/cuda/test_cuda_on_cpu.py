@@ -140,10 +140,21 @@ def test_any_call(kernels, rows, units, n, rank, dtype, wide, blocksize, nested,
 def test_the_result_does_not_depend_on_the_order_of_blocks_and_threads(kernels):
     for rows, dtype in ((4, torch.bfloat16), (30, torch.float16)):
         ys = []
-        for order in ({}, {"seed": 1}, {"seed": 2, "blocks": 2}, {"seed": 3, "blocks": 5}):
+        orders = ({}, {"seed": -1}, {"seed": 1}, {"seed": 2, "blocks": 2}, {"seed": 3, "blocks": 4})
+        for order in orders:
             torch.manual_seed(0)
             ys.append(check_lora(kernels, rows, 704, 300, 9, dtype, multiprocessors=4, times=2, **order))
         assert all(same_bits(y, ys[0]) for y in ys)
+
+
+@pytest.mark.parametrize("rows", (20, 50))
+@pytest.mark.parametrize("room", (1, 2, 3))
+def test_no_block_waits_for_one_that_has_not_started(kernels, rows, room):
+    """CUDA promises no order: where the last blocks start first, they may leave the first ones no room."""
+    for seed in (-1, *range(1, 6)):
+        check_lora(
+            kernels, rows, 192, 260, 8, torch.bfloat16, multiprocessors=8, room=room, seed=seed, times=2
+        )
 
 
 def test_one_workspace_serves_calls_of_any_shape(kernels):

@@ -79,7 +79,7 @@ def check_wide(target, **settings) -> None:
 def check_relay(target, **settings) -> None:
     x, out = torch.randint(-8, 8, (7,)).float(), blank(7)
     settings = {"multiprocessors": 2, **settings}
-    target.run(("toy_relay", x, out, torch.zeros(1, dtype=torch.int32), 7), **settings)
+    target.run(("toy_relay", x, out, torch.zeros(2, dtype=torch.int32), 7), **settings)
     assert torch.equal(out, x.cumsum(0))
 
 
@@ -231,8 +231,10 @@ FAULTS = [
      "  if (thread < 32) __syncthreads();\n  else __syncwarp(1u << 31 | 1);\n  out", LaunchFailed),
     ("a result read before its fence", "relay", "thread", "__threadfence();  // what", "// what", Race),
     ("a result told of before its fence", "relay", "thread", "__threadfence();  // for", "// for", Race),
-    ("a block waits for one that cannot start", "relay", "plain", "!= blockIdx.x",
-     "!= gridDim.x - 1 - blockIdx.x", LaunchFailed),
+    ("a block waits for one that cannot start", "relay", "plain", "!= number",
+     "!= gridDim.x - 1 - number", LaunchFailed),
+    ("a block waits for one that has not started", "relay", "plain", "atomicAdd(started, 1u)", "blockIdx.x",
+     LaunchFailed),
     ("a block waits for what nobody does", "relay", "plain", "  atomicAdd(turn, 1u);", "", LaunchFailed),
     ("an empty grid", "histogram", "plain", "(n + kThreads - 1) / kThreads", "(n - n)", LaunchFailed),
 ]  # fmt: skip

@@ -124,12 +124,13 @@ __global__ void wide(const float* x, float* out, int64_t row_stride) {
   out[row] = values.x + values.y + values.z + values.w;
 }
 
-// Sums of x up to each element, by a thread block for each: it waits for the one before.
-__global__ void relay(const float* x, float* out, unsigned* turn) {
+// Sums of x up to each element, by a thread block for each: it waits for the one that started before.
+__global__ void relay(const float* x, float* out, unsigned* turn, unsigned* started) {
   if (threadIdx.x != 0) return;
-  while (atomicAdd(turn, 0u) != blockIdx.x) pe_cpu::spin();
+  const unsigned number = atomicAdd(started, 1u);
+  while (atomicAdd(turn, 0u) != number) pe_cpu::spin();
   __threadfence();  // what the one before wrote
-  out[blockIdx.x] = x[blockIdx.x] + (blockIdx.x > 0 ? out[blockIdx.x - 1] : 0.0f);
+  out[number] = x[number] + (number > 0 ? out[number - 1] : 0.0f);
   __threadfence();  // for the next
   atomicAdd(turn, 1u);
 }
@@ -194,7 +195,7 @@ int toy_wide(const float* x, float* out, int64_t row_stride, int rows) {
 }
 
 int toy_relay(const float* x, float* out, unsigned* turn, int n) {
-  PE_LAUNCH(relay, static_cast<unsigned>(n), 32, 0, nullptr, x, out, turn);
+  PE_LAUNCH(relay, static_cast<unsigned>(n), 32, 0, nullptr, x, out, turn, turn + 1);
   return cudaGetLastError();
 }
 

@@ -1,7 +1,7 @@
 """Small models, adapters and steps that are the same here and under the `adapters` library.
 
-Weights and inputs come from numpy by name, so that two versions of transformers start from the same bits. Only
-torch, numpy and transformers are imported: tests/fixtures/adapters_parity.py runs this beside the library.
+Weights and inputs come from numpy by name, so that two versions of transformers start from the same bits.
+Only torch, numpy and transformers are imported: tests/fixtures/adapters_parity.py runs it with the library.
 """
 
 import zlib
@@ -24,7 +24,12 @@ PARALLEL = {
 }  # fmt: skip
 PRESETS = {"houlsby": HOULSBY, "pfeiffer": PFEIFFER, "parallel": PARALLEL}
 CROSS = HOULSBY | {"cross_adapter": True, "non_linearity": "gelu", "leave_out": [0, 3]}
-BOTH = {"mh_adapter": True, "output_adapter": True, "non_linearity": "tanh", "reduction_factor": {"1": 8, "default": 4}}
+BOTH = {
+    "mh_adapter": True,
+    "output_adapter": True,
+    "non_linearity": "tanh",
+    "reduction_factor": {"1": 8, "default": 4},
+}
 NORMS = {"ln_before": True, "ln_after": True}
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "cross": (("t5", "bart"), CROSS),
@@ -82,5 +87,5 @@ def train(model: nn.Module, parameters: list[nn.Parameter], family: str) -> list
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses

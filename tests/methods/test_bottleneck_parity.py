@@ -32,6 +32,4 @@ def test_twenty_steps_are_those_of_the_adapters_library(case):
     cases.set_by_name({keys[path]: tensor for path, tensor in mine.items()})
     losses = cases.train(model, list(mine.values()), family)
     assert len(losses) == cases.STEPS
-    torch.testing.assert_close(
-        torch.tensor(losses), torch.tensor(THEIRS[case]["losses"]), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(THEIRS[case]["losses"]), rtol=0, atol=1e-4)

@@ -187,12 +187,14 @@ def test_a_cache_holds_real_tokens_only_and_beams_work(kind):
 
 # --- one model, many tasks ----------------------------------------------------------------------------------
 
-ROWS = ["prefix", None, "prompt", "lora", "longer", "prefix", None, "prompt"]
+ROWS = ["prefix", None, "prompt", "lora", "longer", "bottleneck", None, "prompt"]
 
 
-def many(family: str, dtype: torch.dtype = torch.float32):
+def many(family: str, dtype: torch.dtype = torch.float32, nf4: bool = False):
     """A model with adapters of every kind that this family can mix, and 8 names, one for each row."""
     model = families.build(family, dtype=dtype)
+    if nf4:
+        pe.quantize_(model, skip_modules=NOT_QUANTISED.get(family))
     pe.attach(model, config("prefix", family), "prefix")
     pe.attach(model, config("prefix", family, 9), "longer")
     names = list(ROWS)
@@ -203,17 +205,21 @@ def many(family: str, dtype: torch.dtype = torch.float32):
     if family == "gpt2":
         names = ["longer" if name == "lora" else name for name in names]
     else:
-        linear = [p for p, m in model.named_modules() if type(m) is torch.nn.Linear and p.count(".") > 2]
+        linear = [p for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and p.count(".") > 2]
         pe.attach(model, pe.LoraConfig(r=3, target_modules=linear), "lora")
+    pe.attach(model, pe.BottleneckConfig.houlsby(width=6), "bottleneck")
     for name in set(names) - {None}:
         shake(model, name, seed=len(name))
     return model, names
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_each_row_of_a_mixed_batch_has_the_bits_of_the_batch_under_its_adapter_alone(family, dtype):
-    model, names = many(family, dtype)
+MIXED = [(f, d, False) for f in families.FAMILIES for d in (torch.float32, torch.bfloat16)]
+MIXED += [(f, torch.bfloat16, True) for f in ("llama", "mistral", "bert", "t5")]
+
+
+@pytest.mark.parametrize(("family", "dtype", "nf4"), MIXED, ids=str)
+def test_each_row_of_a_mixed_batch_has_the_bits_of_the_batch_under_its_adapter_alone(family, dtype, nf4):
+    model, names = many(family, dtype, nf4)
     batch = families.inputs(family, rows=8)
     del batch["labels"]
     if family in families.ENCODER_DECODERS:
@@ -269,7 +275,7 @@ def test_virtual_tokens_stack_on_lora(kind):
     batch = families.inputs("llama")
     with pe.active(model, "lora+front"):
         both = model(**batch).logits
-        loss, _ = gradients(model, batch, "lora")
+        gradients(model, batch, "lora")
         assert all(t.grad.any() for n in ("lora", "front") for t in tensors(model, n).values())
     pe.merge_(model, "lora")
     pe.active(model, "front")
@@ -319,7 +325,7 @@ def test_an_input_that_leaves_no_room_behind_the_virtual_tokens_is_refused(kind,
 def test_attention_that_takes_nothing_in_front_is_refused(kind):
     model = families.build("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="set to 'flash_attention_2'.*set_attn_implementation"):
+    with pytest.raises(ValueError, match=r"set to 'flash_attention_2'.*set_attn_implementation"):
         pe.attach(model, config(kind, "llama"))
 
 

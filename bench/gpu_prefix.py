@@ -1,0 +1,95 @@
+"""The GPU suite's prefix attention: ours beside torch over [prefix; keys], in training and at decode.
+
+In training PEFT joins prefix and keys anew in every layer, as torch does here; at decode the cache holds them
+joined already, and torch is given that.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from bench import peers
+from bench.gpu_sections import Sizes, off, peak_bytes
+from bench.gpu_timing import Call, Section, flat
+from peft_engine import ops
+
+OURS = peers.OURS
+TORCH = "torch, cat + SDPA"
+JOINED = "torch, SDPA over a joined cache"
+Tensors = list[torch.Tensor]  # q, k, v, prefix_k, prefix_v
+
+
+def prefix_attention(section: Section, sizes: Sizes) -> None:
+    """Forward and backward of a causal batch, then one token after a cache; bf16, grouped heads."""
+    for batch, tokens, prefix in sizes.prefix_training:
+        training(section, sizes.prefix_heads, batch, tokens, prefix)
+    for batch, keys, prefix in sizes.prefix_decode:
+        decode(section, sizes.prefix_heads, batch, keys, prefix)
+
+
+def tensors(section: Section, heads, batch: int, queries: int, keys: int, prefix: int) -> Tensors:
+    """As linears leave them, (B, H, T, D) views of (B, T, H, D); the prefix one copy."""
+    query_heads, kv_heads, head_dim = heads
+    bf16 = partial(torch.randn, dtype=torch.bfloat16, device=section.device)
+    q = bf16(batch, queries, query_heads, head_dim).transpose(1, 2)
+    k, v = (bf16(batch, keys, kv_heads, head_dim).transpose(1, 2) for _ in range(2))
+    return [q, k, v, *(bf16(kv_heads, prefix, head_dim) for _ in range(2))]
+
+
+def joined(prefix: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return torch.cat((prefix.expand(t.shape[0], -1, -1, -1), t), 2)
+
+
+def by_torch(q, k, v, prefix_k, prefix_v) -> torch.Tensor:
+    """Causal over the real keys, all of the prefix: a triangle that ends in the lower right corner."""
+    k, v = joined(prefix_k, k), joined(prefix_v, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=True
+    )
+
+
+def training(section: Section, heads, batch: int, tokens: int, prefix: int) -> None:
+    if not section.begin(f"training, {batch}x{tokens} tokens, prefix {prefix}, heads {heads}"):
+        return
+    given = [t.requires_grad_() for t in tensors(section, heads, batch, tokens, tokens, prefix)]
+    dout = torch.randn_like(given[0])
+
+    def step(function, given: Tensors = given, dout: torch.Tensor = dout) -> Tensors:
+        out = function(*given)
+        return [out.detach(), *torch.autograd.grad(out, given, dout)]
+
+    exact = step(by_torch, [t.detach().float().requires_grad_() for t in given], dout.float())
+    functions = {OURS: partial(ops.prefix_attention, is_causal=True), TORCH: by_torch}
+    makers = {name: (lambda f=f: partial(step, f)) for name, f in functions.items()}
+
+    def check(name: str, call: Call) -> None:
+        for got, right in zip(call(), exact, strict=True):
+            off(got, right)
+
+    calls = section.make(makers, check)
+    for name, call in calls.items():
+        if section.device.type == "cuda":
+            section.add(name, "peak over inputs", "MiB", [peak_bytes(call, section.device) / 2**20])
+    for name, rounds in section.interleave(calls, turn_seconds=0.05).items():
+        section.add(name, "forward and backward", "us", (s * 1e6 for s in flat(rounds)))
+
+
+def decode(section: Section, heads, batch: int, keys: int, prefix: int) -> None:
+    if not section.begin(f"decode, {batch}x{keys} keys, prefix {prefix}, heads {heads}"):
+        return
+    given = tensors(section, heads, batch, 1, keys, prefix)
+    cache = [joined(p, t).contiguous() for p, t in zip(given[3:], given[1:3], strict=True)]
+    exact = by_torch(*(t.float() for t in given))
+    makers = {
+        OURS: lambda: partial(ops.prefix_attention, *given),
+        TORCH: lambda: partial(by_torch, *given),
+        JOINED: lambda: partial(F.scaled_dot_product_attention, given[0], *cache, enable_gqa=True),
+    }
+    with torch.no_grad():
+        replays = section.capture(section.make(makers, lambda name, call: off(call(), exact)))
+    moved = sum(t.numel() * t.element_size() for t in (*given, given[0]))
+    for name, rounds in section.interleave(replays, turn_seconds=0.005).items():
+        section.add(name, "time", "us", (s * 1e6 for s in flat(rounds)))
+        section.add(name, "bytes moved", "GB/s", (moved / s / 1e9 for s in flat(rounds)))

@@ -1,0 +1,132 @@
+"""Which path the bottleneck takes on a GPU, and its tiles: tables by architecture and width.
+
+fused   one launch, a program for BLOCK_M rows (fused.py)
+split   several launches, whose programs share the columns too (split.py)
+
+Nothing tunes at run time. No entry was measured on a GPU yet: they are large ones that compile without spills
+for each of their architectures. 80 stands for those with 160 KiB of shared memory and more, 86 for those with
+99, as in lora_linear/tiles.py. `pinned` pins a path, for tests and benchmarks.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from peft_engine.kernels.lora_linear.tiles import architecture, padded_rank
+
+PATHS = ("fused", "split")
+# Of the fused path: the middle and what it becomes lie in registers. Float32 weights are multiplied in three
+# parts, whose operands spill above 64 (sm_90, width 128: 624 bytes of a thread).
+MAX_WIDTH, MAX_WIDTH_SINGLE = 256, 64
+FILLS = 96  # row blocks from which one program each is taken to fill a GPU: 3/4 of an H200's; not measured
+MANY = 1 << 62
+
+# kernel: architecture: (width up to, tile with weights in half precision, tile with float32 weights or none)
+# fused, fused_backward   BLOCK_M, BLOCK_K, BLOCK_N, warps, stages
+# contract                BLOCK_M, BLOCK_R, BLOCK_K, warps, stages
+# up, dx                  BLOCK_M, BLOCK_R, BLOCK_N, warps, stages
+# outer                   BLOCK_M, BLOCK_R, BLOCK_C, warps, stages
+Tile = tuple[int, ...]
+TABLE: dict[str, dict[int, tuple[tuple[int, Tile, Tile], ...]]] = {
+    "fused": {
+        80: (
+            (64, (64, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
+            (128, (64, 64, 64, 8, 3), ()),
+            (256, (64, 32, 32, 8, 2), ()),
+        ),
+    },
+    "fused_backward": {
+        80: (
+            (64, (64, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
+            (128, (64, 64, 64, 8, 3), ()),
+            (256, (64, 32, 32, 8, 2), ()),
+        ),
+    },
+    "contract": {80: ((MANY, (64, 64, 64, 4, 3), (32, 64, 32, 8, 2)),)},
+    "up": {80: ((MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
+    "dx": {80: ((MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
+    "outer": {80: ((MANY, (32, 64, 64, 4, 3), (32, 64, 64, 8, 2)),)},
+}
+
+_SMALL = (86, 89, 120)
+_set: dict[str, Tile] = {}
+_pinned: str | None = None
+
+
+def padded_width(width: int) -> int:
+    """The width as a tile holds it: a power of two, at least the 16 that a matrix unit takes."""
+    return padded_rank(width)
+
+
+def entries(kernel: str, arch: int) -> tuple[tuple[int, Tile, Tile], ...]:
+    """The table of a kernel for an architecture (compute capability times ten)."""
+    table = TABLE[kernel]
+    kin = [a for a in table if a <= arch and (a in _SMALL) == (arch in _SMALL)] or [min(table)]
+    return table[max(kin)]
+
+
+def tile(kernel: str, call, device: torch.device) -> Tile:
+    """The tile of a kernel for this call."""
+    if kernel in _set:
+        return _set[kernel]
+    for most, half, single in entries(kernel, architecture(device)):
+        if call.width <= most:
+            return single if call.down_weight.dtype == torch.float32 else half
+    raise ValueError(f"bottleneck: no tile of {kernel} holds width {call.width}")
+
+
+def choose(rows: int, call, device: torch.device) -> str:
+    """The path for this many rows; ValueError where one is pinned that cannot run."""
+    most = MAX_WIDTH_SINGLE if call.down_weight.dtype == torch.float32 else MAX_WIDTH
+    if call.width > most:
+        if _pinned == "fused":
+            raise ValueError(
+                f"bottleneck: path 'fused' is pinned but cannot run this call: width {call.width} is above "
+                f"{most}, the most its tiles hold of {call.down_weight.dtype} weights"
+            )
+        return "split"
+    if _pinned is not None:
+        return _pinned
+    if call.down_weight.shape[1] % 16:
+        return (
+            "split"  # the fused path's masked loads, an element each, spill (97 features, sm_90: 312 bytes)
+        )
+    block_m = tile("fused", call, device)[0]
+    return "fused" if rows > (FILLS - 1) * block_m else "split"
+
+
+def share(columns: int, programs: int, block_k: int) -> int:
+    """Columns of a program of `contract`, whole blocks: about two programs for each of an H200's 132
+    multiprocessors, two blocks in each.
+    """
+    shares = max(1, min(264 // programs, columns // (2 * block_k)))
+    blocks = (columns + block_k - 1) // block_k
+    return block_k * ((blocks + shares - 1) // shares)
+
+
+def splits(rows: int, programs: int) -> int:
+    """Shares of the rows for `outer`: about two programs for each multiprocessor, of 128 rows."""
+    return max(1, min(-(-264 // programs), rows // 128))
+
+
+@contextlib.contextmanager
+def setting(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside, a kernel has this tile: for the tuner and the tests."""
+    _set[kernel] = tile
+    try:
+        yield
+    finally:
+        del _set[kernel]
+
+
+@contextlib.contextmanager
+def pinned(path: str) -> Iterator[None]:
+    """Inside, `path` runs; where it cannot, ValueError says why."""
+    global _pinned
+    if path not in PATHS:
+        raise ValueError(f"pinned: expected one of {', '.join(PATHS)}, got {path!r}")
+    before, _pinned = _pinned, path
+    try:
+        yield
+    finally:
+        _pinned = before

@@ -1,0 +1,138 @@
+"""What the forward and the backward of prefix_attention share: packed rows, who sees what, a block's scores.
+
+The query heads of one key head are packed: row r of a (batch, key head) is query r // GROUP in head r % GROUP
+of the group, so that a block of keys is read once for all of them, and one token fills a tile at decode.
+Rows and keys beyond the last are read as the last (no mask on the loads) and never stored.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def power(x, EXACT: tl.constexpr):
+    """e^x; without EXACT 2^x, for what was multiplied by log2(e) along with the scale."""
+    if EXACT:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def product(a, b):
+    """a b, added up in float32; of float32 itself no digit is dropped."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def sum_product(a, b, acc):
+    """acc + a b, with a rounded to b's type, as the reference rounds it."""
+    return tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+
+
+@triton.jit
+def program(tiles, kv_heads):
+    """Tile, key head and batch row (both 64-bit) of this program; those that read the same keys are next."""
+    pid = tl.program_id(0)
+    head = pid // tiles % kv_heads
+    batch = pid // tiles // kv_heads
+    return pid % tiles, head.to(tl.int64), batch.to(tl.int64)
+
+
+@triton.jit
+def packed(row, head, queries, GROUP: tl.constexpr):
+    """Query, and head (64-bit), of packed rows of a key head; those beyond the last are the last."""
+    row = tl.minimum(row, queries * GROUP - 1)
+    return row // GROUP, head * GROUP + row % GROUP
+
+
+@triton.jit
+def rows_anew(tile, number, BLOCK_M: tl.constexpr):
+    """The rows of a tile, for what comes after a loop of `number` turns; the compiler does not see that they
+    are those from before it, which it would hold in registers, and spill.
+    """
+    return tile * BLOCK_M + tl.minimum(number, 0) + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def at_rows(base, h, t, stride_h, stride_t):
+    """Where the rows of heads h and queries t begin."""
+    return base + h * stride_h + t.to(tl.int64) * stride_t
+
+
+@triton.jit
+def seen_by(first, last, batch, t, queries, keys, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr):
+    """The real keys [a, z) that the queries t see; a = keys and z = 0 for one that sees none."""
+    if INTERVALS:
+        at = batch * queries + t
+        a = tl.maximum(tl.load(first + at), 0)
+        z = tl.minimum(tl.load(last + at), keys)
+    elif CAUSAL:
+        a = t * 0
+        z = t + (keys - queries + 1)
+    else:
+        a = t * 0
+        z = a + keys
+    some = a < z
+    return tl.where(some, a, keys), tl.where(some, z, 0)
+
+
+@triton.jit
+def blocks_of(start, end, whole_start, whole_end, ALL_MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks from start to end hold a pair that is not seen, how many of those come first, how many
+    do not: those lie between, within [whole_start, whole_end), and need no mask.
+
+    ALL_MASKED: free is 0. A bias and float32's products hold so many registers that a second loop spills.
+    """
+    number = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+    lead = tl.minimum(tl.cdiv(tl.maximum(whole_start - start, 0), BLOCK), number)
+    free = tl.maximum(tl.minimum(whole_end, end) - start - lead * BLOCK, 0) // BLOCK
+    if ALL_MASKED:
+        free = free * 0
+    return number - free, lead, free
+
+
+@triton.jit
+def scores(s, n, a, z, bias_at, unit, MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr):
+    """Products scaled, the bias added, -inf where key n is not in [a, z); any two shapes that spread to s's.
+
+    bias_at: pointers to key 0 of each row of the bias.
+    """
+    s *= unit
+    if MASKED:
+        there = (n >= a) & (n < z)
+        if BIAS:
+            added = tl.load(bias_at + n, there, other=0.0).to(tl.float32)
+            s += added if EXACT else added * LOG2_E
+        s = tl.where(there, s, float("-inf"))
+    elif BIAS:
+        added = tl.load(bias_at + n).to(tl.float32)
+        s += added if EXACT else added * LOG2_E
+    return s
+
+
+@triton.jit
+def block(base, stride, n, d, HEAD_DIM: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows n of keys, values or a prefix, (n, D), in the queries' type."""
+    at = base + n.to(tl.int64)[:, None] * stride + d[None, :]
+    if HEAD_DIM == D:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, (d < HEAD_DIM)[None, :], other=0.0)
+    return tile.to(DTYPE)
+
+
+@triton.jit
+def probabilities(s, lse, EXACT: tl.constexpr):
+    """exp(s - lse), by `power`; at most 1, also where a huge score was rounded otherwise in the forward."""
+    return power(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL), EXACT)
+
+
+@triton.jit
+def unless_empty(lse, EXACT: tl.constexpr):
+    """lse in the unit of the scores; inf, so that all its probabilities are 0, where a row sees nothing."""
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse if EXACT else lse * LOG2_E

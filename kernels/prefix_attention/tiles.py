@@ -1,0 +1,137 @@
+"""The tiles of prefix_attention's kernels: a table for each, by architecture, packed rows and head_dim.
+
+Nothing tunes at run time. Not one was timed on a GPU: they are the largest that compile without spills and
+leave room for two programs on a multiprocessor.
+"""
+
+from peft_engine.kernels.prefix_attention.call import Call
+
+from peft_engine.kernels.tiles import MANY, Entry, Table, Tile, entries_for, tile_of
+
+# kernel: architecture: (rows up to, head_dim up to, tile in half precision, tile in float32)
+# attend  BLOCK_M (packed rows), BLOCK_N (keys), warps, stages; of the forward
+# dq      the same, of the backward
+# dkv     BLOCK_N (keys), BLOCK_M (packed rows in each turn), warps, stages
+# prefix  the same; a prefix is one or two blocks of 64
+# A bias takes registers: with one, the kernels have tiles of their own.
+TABLE: Table = {
+    "attend": {
+        80: (
+            (16, 128, (16, 64, 4, 3), (16, 32, 4, 1)),
+            (16, 256, (16, 32, 4, 3), (16, 16, 4, 1)),
+            (MANY, 64, (128, 64, 8, 3), (32, 32, 8, 1)),
+            (MANY, 128, (128, 64, 8, 3), (32, 32, 8, 1)),
+            (MANY, 256, (64, 32, 8, 2), (16, 16, 4, 1)),
+        ),
+        86: (
+            (16, 128, (16, 64, 4, 2), (16, 32, 4, 1)),
+            (16, 256, (16, 32, 4, 2), (16, 16, 4, 1)),
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (128, 32, 8, 2), (32, 32, 8, 1)),
+            (MANY, 256, (64, 16, 8, 2), (16, 16, 4, 1)),
+        ),
+    },
+    "attend, bias": {
+        80: (
+            (16, 256, (16, 32, 4, 2), (16, 16, 4, 1)),
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 4, 2), (32, 32, 8, 1)),
+            (MANY, 256, (32, 32, 8, 2), (16, 16, 4, 1)),
+        ),
+    },
+    "dq": {
+        80: (
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (128, 64, 8, 2), (32, 16, 8, 1)),
+            (MANY, 256, (64, 32, 8, 2), (32, 16, 8, 1)),
+        ),
+        86: (
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (128, 32, 8, 1), (32, 16, 8, 1)),
+            (MANY, 256, (32, 16, 8, 1), (32, 16, 8, 1)),
+        ),
+        90: (
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (128, 64, 8, 2), (32, 16, 8, 1)),
+            (MANY, 256, (128, 32, 8, 2), (32, 16, 8, 1)),
+        ),
+    },
+    "dq, bias": {
+        80: (
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 4, 2), (32, 16, 8, 1)),
+            (MANY, 256, (32, 16, 8, 1), (32, 16, 8, 1)),
+        ),
+    },
+    "dkv": {
+        80: (
+            (MANY, 64, (64, 64, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 64, 8, 2), (16, 32, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+        86: (
+            (MANY, 64, (64, 64, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (16, 32, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+        90: (
+            (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 64, 8, 2), (16, 32, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+    },
+    "dkv, bias": {
+        80: (
+            (MANY, 64, (64, 64, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (16, 32, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+    },
+    "prefix": {
+        80: (
+            (MANY, 64, (64, 64, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 64, 8, 2), (16, 32, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+        86: (
+            (MANY, 64, (64, 64, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (16, 32, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+    },
+}
+
+SPLIT_ROWS = 64  # with more packed rows the tiles of rows alone fill a GPU
+CHUNK = 256  # keys; 512 KiB of a head of 128, so that a batch of one has enough chunks of its 4k keys
+
+
+def tile(kernel: str, call: Call) -> Tile:
+    """The tile of a kernel for a call's packed rows, head_dim and bias."""
+    if call.bias is not None and f"{kernel}, bias" in TABLE:
+        kernel = f"{kernel}, bias"
+    q = call.q
+    return tile_of("prefix_attention", TABLE, kernel, call.rows, q.shape[3], q.dtype, q.device)
+
+
+def entries(kernel: str, arch: int) -> tuple[Entry, ...]:
+    """The table of a kernel for an architecture (compute capability times ten)."""
+    return entries_for(TABLE[kernel], arch)
+
+
+def chunks(rows: int, keys: int) -> tuple[int, int]:
+    """Keys in a chunk of the forward, and the number of chunks.
+
+    They depend on nothing but the row's own sizes: what a row gives does not change with the batch it is in.
+    """
+    if rows > SPLIT_ROWS or keys <= CHUNK:
+        return keys, 1
+    return CHUNK, -(-keys // CHUNK)
+
+
+def shares(rows: int, programs: int, block_m: int) -> tuple[int, int]:
+    """Rows in a share for the prefix's gradient, and the number of shares: of 8 tiles or more, and about two
+    programs for each of an H200's 132 multiprocessors where one share is `programs`.
+    """
+    number = max(1, min(-(-264 // programs), rows // (8 * block_m)))
+    share = block_m * -(-rows // (number * block_m))
+    return share, -(-rows // share)

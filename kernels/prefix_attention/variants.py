@@ -1,0 +1,86 @@
+"""The launches of prefix_attention, compiled ahead of time: every tile of the tables, every mask."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft_engine.kernels.prefix_attention import tiles
+from peft_engine.kernels.prefix_attention.backward import backward
+from peft_engine.kernels.prefix_attention.call import Call
+from peft_engine.kernels.prefix_attention.dkv import gradient_of_prefix, gradient_of_real
+from peft_engine.kernels.prefix_attention.dq import gradient_of_queries
+from peft_engine.kernels.prefix_attention.forward import forward
+
+from peft_engine.kernels.tiles import MANY, pretended
+from peft_engine.kernels.variants import ARCHS, TENSOR_CORE, Variant, launched
+from peft_engine.ops.attention import by_token
+
+WIDE = "LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128"
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def variants() -> Iterator[Variant]:
+    for arch in ARCHS:
+        with pretended(arch):
+            for kernel in tiles.TABLE:
+                for rows, head_dim, *_ in tiles.entries(kernel, arch):
+                    # float16 compiles to bfloat16's code but for the products' types: one entry shows it
+                    for dtype in tuple(NAMES) if (rows, head_dim) == (MANY, 64) else tuple(NAMES)[:2]:
+                        call = launch_of(kernel, rows, head_dim, dtype)
+                        name = f"{NAMES[dtype]}, head_dim {head_dim}"
+                        name += ", bias" * ("bias" in kernel) + f", {rows} rows" * (rows < MANY)
+                        yield from _named(call, name, arch, dtype)
+            yield from _others(arch)
+
+
+def launch_of(kernel: str, rows: int, head_dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+    """A launch for one entry: a prompt of 1000 tokens, or the token after it; 4 query heads a key head."""
+    kernel, _, bias = kernel.partition(", ")
+    tokens = min(1000, rows // 4)
+    q, k = _meta(2, 32, tokens, head_dim, dtype), _meta(2, 8, 1000, head_dim, dtype)
+    added = _meta(1, 32, tokens, 1000, dtype) if bias else None
+    # the prefix as a trainer holds it: float32, shared by the batch
+    call = Call(q, k, k, *(_meta(1, 8, 20, head_dim, torch.float32),) * 2, None, None, added, True)
+    row, dq, dk = torch.empty(q.shape[:3], device="meta"), by_token(q), by_token(k)
+    return {
+        "attend": lambda: forward(*call.tensors, None, None, added, True, 0.125),
+        "dq": lambda: gradient_of_queries(call, q, dq, row, row, dq, 0.125),
+        "dkv": lambda: gradient_of_real(call, q, row, row, dk, dk, 0.125),
+        "prefix": lambda: gradient_of_prefix(call, q, row, row, *call.tensors[3:], 0.125),
+    }[kernel]
+
+
+def _others(arch: int) -> Iterator[Variant]:
+    """Intervals, no mask, both masks; a head_dim between powers of two, no group, a prefix for each row."""
+    half = torch.bfloat16
+    for name, head_dim, heads, masked, biased in (
+        ("intervals", 64, 32, True, False),
+        ("no mask", 80, 8, False, False),
+        ("intervals and bias", 96, 16, True, True),
+    ):
+        q, k = _meta(2, heads, 1000, head_dim, half), _meta(2, 8, 1000, head_dim, half)
+        prefix = (_meta(2, 8, 20, head_dim, half),) * 2
+        ends = (torch.empty(2, 1000, dtype=torch.int32, device="meta"),) * 2 if masked else (None, None)
+        masks = *ends, _meta(1, heads, 1000, 1000, half) if biased else None, False, 0.125
+        row = torch.empty(q.shape[:3], device="meta")
+        yield from _named(
+            lambda q=q, k=k, prefix=prefix, row=row, masks=masks: (
+                forward(q, k, k, *prefix, *masks),
+                backward(q, q, k, k, *prefix, by_token(q), row, *masks),
+            ),
+            f"bf16, {name}, head_dim {head_dim}", arch, half,
+        )  # fmt: skip
+
+
+def _named(call: Callable[[], Any], name: str, arch: int, dtype: torch.dtype) -> Iterator[Variant]:
+    for variant in launched(call):
+        dot = variant.kernel.__name__ not in ("merge_kernel", "sum_kernel")
+        # float32's products drop no digit, which a tensor core would
+        wants = (WIDE, TENSOR_CORE) if dtype != torch.float32 else (WIDE,)
+        yield dataclasses.replace(variant, name=name, archs=(arch,), wants=wants if dot else ())
+
+
+def _meta(*shape) -> torch.Tensor:
+    *sizes, dtype = shape
+    return torch.empty(sizes, dtype=dtype, device="meta")

@@ -1,0 +1,31 @@
+"""Scratch memory of the CUDA library's kernels, kept from call to call."""
+
+import torch
+
+from peft_engine import native
+
+_held: dict[tuple[str, int, int], torch.Tensor] = {}  # by op, device and stream
+_captured: dict[
+    tuple[str, int], torch.Tensor
+] = {}  # of the graph that is being captured, by op and its number
+
+
+def zeroed(who: str, size: int, device: torch.device, stream: int) -> torch.Tensor:
+    """`size` bytes, 0 at first: a kernel leaves its counters at 0, so that a stream reuses them.
+
+    A graph gets its own, filled once in a replay: it must not share memory with calls made beside its
+    replays.
+    """
+    index = device.index or 0
+    capture = native.cuda().pe_cuda_capture(stream, index) if device.type == "cuda" else 0
+    if capture:
+        for key in [key for key in _captured if key[1] != capture]:
+            del _captured[key]  # an earlier graph's is its own pool's to keep
+        return _of_size(_captured, (who, capture), size, device)
+    return _of_size(_held, (who, index, stream), size, device)
+
+
+def _of_size(held: dict, key: tuple, size: int, device: torch.device) -> torch.Tensor:
+    if key not in held or held[key].numel() < size:
+        held[key] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return held[key]

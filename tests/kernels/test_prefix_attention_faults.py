@@ -1,0 +1,110 @@
+"""Faults planted in prefix_attention's Triton kernels are found, each by the interpreter or by the answer."""
+
+import importlib
+
+import faulty
+import pytest
+import test_prefix_attention_triton as prefix_test
+import torch
+from triton_interpreter import OutOfBounds, Race
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the mended interpreter is for CPU tensors")
+
+WRONG = AssertionError
+PACKAGE = "peft_engine.kernels.prefix_attention"
+
+
+def causal(**changes):
+    prefix_test.check(*prefix_test.case(**changes), prefix_test.CAUSAL)
+
+
+def masked(kind, **changes):
+    ends = prefix_test.intervals(kind, 2, 19, 37)
+    prefix_test.check(*prefix_test.case(keys=37, **changes), (*ends, None, False))
+
+
+def halved():
+    causal(dtype=torch.bfloat16)
+
+
+def window():
+    masked("window")
+
+
+def scattered():
+    masked("any", dtype=torch.bfloat16)
+
+
+def blind():
+    masked("nothing")
+
+
+def biased():
+    masks = None, None, prefix_test.added(1, 2, 19, 37), False
+    prefix_test.check(*prefix_test.case(keys=37, dtype=torch.bfloat16), masks)
+
+
+def split():
+    causal(queries=1, keys=90, dtype=torch.bfloat16)
+
+
+def many_rows():
+    causal(queries=130, keys=5, head_dim=16)
+
+
+# file, what is replaced, by what, how it is found, by which check
+FAULTS = [
+    # a mask dropped: of keys beyond the last, causal, intervals, bias, rows beyond the last
+    ("forward", "tl.minimum(n, end - 1) if MASKED else n", "n", (OutOfBounds, WRONG), causal),
+    ("parts", "(n >= a) & (n < z)", "(n < z)", WRONG, window),
+    ("parts", "(n >= a) & (n < z)", "(n >= a)", WRONG, causal),
+    ("parts", "s += added if EXACT else added * LOG2_E", "s += added", WRONG, biased),
+    ("parts", "row = tl.minimum(row, queries * GROUP - 1)", "row = row + 0", OutOfBounds, causal),
+    ("forward", "there = m < queries * GROUP", "there = m >= 0", (Race, OutOfBounds), causal),
+    ("dkv", "tl.where(m < queries * GROUP, lse_of, float(\"inf\"))", "lse_of", WRONG, causal),
+    # who sees what, by blocks: one too few, one too many
+    ("parts", "= tl.cdiv(tl.maximum(end - start, 0), BLOCK)", "= (end - start) // BLOCK", WRONG, causal),
+    ("parts", "tl.minimum(whole_end, end) - start", "end - start", WRONG, halved),
+    ("dkv", "number == all_to - all_from", "number >= 0", WRONG, scattered),
+    ("dkv", "(a < end) & (z > start) & (a < z)", "(a < start) & (z > start)", WRONG, window),
+    # the prefix: left out of the softmax, its gradient not summed over shares or the batch
+    ("forward", "start = tl.minimum(begin, prefix)", "start = end = prefix", WRONG, causal),
+    ("dkv", "for p in range(parts):", "for p in range(1):", WRONG, many_rows),
+    ("dkv", "cdiv(prefix, block_n), q.shape[0] // copies", "cdiv(prefix, block_n), 1", WRONG, causal),
+    ("dkv", "tl.program_id(1).to(tl.int64) * stride_s", "tl.program_id(1).to(tl.int64) * 0", Race, many_rows),
+    ("dkv", "batch = copy * per_copy + r // each", "batch = copy * per_copy", WRONG, causal),
+    # the gradients
+    ("dq", "p * (dp - delta[:, None])", "p * dp", WRONG, causal),
+    ("dkv", "p * (dp - delta[None, :])", "p * dp", WRONG, causal),
+    ("dkv", "(dk_sum * scale)", "(dk_sum * scale * 1.01)", WRONG, causal),
+    ("dkv", "h * queries + t", "head * GROUP * queries + t", WRONG, causal),
+    ("parts", "float(\"-inf\"), float(\"inf\"), lse)", "float(\"-inf\"), 0.0, lse)", WRONG, blind),
+    # the split keys: not merged by their weights; two programs at one place
+    ("forward", "weight = tl.exp(of - base)", "weight = tl.exp(of - of)", WRONG, split),
+    ("forward", "program_id(1).to(tl.int64) * stride_oc", "program_id(1).to(tl.int64) * 0", Race, split),
+]  # fmt: skip
+USERS = ("forward", "dq", "dkv", "backward")
+
+
+@pytest.mark.parametrize("file,old,new,found,check", FAULTS)
+def test_a_fault_in_prefix_attention_is_found(tmp_path, monkeypatch, file, old, new, found, check):
+    module = importlib.import_module(f"{PACKAGE}.{file}")
+    copy = faulty.plant(module, tmp_path, old, new)
+    for user in (importlib.import_module(f"{PACKAGE}.{name}") for name in USERS):
+        for name, value in vars(copy).items():
+            if getattr(user, name, None) is getattr(module, name, copy) and user is not module:
+                monkeypatch.setattr(user, name, value)
+    if file == "forward":
+        monkeypatch.setattr(prefix_test, "forward", copy.forward)
+    monkeypatch.setattr(prefix_test.tiles, "CHUNK", 48)
+    with prefix_test.small_tiles(), pytest.raises(found):
+        check()
+
+
+def test_an_offset_in_32_bits_is_found(tmp_path, monkeypatch):
+    module = importlib.import_module(f"{PACKAGE}.parts")
+    copy = faulty.plant(module, tmp_path, "n.to(tl.int64)[:, None] * stride", "n[:, None] * stride")
+    forward = importlib.import_module(f"{PACKAGE}.forward")
+    monkeypatch.setattr(forward, "block", copy.block)
+    with pytest.raises(OutOfBounds):
+        prefix_test.check_far_keys(forward.forward, monkeypatch)
