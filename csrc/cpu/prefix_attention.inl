@@ -244,11 +244,10 @@ inline Block carve_block(Carver& from, const Sizes<T>& n, int64_t keys) {
   return out;
 }
 
-// P and dS of one part of a row, in place of S and dP.
-inline void gradient_part(float* row, float* drow, int64_t count, int64_t first, int64_t last, float scale, float lse,
-                          float delta, const float* bias) {
+// P and dS of one part of a row, in place of exp(S - its largest) and dP.
+inline void gradient_part(float* row, float* drow, int64_t count, float inverse, float delta) {
   for (int64_t j = 0; j < count; j += kWidth) {
-    const Floats p = exponential_below(score(row, j, first, last, scale, bias) - lse);
+    const Floats p = load<F32>(row + j) * inverse;
     store<F32>(row + j, p);
     store<F32>(drow + j, p * (load<F32>(drow + j) - delta));
   }
@@ -310,13 +309,14 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
   product<W>(rows, seen.count, n.depth, s.dout, n.row, 1, keys.v_across + from, n.across, dreal, n.stride, false);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = (i + r) / group, h = g * group + (i + r) % group;
-    float lse = x.lse[(b * x.heads + h) * x.queries + t];
-    lse = lse == -__builtin_inff() ? __builtin_inff() : lse;  // sees nothing: exp(-inf) everywhere
-    gradient_part(s.scores + r * n.stride, s.dscores + r * n.stride, n.prefix, 0, x.prefix, x.scale, lse, delta[r],
-                  nullptr);
-    gradient_part(real + r * n.stride, dreal + r * n.stride, seen.count, x.first_key(b, t) - seen.first,
-                  x.last_key(b, t) - seen.first, x.scale, lse, delta[r],
-                  bias_of(x, b, h, t, seen.first, seen.count, s.bias));
+    float *row = s.scores + r * n.stride, *behind = row + n.prefix;
+    // The largest and the sum once more: lse is rounded, and its rounding would be one of every P of the row.
+    Floats most = score_part(row, n.prefix, 0, x.prefix, x.scale, nullptr, all(-__builtin_inff()));
+    most = score_part(behind, seen.count, x.first_key(b, t) - seen.first, x.last_key(b, t) - seen.first, x.scale,
+                      bias_of(x, b, h, t, seen.first, seen.count, s.bias), most);
+    const float top = largest(most), safe = top == -__builtin_inff() ? 0.0f : top;
+    const float total = exponentials<F32>(row, n.prefix + seen.count, safe, nullptr);
+    gradient_part(row, s.dscores + r * n.stride, n.prefix + seen.count, total == 0.0f ? 0.0f : 1.0f / total, delta[r]);
   }
   if constexpr (W == 2) pair_rows(s, rows, n.prefix + seen.count, n.stride);
   const uint32_t* ds = W == 2 ? s.ds : reinterpret_cast<const uint32_t*>(s.dscores);
