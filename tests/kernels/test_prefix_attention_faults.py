@@ -31,12 +31,16 @@ def window():
     masked("window")
 
 
-def scattered():
-    masked("any", dtype=torch.bfloat16)
+def scattered(prefix=5):
+    """Every query sees all keys, but some in between see none."""
+    first, last = torch.zeros(2, 19, dtype=torch.int32), torch.full((2, 19), 37, dtype=torch.int32)
+    last[:, 3::5] = 0
+    given = prefix_test.case(keys=37, prefix=prefix, dtype=torch.bfloat16)
+    prefix_test.check(*given, (first, last, None, False))
 
 
-def blind():
-    masked("nothing")
+def sparse():
+    scattered(prefix=0)
 
 
 def biased():
@@ -60,7 +64,7 @@ FAULTS = [
     ("parts", "(n >= a) & (n < z)", "(n >= a)", WRONG, causal),
     ("parts", "s += added if EXACT else added * LOG2_E", "s += added", WRONG, biased),
     ("parts", "row = tl.minimum(row, queries * GROUP - 1)", "row = row + 0", OutOfBounds, causal),
-    ("forward", "there = m < queries * GROUP", "there = m >= 0", (Race, OutOfBounds), causal),
+    ("forward", "there[:, None] & (d < HEAD_DIM)[None, :]", "there[:, None]", (Race, OutOfBounds), causal),
     ("dkv", "tl.where(m < queries * GROUP, lse_of, float(\"inf\"))", "lse_of", WRONG, causal),
     # who sees what, by blocks: one too few, one too many
     ("parts", "= tl.cdiv(tl.maximum(end - start, 0), BLOCK)", "= (end - start) // BLOCK", WRONG, causal),
@@ -68,7 +72,7 @@ FAULTS = [
     ("dkv", "number == all_to - all_from", "number >= 0", WRONG, scattered),
     ("dkv", "(a < end) & (z > start) & (a < z)", "(a < start) & (z > start)", WRONG, window),
     # the prefix: left out of the softmax, its gradient not summed over shares or the batch
-    ("forward", "start = tl.minimum(begin, prefix)", "start = end = prefix", WRONG, causal),
+    ("forward", "end = tl.minimum(begin + chunk, prefix)", "end = start", WRONG, causal),
     ("dkv", "for p in range(parts):", "for p in range(1):", WRONG, many_rows),
     ("dkv", "cdiv(prefix, block_n), q.shape[0] // copies", "cdiv(prefix, block_n), 1", WRONG, causal),
     ("dkv", "tl.program_id(1).to(tl.int64) * stride_s", "tl.program_id(1).to(tl.int64) * 0", Race, many_rows),
@@ -78,7 +82,7 @@ FAULTS = [
     ("dkv", "p * (dp - delta[None, :])", "p * dp", WRONG, causal),
     ("dkv", "(dk_sum * scale)", "(dk_sum * scale * 1.01)", WRONG, causal),
     ("dkv", "h * queries + t", "head * GROUP * queries + t", WRONG, causal),
-    ("parts", "float(\"-inf\"), float(\"inf\"), lse)", "float(\"-inf\"), 0.0, lse)", WRONG, blind),
+    ("parts", "tl.where(lse == float(\"-inf\"), float(\"inf\"), lse)", "lse + 0.0", WRONG, sparse),
     # the split keys: not merged by their weights; two programs at one place
     ("forward", "weight = tl.exp(of - base)", "weight = tl.exp(of - of)", WRONG, split),
     ("forward", "program_id(1).to(tl.int64) * stride_oc", "program_id(1).to(tl.int64) * 0", Race, split),

@@ -212,6 +212,8 @@ def test_any_shape_stride_and_magnitude(data):
     dtype, size = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from((1e-6, 1e-2, 1.0, 30.0, 1e4)))
     if dtype == torch.float16:
         size = min(max(size, 1e-2), 1.0)  # beyond, products are subnormal or infinite
+    if dtype == torch.float32:
+        size = min(size, 4.0)  # a float32 lse of thousands is good to 1e-4, and so is P = exp(S - lse)
     kind = data.draw(st.sampled_from((*KINDS, "causal", "no mask", "bias")))
     copies = data.draw(st.sampled_from((1, batch))) or 1
     keys = queries + extra
