@@ -185,12 +185,12 @@ def generate(
         prompts = text.prompts_from(prompt_file) if prompt_file else Prompts([prompt or ""], None, [""])
         mixed = prompts.adapters is not None
         with usage():
-            of_row = text.adapters_of(prompts, folders) if mixed else []
+            of_row: list[Path | None] = text.adapters_of(prompts, folders) if mixed else []
         loaded, tokenizer, names = _load(model, folders, quantize, dtype)
         texts = [text.chat_prompt(tokenizer, p) for p in prompts.texts] if chat else prompts.texts
         name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
         if not mixed and len(names) > 1:  # each adapter answers every prompt
-            texts, of_row = [t for t in texts for _ in folders], list(folders) * len(texts)
+            texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
         if not of_row and len(texts) == 1 and not json_:
             for piece in text.stream(loaded, tokenizer, texts[0], sampling):
                 show(piece, end="")

@@ -21,7 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from peft_engine.dispatch import BackendError, Choice
-from peft_engine.methods import virtual_tokens
+from peft_engine.methods import virtual_attention
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
@@ -164,8 +164,8 @@ class _Attention:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if virtual_tokens.stands_before(self):
-            out, _ = virtual_tokens.attend(_by_op, self, q, k, v, attention_mask, scaling=self.scaling)
+        if virtual_attention.stands_before(self):
+            out, _ = virtual_attention.attend(_by_op, self, q, k, v, attention_mask, scaling=self.scaling)
         else:
             out = _attend(q, k, v, attention_mask, self.scaling).transpose(1, 2)
         out = out.reshape(*hidden_states.shape[:-1], -1)
@@ -226,7 +226,7 @@ class Phi3Attention(_Attention, phi3.Phi3Attention):
 
 def _own_attention(module: Any) -> str:
     """Why the layer's own code runs, or nothing; what is set may change after the layer was fused."""
-    implementation = module.config._attn_implementation.removeprefix(virtual_tokens.NAME)
+    implementation = module.config._attn_implementation.removeprefix(virtual_attention.NAME)
     if implementation != "sdpa":
         return f"attention is set to {implementation}; the fused one stands for sdpa"
     if not module.is_causal:

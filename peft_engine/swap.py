@@ -15,7 +15,7 @@ import torch
 from peft_engine import native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import copies, virtual_tokens
+from peft_engine.methods import copies, virtual_attention
 from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
@@ -319,7 +319,7 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
 def _virtual_tokens_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
     """A line besides the layer's own for what stands in front of an attention layer's keys."""
     device = next(module.parameters(), torch.empty(0)).device.type
-    found = virtual_tokens.describe(module, device, dtype)
+    found = virtual_attention.describe(module, device, dtype)
     if found is not None and found[0]:
         yield _ran(name, module, "prefix_attention", *found)
     elif found is not None:

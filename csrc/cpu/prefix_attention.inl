@@ -244,21 +244,25 @@ inline Block carve_block(Carver& from, const Sizes<T>& n, int64_t keys) {
   return out;
 }
 
-// P and dS of one part of a row, in place of exp(S - its largest) and dP.
-inline void gradient_part(float* row, float* drow, int64_t count, float inverse, float delta) {
+// A block's rows times keys, a part of the depth at a time: what is rounded here is rounded again in every gradient.
+template <int W, class N>
+inline void scores(int64_t rows, int64_t columns, const N& n, const uint32_t* a, const uint32_t* b, float* c) {
+  constexpr int64_t kPart = 16;
+  for (int64_t d = 0; d < n.depth; d += kPart)
+    product<W>(rows, columns, n.depth - d < kPart ? n.depth - d : kPart, a + d, n.row, 1, b + d * kPanel, n.across, c,
+               n.stride, d > 0);
+}
+
+// P and dS = P (dP - sum(P dP)) of a row, in place of exp(S - its largest) and dP.
+inline void gradient_row(float* row, float* drow, int64_t count, float inverse) {
+  Floats weighted = {};
   for (int64_t j = 0; j < count; j += kWidth) {
     const Floats p = load<F32>(row + j) * inverse;
     store<F32>(row + j, p);
-    store<F32>(drow + j, p * (load<F32>(drow + j) - delta));
+    weighted = multiply_add(p, load<F32>(drow + j), weighted);
   }
-}
-
-template <class T>
-inline float dot_rows(const typename T::Value* a, const typename T::Value* b, int64_t count) {
-  Floats total = {};
-  for (int64_t d = 0; d < count; d += kWidth)
-    total = multiply_add(load<T>(a + d, count - d), load<T>(b + d, count - d), total);
-  return sum(total);
+  const float delta = sum(weighted);
+  for (int64_t j = 0; j < count; j += kWidth) store<F32>(drow + j, load<F32>(row + j) * (load<F32>(drow + j) - delta));
 }
 
 // Rows of P and dS (`count` columns) rounded to pairs: dS as left operand into ds, and both, for the products whose
@@ -290,12 +294,10 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
   constexpr int W = Sizes<T>::W;
   const int64_t group = x.group(), even = (rows + W - 1) / W * W;
   const Seen seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, 0, kPanel);
-  float delta[kRowBlock];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = (i + r) / group, h = g * group + (i + r) % group;
     read_row<T, T>(row_of<T>(x.q, b, h, t), x.head_dim, n.width, s.query + r * n.row);
     read_row<T, T>(row_of<T>(x.dout, b, h, t), x.head_dim, n.width, s.dout + r * n.row);
-    delta[r] = dot_rows<T>(row_of<T>(x.out, b, h, t), row_of<T>(x.dout, b, h, t), x.head_dim);
   }
   memset(s.query + rows * n.row, 0, (even - rows) * n.row * sizeof(uint32_t));
   memset(s.dout + rows * n.row, 0, (even - rows) * n.row * sizeof(uint32_t));
@@ -303,10 +305,10 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
   put_along<W>(s.dout, n.row, even, 0, kRowBlock / W, n.width, s.dout_along);
   float *real = s.scores + n.prefix, *dreal = s.dscores + n.prefix;
   const int64_t from = seen.first * n.depth;
-  product<W>(rows, n.prefix, n.depth, s.query, n.row, 1, prefix.k_across, n.across, s.scores, n.stride, false);
-  product<W>(rows, n.prefix, n.depth, s.dout, n.row, 1, prefix.v_across, n.across, s.dscores, n.stride, false);
-  product<W>(rows, seen.count, n.depth, s.query, n.row, 1, keys.k_across + from, n.across, real, n.stride, false);
-  product<W>(rows, seen.count, n.depth, s.dout, n.row, 1, keys.v_across + from, n.across, dreal, n.stride, false);
+  scores<W>(rows, n.prefix, n, s.query, prefix.k_across, s.scores);
+  scores<W>(rows, n.prefix, n, s.dout, prefix.v_across, s.dscores);
+  scores<W>(rows, seen.count, n, s.query, keys.k_across + from, real);
+  scores<W>(rows, seen.count, n, s.dout, keys.v_across + from, dreal);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = (i + r) / group, h = g * group + (i + r) % group;
     float *row = s.scores + r * n.stride, *behind = row + n.prefix;
@@ -316,7 +318,7 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
                       bias_of(x, b, h, t, seen.first, seen.count, s.bias), most);
     const float top = largest(most), safe = top == -__builtin_inff() ? 0.0f : top;
     const float total = exponentials<F32>(row, n.prefix + seen.count, safe, nullptr);
-    gradient_part(row, s.dscores + r * n.stride, n.prefix + seen.count, total == 0.0f ? 0.0f : 1.0f / total, delta[r]);
+    gradient_row(row, s.dscores + r * n.stride, n.prefix + seen.count, total == 0.0f ? 0.0f : 1.0f / total);
   }
   if constexpr (W == 2) pair_rows(s, rows, n.prefix + seen.count, n.stride);
   const uint32_t* ds = W == 2 ? s.ds : reinterpret_cast<const uint32_t*>(s.dscores);

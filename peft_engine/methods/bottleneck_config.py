@@ -119,7 +119,8 @@ class BottleneckConfig:
     @classmethod
     def houlsby(cls, **changes: Any) -> "BottleneckConfig":
         """Adapters behind attention and feed-forward, each before the layer's sum (Houlsby et al. 2019)."""
-        return cls(**({"mh_adapter": True, "non_linearity": "swish"} | changes))
+        start: dict[str, Any] = {"mh_adapter": True, "non_linearity": "swish"}
+        return cls(**(start | changes))
 
     @classmethod
     def pfeiffer(cls, **changes: Any) -> "BottleneckConfig":

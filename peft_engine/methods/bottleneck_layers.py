@@ -49,6 +49,7 @@ class Adapter(nn.Module):
             assert s is not None
             x = s.to(h.dtype)
         elif config.original_ln_before:
+            assert s is not None
             x = (h + s).to(h.dtype)
             if norm is not None and (before is not None or not config.residual_before_ln):
                 x = norm(x)
@@ -74,12 +75,12 @@ class Adapter(nn.Module):
         return {names[path]: parameter for path, parameter in self.named_parameters()}
 
     def _op(self, x: torch.Tensor, norm: Any, residual: torch.Tensor) -> torch.Tensor:
-        p = self._parameters
+        p: Any = self._parameters
         return bottleneck(
             x, p["down_weight"], p["up_weight"], down_bias=p["down_bias"], up_bias=p["up_bias"],
             activation=self.config.non_linearity, scaling=float(self.config.scaling), norm=norm,
             residual=None if residual is x else residual,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
 
 def leaf_names(config: BottleneckConfig) -> dict[str, str]:
@@ -243,7 +244,7 @@ def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> No
     for held in of(model).values():
         held.active = which
         if held.catch is not None:
-            held.catch.wanted = any(name in held.adapters for name in names)
+            held.catch.wanted = any(name is not None and name in held.adapters for name in names)
             held.catch.held = None
 
 

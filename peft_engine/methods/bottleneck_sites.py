@@ -189,7 +189,7 @@ def _generic(path: str, module: nn.Module, hidden: int | None) -> Iterator[Found
 
 def _hidden(model: Any) -> int | None:
     """The width of the layers, from the config of a transformers model."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None)
 

@@ -210,7 +210,7 @@ def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | N
 def _mixed_forward(
     module: nn.Module, names: tuple[str | None, ...], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """The module's forward with the parameters of each adapter in place, and of each the rows that are its own.
+    """The module's forward with the parameters of each adapter in place; of each, the rows that are its own.
 
     All rows go through each time: torch's product of fewer rows has other bits than that of the batch.
     """
@@ -230,7 +230,7 @@ def _mixed_forward(
             install(module, None)
         if not isinstance(full, torch.Tensor):
             raise TypeError(
-                f"{who}: returns {type(full).__name__}, which a mixed batch cannot put together; activate one"
+                f"{who}: returns {type(full).__name__}, which a mixed batch cannot join; activate one"
             )
         index = torch.tensor(group, device=full.device)
         out = full.new_empty(full.shape) if out is None else out

@@ -173,7 +173,7 @@ def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> t
         index = torch.tensor(rows, device=x.device)
         bias = copies.value(layer, "bias", name)
         if name not in layer.lora and not isinstance(weight, NF4Tensor):
-            # torch's product of fewer rows has other bits than that of the batch.
+            # Of fewer rows torch's product has other bits than of the batch.
             parts.append(F.linear(x, weight, bias).index_select(0, index))
         else:
             parts.append(_apart(layer, x, index, weight, name, bias))
@@ -181,7 +181,7 @@ def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> t
     return torch.cat(parts).index_select(0, order.argsort())
 
 
-# From this many on, lora_linear's rows are computed in one way: their bits do not depend on how many there are.
+# From this many on, lora_linear computes rows in one way: their bits do not depend on how many there are.
 MANY_ROWS = 17
 
 
@@ -193,7 +193,7 @@ def _apart(
     name: str | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The product of some rows of the batch under one adapter, with the bits that the whole batch would give."""
+    """The product of some of the batch's rows under one adapter, with the bits of the whole batch's."""
     part = x.index_select(0, index)
     flat = part.reshape(-1, x.shape[-1])
     short = min(math.prod(x.shape[:-1]), MANY_ROWS) - flat.shape[0]

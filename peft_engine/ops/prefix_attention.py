@@ -270,9 +270,9 @@ def reference(q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scal
 
 # --- backends -----------------------------------------------------------------------------------------------
 
-# The prefix is (G, Hkv, P, D), G 1 or B. first and last are int32 (B, T), contiguous, both or neither; without them
-# the real keys are all seen, or with `causal` those up to the query's place. bias is (B, Hq, T, S), or 1
-# for any of the first three, its strides often 0. lse (B, Hq, T) is float32, -inf where a query sees nothing.
+# The prefix is (G, Hkv, P, D), G 1 or B. first and last are int32 (B, T), contiguous, both or neither;
+# without them the real keys are all seen, or with `causal` those up to the query's place. bias is
+# (B, Hq, T, S), its strides often 0. lse (B, Hq, T) is float32, -inf where a query sees nothing.
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
 _MASKS = "Tensor? first, Tensor? last, Tensor? bias, bool causal, float scale"
 native.library.define(f"prefix_attention_forward({_INPUTS}, {_MASKS}) -> (Tensor, Tensor)")

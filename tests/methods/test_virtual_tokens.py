@@ -10,7 +10,7 @@ import torch
 from method_cases import shake
 
 import peft_engine as pe
-from peft_engine.methods import virtual_tokens
+from peft_engine.methods import virtual_attention
 from peft_engine.methods.attach import tensors
 
 P = 5
@@ -49,7 +49,7 @@ def test_the_op_gives_what_the_models_own_attention_gives_over_joined_keys(kind,
     model = adapted(kind, family).train()
     batch = families.inputs(family, pad=pad)
     loss, grads = gradients(model, batch)
-    monkeypatch.setattr(virtual_tokens, "why_by_cat", lambda *a: "joined")
+    monkeypatch.setattr(virtual_attention, "why_by_cat", lambda *a: "joined")
     joined, wanted = gradients(model, batch)
     torch.testing.assert_close(loss, joined)
     for path, grad in grads.items():

@@ -1,0 +1,185 @@
+"""Attention behind virtual tokens: what transformers' attention interface calls while an adapter has any.
+
+What stands in front of a layer's keys in the forward that runs lies in the layer's Live, where
+virtual_tokens.py puts it. Rows without any run the model's own attention.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from peft_engine.methods.attention_sites import heads_of
+from peft_engine.ops.attention import Intervals, kept_intervals
+from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
+
+SITE = "peft_engine_site"
+NAME = "peft_engine_"  # + the implementation that rows without virtual tokens run
+# Arguments with which a layer's attention is not the softmax that the op computes.
+SPECIAL = ("softcap", "s_aux", "cache")
+Part = tuple[list[int] | None, torch.Tensor, torch.Tensor]
+
+
+class Live:
+    """What stands in front of one attention layer's keys in the forward that runs; copies start empty."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []  # rows (None: all), keys and values (kv_heads, P, head_dim)
+        self.catch = False  # whether the layer leaves its own keys and values here
+        self.caught: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Live":
+        return Live()
+
+    def __reduce__(self) -> tuple:
+        return Live, ()
+
+
+def stands_before(module: Any) -> bool:
+    """Whether something stands in front of an attention layer's keys in this forward, or they are caught."""
+    live: Live | None = module.__dict__.get(SITE)
+    return live is not None and (live.catch or bool(live.parts))
+
+
+def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:
+    """Attention of `module` behind its virtual tokens; `base`, called as by the interface, without any."""
+    live: Live | None = module.__dict__.get(SITE)
+    if live is not None and live.catch:
+        live.caught = key, value
+    if live is None or not live.parts:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    rows, prefix_k, prefix_v = live.parts[0]
+    if rows is None:
+        out = with_prefix(base, module, query, key, value, attention_mask, prefix_k, prefix_v, **kwargs)
+    else:
+        out = _mixed(base, module, query, key, value, attention_mask, live.parts, **kwargs)
+    return out, None
+
+
+def forward_over_sdpa(module, query, key, value, attention_mask, **kwargs):
+    """Attention behind virtual tokens, for a model set to sdpa; (B, T, heads, head_dim)."""
+    return attend(_base("sdpa", module), module, query, key, value, attention_mask, **kwargs)
+
+
+def forward_over_eager(module, query, key, value, attention_mask, **kwargs):
+    """Attention behind virtual tokens, for a model set to eager."""
+    return attend(_base("eager", module), module, query, key, value, attention_mask, **kwargs)
+
+
+FORWARDS = {"sdpa": forward_over_sdpa, "eager": forward_over_eager}
+
+
+def _base(own: str, module: Any) -> Any:
+    if own == "sdpa":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward
+    kind = next(k for k in type(module).__mro__ if k.__module__.startswith("transformers."))
+    return vars(sys.modules[kind.__module__])["eager_attention_forward"]
+
+
+def why_by_cat(dropout: float, kwargs: dict) -> str:
+    """Why attention behind virtual tokens runs by concatenation, or nothing."""
+    if dropout:
+        return f"attention dropout is {dropout}: prefix and keys are joined and torch's attention runs"
+    special = [name for name in SPECIAL if kwargs.get(name) is not None]
+    return (
+        f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs"
+        if special
+        else ""
+    )
+
+
+def with_prefix(
+    base, module, query, key, value, mask, prefix_k, prefix_v, *, dropout=0.0, scaling=None, is_causal=None,
+    position_bias=None, intervals=None, **kwargs,
+):  # fmt: skip
+    """Attention of `module` over [prefix ; keys] as (B, T, heads, head_dim)."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and mask is None and query.shape[2] > 1
+    if (
+        causal and key.shape[2] > query.shape[2]
+    ):  # a static cache before its first token: later slots are empty
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if why_by_cat(dropout, kwargs):
+        return _by_cat(
+            base, module, query, key, value, mask, prefix_k, prefix_v, causal,
+            dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
+        )  # fmt: skip
+    if intervals is None and mask is not None:
+        intervals = kept_intervals(mask)
+    if intervals is not None and intervals.first.shape[0] != query.shape[0]:  # one mask for all rows
+        shape = query.shape[0], query.shape[2]
+        intervals = Intervals(*(t.expand(shape).contiguous() for t in intervals))
+    if position_bias is not None and position_bias.is_leaf:
+        position_bias = position_bias.detach()  # T5's bias inside a checkpoint: a leaf that nobody reads
+    out = prefix_attention(
+        query, key, value, prefix_k, prefix_v, is_causal=causal, scale=scaling,
+        attn_mask=mask if intervals is None else None, position_bias=position_bias, intervals=intervals,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _by_cat(base, module, query, key, value, mask, prefix_k, prefix_v, causal, *, position_bias, **kwargs):
+    batch, _, queries, _ = query.shape
+    keys, columns = key.shape[2], prefix_k.shape[1]
+    if causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[
+            None, None
+        ]
+    if mask is not None:
+        mask = F.pad(mask, (columns, 0), value=mask.dtype == torch.bool)
+    if position_bias is not None:
+        kwargs["position_bias"] = F.pad(position_bias, (columns, 0))
+    key, value = (
+        torch.cat([part.to(t.dtype).expand(batch, -1, -1, -1), t], dim=2)
+        for part, t in ((prefix_k, key), (prefix_v, value))
+    )
+    return base(module, query, key, value, mask, is_causal=False, **kwargs)[0]
+
+
+def _mixed(base, module, query, key, value, mask, parts: Sequence[Part], *, position_bias=None, **kwargs):
+    """Each group of rows with its own virtual tokens, the others by the model's attention."""
+    rows = query.shape[0]
+    named = {row for group, _, _ in parts for row in group or ()}
+    rest = [row for row in range(rows) if row not in named]
+
+    def pick(t: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+        return t if t is None or t.shape[0] != rows else t.index_select(0, index)
+
+    kept = None if mask is None else kept_intervals(mask)
+    outs: list[torch.Tensor] = []
+    order: list[int] = []
+    for group, *prefix in [*parts, *([(rest,)] if rest else [])]:
+        index = torch.tensor(group, device=query.device)
+        q, k, v, m, bias = (pick(t, index) for t in (query, key, value, mask, position_bias))
+        extra = kwargs if bias is None else {**kwargs, "position_bias": bias}
+        if prefix:
+            seen = None if kept is None else Intervals(*(pick(t, index) for t in kept))  # type: ignore[arg-type]
+            outs.append(with_prefix(base, module, q, k, v, m, *prefix, intervals=seen, **extra))
+        else:
+            outs.append(base(module, q, k, v, m, **extra)[0])
+        order += group  # type: ignore[arg-type]
+    return torch.cat(outs).index_select(0, torch.tensor(order, device=query.device).argsort())
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+def describe(module: Any, device: str, dtype: torch.dtype) -> tuple[str, str] | None:
+    """The backend behind whose virtual tokens an attention layer's queries run, and why no faster one.
+
+    None for a layer that has none in front now. The backend is "" where torch's attention runs over the
+    joined keys.
+    """
+    if SITE not in module.__dict__ or not module.config._attn_implementation.startswith(NAME):
+        return None
+    dropout = module.training and float(getattr(module, "attention_dropout", 0.0) or 0.0)
+    why = why_by_cat(dropout, {"softcap": getattr(module.config, "attn_logit_softcapping", None)})
+    if why:
+        return "", why
+    _, head_dim = heads_of(module)
+    choice = PREFIX_ATTENTION.choose(PrefixAttentionCall(device, dtype, head_dim))
+    return choice.backend, choice.reason
