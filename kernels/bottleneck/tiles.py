@@ -12,7 +12,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from peft_engine.kernels.lora_linear.tiles import architecture, padded_rank
+from peft_engine.kernels.lora_linear.tiles import padded_rank
+
+from peft_engine.kernels.tiles import architecture
 
 PATHS = ("fused", "split")
 # Of the fused path: the middle and what it becomes lie in registers. Float32 weights are multiplied in three

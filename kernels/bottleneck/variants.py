@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from peft_engine.kernels.bottleneck import fused, outer, split, tiles
 from peft_engine.kernels.bottleneck.call import Call
-from peft_engine.kernels.lora_linear.tiles import pretended
 
+from peft_engine.kernels.tiles import pretended
 from peft_engine.kernels.variants import ARCHS, TENSOR_CORE, Variant, launched
 
 H = 4096
