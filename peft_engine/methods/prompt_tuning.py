@@ -73,6 +73,11 @@ class PromptEncoder(nn.Module):
         self.started: float | None = None  # a fingerprint; None for what was loaded
 
     @property
+    def added(self) -> int:
+        """How much longer the stack's input becomes."""
+        return 0 if self.causal else self.length
+
+    @property
     def positions(self) -> int:
         """How far real tokens move in a stack whose inputs keep their length."""
         return self.length if self.causal else 0
@@ -130,10 +135,15 @@ class PromptReader(nn.Module):
 
 
 def resolve(model: Any, config: PromptTuningConfig, who: str = "attach", strict: bool = True) -> PromptPlan:
-    """What `config` means on `model`."""
+    """What `config` means on `model`; TypeError for a decoder whose attention takes nothing in front."""
     check_transformers(model, who)
     check_length(model, config, who)
     found = stacks(model)
+    if not found[0].sites and model.can_generate():
+        raise TypeError(
+            f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
+            "interface, so no prompt can be put in front of its keys; take LoRA, or bottleneck adapters"
+        )
     if found[0].causal and model.config._attn_implementation.removeprefix(virtual_tokens.NAME) not in (
         "sdpa",
         "eager",

@@ -18,6 +18,7 @@ from torch import nn
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
 from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live
+from peft_engine.ops.prompt_embedding import extend_inputs
 
 CHILD = "peft_engine_virtual_tokens"
 
@@ -61,6 +62,8 @@ def put(model: nn.Module, stack: Stack, name: str, encoder: nn.Module) -> None:
         module.register_forward_pre_hook(before_stack, with_kwargs=True)
         if stack.embeddings:
             module.get_submodule(stack.embeddings).register_forward_pre_hook(_Shift(tokens), with_kwargs=True)
+        if not stack.causal and stack.path and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            model.register_forward_pre_hook(_Labels(tokens, parameters_of(model)), with_kwargs=True)
     tokens.encoders[name] = encoder
 
 
@@ -75,6 +78,7 @@ def take(model: nn.Module, name: str) -> None:
         if not tokens.encoders:
             del module._modules[CHILD]
             _unhook(module, lambda hook: hook is before_stack)
+            _unhook(model, lambda hook: isinstance(hook, _Labels))
             for part in module.modules():
                 part.__dict__.pop(SITE, None)
                 _unhook(part, lambda hook: isinstance(hook, _Shift))
@@ -188,6 +192,26 @@ class _Shift:
             inputs = kwargs["inputs_embeds"] if inputs is None else inputs
             past = kwargs.get("past_key_values_length", 0)
             kwargs["position_ids"] = torch.arange(inputs.shape[1], device=inputs.device) + past + shift
+        return (), kwargs
+
+
+class _Labels:
+    """An encoder model's pre-hook: a label for each token becomes one for each of the longer input, -100."""
+
+    def __init__(self, tokens: VirtualTokens, arguments: tuple[str, ...]):
+        self.tokens = tokens
+        self.arguments = arguments
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        active = self.tokens.active
+        if not isinstance(active, str) or active not in self.tokens.encoders:
+            return None
+        added: Any = getattr(self.tokens.encoders[active], "added", 0)
+        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        labels, inputs = kwargs.get("labels"), kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if added and labels is not None and inputs is not None and labels.shape == inputs.shape[:2]:
+            kwargs |= extend_inputs(added, labels=labels)
         return (), kwargs
 
 

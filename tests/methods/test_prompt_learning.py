@@ -224,6 +224,37 @@ def test_a_field_that_cannot_be_is_named(kind, settings, message):
         KINDS[kind](**settings)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_whose_attention_takes_nothing_in_front_is_refused(kind):
+    with pytest.raises(TypeError, match=r"Falcon.* does not go through transformers' attention interface"):
+        pe.attach(families.build("falcon"), KINDS[kind](num_virtual_tokens=P))
+
+
+@pytest.mark.peers
+def test_labels_of_tokens_are_as_long_as_an_encoder_behind_a_prompt(peft):
+    import transformers
+
+    torch.manual_seed(0)
+    config_ = transformers.BertConfig(**families.BERT, num_labels=3)
+    base = transformers.BertForTokenClassification(config_).eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=P)
+    ).eval()
+    ours = pe.attach(base, pe.PromptTuningConfig(num_virtual_tokens=P, task_type="TOKEN_CLS"))
+    with torch.no_grad():
+        next(iter(tensors(ours, "default").values())).copy_(theirs.prompt_encoder["default"].embedding.weight)
+    batch = families.inputs("bert")
+    batch["labels"] = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    labels = batch["labels"]
+    logits = theirs(**{k: v for k, v in batch.items() if k != "labels"}).logits[
+        :, P:
+    ]  # PEFT takes no labels here
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(ours(**batch).loss, wanted)
+    pe.detach(ours)
+    assert not ours._forward_pre_hooks
+
+
 def test_a_model_of_no_transformer_and_a_module_that_is_not_there_are_refused():
     with pytest.raises(TypeError, match="Linear is no transformers model; virtual tokens need one"):
         pe.attach(torch.nn.Linear(3, 3), pe.PrefixTuningConfig())
