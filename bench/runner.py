@@ -25,9 +25,11 @@ import transformers
 
 from bench import (
     bench_bottleneck,
+    bench_domains,
     bench_generate,
     bench_linear_cross_entropy,
     bench_lora_linear,
+    bench_methods,
     bench_nf4,
     bench_prefix_attention,
     bench_prompt_embedding,
@@ -45,6 +47,8 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "bottleneck": bench_bottleneck.layer,
     "prompt_embedding": bench_prompt_embedding.embedding,
     "prefix_attention": bench_prefix_attention.suite,
+    "methods_step": bench_methods.methods_step,
+    "domains": bench_domains.domains,
     # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
     "train_step": bench_train.train_step,
     "finetune": bench_train.finetune,
