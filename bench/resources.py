@@ -141,6 +141,12 @@ def tasks(file: Path | None) -> list[tuple[str, Variant, int]]:
                 name = f"{name}, {nth}"
             one = dataclasses.replace(variant, name=name)
             kept[facts] = f"{kernel} [{name}] sm_{arch}", one, arch
+    for (
+        _,
+        variant,
+        _,
+    ) in kept.values():  # Triton's key depends on whose was formed before: in one order, everywhere
+        _ = variant.kernel.cache_key
     return list(kept.values())
 
 
