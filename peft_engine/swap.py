@@ -15,7 +15,7 @@ import torch
 from peft_engine import native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import copies, virtual_attention
+from peft_engine.methods import copies, virtual_attention, walks
 from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
@@ -42,6 +42,7 @@ def optimize(model: torch.nn.Module) -> Report:
     Raises ValueError, with nothing changed, when bitsandbytes has repacked weights at an evaluation.
     """
     _refuse_repacked(model)
+    walks.forget(model)
     detach_head(model)  # an adapter may have come around the head since it was joined with its loss
     # bitsandbytes' layers first: whether PEFT's layer around one can be fused depends on it.
     for adapters in (False, True):

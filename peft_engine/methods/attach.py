@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.methods import copies, lora_layers
+from peft_engine.methods import copies, lora_layers, walks
 from peft_engine.methods.registry import METHODS, Config, method_of
 from peft_engine.methods.targets import with_head
 
@@ -52,10 +52,12 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
         return model
     now: Which = base.peft_engine_active  # type: ignore[assignment]
     activate(base, None)
+    walks.forget(base)
     for name in names:
         method_of(adapters[name], "detach").remove(base, name)
         copies.take(base, name)
         del adapters[name]
+    walks.forget(base)
     if not adapters:
         trainable = base.peft_engine_trainable
         for path, parameter in base.named_parameters(remove_duplicate=False):
@@ -195,11 +197,13 @@ def install(
         model.peft_engine_adapters = {}  # type: ignore[assignment]
         model.peft_engine_active = None  # type: ignore[assignment]
     activate(model, None)
+    walks.forget(model)
     model.requires_grad_(False)
     method_of(config, "attach").install(model, config, name, plan, values)
     given = None if values is None else {path: values[path] for path in plan.copied}
     copies.put(model, name, plan.copied, given)
     attached(model)[name] = config
+    walks.forget(model)  # what was kept while the adapter was being put there
     activate(model, name)
 
 
@@ -209,11 +213,14 @@ def activate(model: nn.Module, which: Which) -> None:
     for slot in {method.SLOT: method for method in METHODS}.values():
         mine = {name for name, config in adapters.items() if method_of(config).SLOT == slot.SLOT}
         slot.activate(model, _project(which, mine))
-    copies.activate(model, _project(which, copies.names(model)), _apart(model))
+    if adapters:
+        own = walks.kept(model, "copied", lambda: copies.names(model))
+        copies.activate(model, _project(which, own), walks.kept(model, "apart", lambda: _apart(model)))
     named = set(_names(which))
     for name in [name for name in adapters if name in named]:
-        for tensor in tensors(model, name).values():
-            tensor.requires_grad_()
+        for place, leaf in walks.kept(model, ("homes", name), lambda name=name: _homes(model, name)):  # type: ignore[misc]
+            if not place[leaf].requires_grad:
+                place[leaf].requires_grad_()
     model.peft_engine_active = which  # type: ignore[assignment]
 
 
@@ -221,6 +228,10 @@ def tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """The trained tensors of adapter `name` by path: those of its method, and its copies."""
     own = method_of(attached(model)[name]).tensors(model, name)
     return {**own, **copies.of(model, name)}
+
+
+def _homes(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
+    return walks.homes(model, list(tensors(model, name).values()))
 
 
 # --- parts --------------------------------------------------------------------------------------------------
@@ -243,6 +254,8 @@ def _project(which: Which, mine: set[str]) -> Which:
 def _check_stack(model: nn.Module, entry: str | None) -> None:
     """ValueError for adapters that cannot run on top of each other, with the reason."""
     names = [] if entry is None else entry.split("+")
+    if len(names) < 2:
+        return
     held: dict[str, str] = {}
     for name in names:
         method = method_of(attached(model)[name])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from peft_engine.methods import copies
 from peft_engine.methods.bottleneck_config import BottleneckConfig
 from peft_engine.methods.bottleneck_sites import Site
+from peft_engine.methods.walks import kept
 from peft_engine.ops.bottleneck import bottleneck
 
 CHILD = f"{copies.OURS}bottleneck"
@@ -241,8 +242,8 @@ def of(model: nn.Module) -> dict[str, Bottlenecks]:
 def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> None:
     """Sets whose adapters run: a name's, one's per row, or none's."""
     names = which if isinstance(which, tuple) else (which,)
-    for held in of(model).values():
-        held.active = which
+    for held in kept(model, "bottleneck", lambda: list(of(model).values())):
+        held.__dict__["active"] = which
         if held.catch is not None:
             held.catch.wanted = any(name is not None and name in held.adapters for name in names)
             held.catch.held = None

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_engine.methods.walks import kept
+
 OURS = "peft_engine_"  # how the names of the children begin that hold what a method adds
 CHILD = f"{OURS}copies"
 BASE = "__base__"
@@ -143,9 +145,9 @@ def of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return out
 
 
-def install(module: nn.Module, name: str | None) -> None:
+def install(module: nn.Module, name: str | None, parts: Iterable[nn.Module] | None = None) -> None:
     """Puts the copies of adapter `name`, or the base's parameters where it has none, into the modules."""
-    for part in owners(module):
+    for part in owners(module) if parts is None else parts:
         held: Any = part._modules[CHILD]
         mine = dict(held[name].items()) if name is not None and name in held else {}
         for leaf, base in held[BASE].items():
@@ -154,7 +156,7 @@ def install(module: nn.Module, name: str | None) -> None:
 
 def activate(model: nn.Module, which: str | tuple[str | None, ...] | None, roots: Iterable[str]) -> None:
     """Puts one adapter's copies in place; for a mixed batch, sets each root to run its rows apart."""
-    install(model, None if isinstance(which, tuple) else which)
+    install(model, None if isinstance(which, tuple) else which, kept(model, "owners", lambda: owners(model)))
     for root in roots:
         module = model.get_submodule(root)
         if _runs_apart(module):

@@ -10,6 +10,7 @@ from torch import nn
 from peft_engine.methods import lora, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
+from peft_engine.methods.walks import kept
 
 NAME, SLOT, DOES = "lora", "lora", "add to the same linear layers"
 CONFIG = LoraConfig
@@ -91,8 +92,8 @@ def remove_from_layer(layer: Any, name: str) -> None:
 
 def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> None:
     """Sets which adapter runs: a name, one or None per row, or none."""
-    for _, layer in layers(model):
-        layer.active_adapter = which
+    for layer in kept(model, NAME, lambda: [found for _, found in layers(model)]):
+        layer.__dict__["active_adapter"] = which
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from torch import nn
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
 from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live
+from peft_engine.methods.walks import kept
 from peft_engine.ops.prompt_embedding import extend_inputs
 
 CHILD = "peft_engine_virtual_tokens"
@@ -106,7 +107,7 @@ def encoders(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
     """Sets whose virtual tokens are seen; the attention implementation follows: ours when there are any."""
-    held = of(model)
+    held = kept(model, "virtual tokens", lambda: of(model))
     if not held:
         return
     for tokens in held:
@@ -115,16 +116,20 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
             live.parts = []
     names = which if isinstance(which, tuple) else (which,)
     wanted = any(name is not None and name in tokens.encoders for tokens in held for name in names)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        now = getattr(config, "_attn_implementation", None)
-        if not isinstance(now, str):
-            continue
+    for config in kept(model, "configs", lambda: _configs(model)):
+        now = config._attn_implementation
         own = now.removeprefix(NAME)
         if wanted and own == now and own in FORWARDS:
-            config._attn_implementation = _register(own)  # type: ignore[union-attr]
+            config._attn_implementation = _register(own)
         elif not wanted and own != now:
-            config._attn_implementation = own  # type: ignore[union-attr]
+            config._attn_implementation = own
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs that say which attention runs, each once."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    named = [c for c in found if isinstance(getattr(c, "_attn_implementation", None), str)]
+    return list({id(config): config for config in named}.values())
 
 
 def _register(own: str) -> str:

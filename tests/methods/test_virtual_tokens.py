@@ -282,6 +282,23 @@ def test_virtual_tokens_stack_on_lora(kind):
     torch.testing.assert_close(model(**batch).logits, both)
 
 
+def test_a_switch_walks_over_no_module(monkeypatch):
+    """Fast whatever the size of the model; after another adapter came it finds that one too."""
+    model, names = many("llama")
+    for name in names:
+        pe.active(model, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "named_modules", lambda self, *a, **k: pytest.fail("a walk"))
+        for name in names:
+            pe.active(model, name)
+    pe.attach(model, config("prefix", "llama", 4), "late")
+    batch = {k: v for k, v in families.inputs("llama", rows=8).items() if k != "labels"}
+    late = model(**batch).logits
+    with pe.active(model, None):
+        assert not torch.equal(model(**batch).logits, late)
+    assert torch.equal(model(**batch).logits, late)
+
+
 def test_adapters_that_cannot_stack_are_refused_with_the_reason():
     model, _ = many("llama")
     with pytest.raises(ValueError, match="both stand in front of the first token"):
