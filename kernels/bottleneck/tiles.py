@@ -14,21 +14,19 @@ from collections.abc import Iterator
 import torch
 from peft_engine.kernels.lora_linear.tiles import padded_rank
 
-from peft_engine.kernels.tiles import architecture
+from peft_engine.kernels.tiles import MANY, Tile, architecture, entries_for
 
 PATHS = ("fused", "split")
 # Of the fused path: the middle and what it becomes lie in registers. Float32 weights are multiplied in three
 # parts, whose operands spill above 64 (sm_90, width 128: 624 bytes of a thread).
 MAX_WIDTH, MAX_WIDTH_SINGLE = 256, 64
 FILLS = 96  # row blocks from which one program each is taken to fill a GPU: 3/4 of an H200's; not measured
-MANY = 1 << 62
 
 # kernel: architecture: (width up to, tile with weights in half precision, tile with float32 weights or none)
 # fused, fused_backward   BLOCK_M, BLOCK_K, BLOCK_N, warps, stages
 # contract                BLOCK_M, BLOCK_R, BLOCK_K, warps, stages
 # up, dx                  BLOCK_M, BLOCK_R, BLOCK_N, warps, stages
 # outer                   BLOCK_M, BLOCK_R, BLOCK_C, warps, stages
-Tile = tuple[int, ...]
 TABLE: dict[str, dict[int, tuple[tuple[int, Tile, Tile], ...]]] = {
     "fused": {
         80: (
@@ -53,8 +51,6 @@ TABLE: dict[str, dict[int, tuple[tuple[int, Tile, Tile], ...]]] = {
     },
 }
 
-_SMALL = (86, 89, 120)
-_set: dict[str, Tile] = {}
 _pinned: str | None = None
 
 
@@ -65,15 +61,11 @@ def padded_width(width: int) -> int:
 
 def entries(kernel: str, arch: int) -> tuple[tuple[int, Tile, Tile], ...]:
     """The table of a kernel for an architecture (compute capability times ten)."""
-    table = TABLE[kernel]
-    kin = [a for a in table if a <= arch and (a in _SMALL) == (arch in _SMALL)] or [min(table)]
-    return table[max(kin)]
+    return entries_for(TABLE[kernel], arch)
 
 
 def tile(kernel: str, call, device: torch.device) -> Tile:
     """The tile of a kernel for this call."""
-    if kernel in _set:
-        return _set[kernel]
     for most, half, single in entries(kernel, architecture(device)):
         if call.width <= most:
             return single if call.down_weight.dtype == torch.float32 else half
@@ -112,16 +104,6 @@ def share(columns: int, programs: int, block_k: int) -> int:
 def splits(rows: int, programs: int) -> int:
     """Shares of the rows for `outer`: about two programs for each multiprocessor, of 128 rows."""
     return max(1, min(-(-264 // programs), rows // 128))
-
-
-@contextlib.contextmanager
-def setting(kernel: str, tile: Tile) -> Iterator[None]:
-    """Inside, a kernel has this tile: for the tuner and the tests."""
-    _set[kernel] = tile
-    try:
-        yield
-    finally:
-        del _set[kernel]
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ An architecture without entries takes those of the nearest one below that has so
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
 
 MANY = 1 << 62
+Found = TypeVar("Found")
 
 Tile = tuple[int, ...]
 # rows up to, the other size (rank, head_dim) up to, tile in half precision, in float32: the first that fits
@@ -33,7 +35,7 @@ def tile_of(
     raise ValueError(f"{op}: no tile of {kernel} holds {size}")
 
 
-def entries_for(table: Mapping[int, tuple[Entry, ...]], arch: int) -> tuple[Entry, ...]:
+def entries_for(table: Mapping[int, Found], arch: int) -> Found:
     """A kernel's entries for an architecture (compute capability times ten)."""
     kin = [a for a in table if a <= arch and (a in _SMALL) == (arch in _SMALL)] or [min(table)]
     return table[max(kin)]

@@ -19,6 +19,7 @@ from peft_engine.methods import prompt_learning, virtual_tokens
 from peft_engine.methods.attention_sites import Stack, stacks
 from peft_engine.methods.prompt_learning import (
     STORED,
+    check_attention,
     check_fields,
     check_length,
     check_transformers,
@@ -137,17 +138,7 @@ def resolve(model: Any, config: PrefixTuningConfig, who: str = "attach", strict:
     check_transformers(model, who)
     check_length(model, config, who)
     found = stacks(model)
-    if not any(stack.sites for stack in found):
-        raise TypeError(
-            f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
-            "interface, so no prefix can be put in front of its keys; take LoRA, or bottleneck adapters"
-        )
-    now = model.config._attn_implementation
-    if now.removeprefix(virtual_tokens.NAME) not in ("sdpa", "eager"):
-        raise ValueError(
-            f"{who}: the model's attention is set to {now!r}, which cannot put keys in front; call "
-            "model.set_attn_implementation('sdpa') first"
-        )
+    check_attention(model, any(stack.sites for stack in found), "prefix", who)
     return PrefixPlan(tuple(s for s in found if s.sites), copied(model, config, who, strict))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from peft_engine.methods import copies, peft_config
+from peft_engine.methods.virtual_attention import NAME
 
 STORED = "prompt_embeddings"  # the key in PEFT's file, without anything in front
 ROOT = "base_model"  # what PEFT puts in front of other keys: these methods do not wrap the model's layers
@@ -80,6 +81,21 @@ def check_transformers(model: Any, who: str) -> None:
     """TypeError for a model that is none of transformers'."""
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise TypeError(f"{who}: {type(model).__name__} is no transformers model; virtual tokens need one")
+
+
+def check_attention(model: Any, sites: bool, what: str, who: str) -> None:
+    """TypeError for attention without sites to put keys in front of, ValueError where another one is set."""
+    if not sites:
+        raise TypeError(
+            f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
+            f"interface, so no {what} can be put in front of its keys; take LoRA, or bottleneck adapters"
+        )
+    now = model.config._attn_implementation
+    if now.removeprefix(NAME) not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{who}: the model's attention is set to {now!r}, which cannot put keys in front; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
 
 
 def copied(model: nn.Module, config: Any, who: str, strict: bool) -> list[str]:

@@ -18,6 +18,7 @@ from peft_engine.methods import prompt_learning, virtual_tokens
 from peft_engine.methods.attention_sites import Stack, stacks
 from peft_engine.methods.prompt_learning import (
     STORED,
+    check_attention,
     check_fields,
     check_length,
     check_transformers,
@@ -139,19 +140,8 @@ def resolve(model: Any, config: PromptTuningConfig, who: str = "attach", strict:
     check_transformers(model, who)
     check_length(model, config, who)
     found = stacks(model)
-    if not found[0].sites and model.can_generate():
-        raise TypeError(
-            f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
-            "interface, so no prompt can be put in front of its keys; take LoRA, or bottleneck adapters"
-        )
-    if found[0].causal and model.config._attn_implementation.removeprefix(virtual_tokens.NAME) not in (
-        "sdpa",
-        "eager",
-    ):
-        raise ValueError(
-            f"{who}: the model's attention is set to {model.config._attn_implementation!r}, which cannot put "
-            "keys in front; call model.set_attn_implementation('sdpa') first"
-        )
+    if found[0].causal or (not found[0].sites and model.can_generate()):
+        check_attention(model, bool(found[0].sites), "prompt", who)
     return PromptPlan(found[0], found[1:], copied(model, config, who, strict))
 
 

@@ -1,6 +1,7 @@
-"""The models of these tests: with adapters of PEFT, and with the head joined with its loss."""
+"""The command in this process; models with adapters of PEFT, and with the head joined with its loss."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -66,3 +67,20 @@ def head_pair(tiny_llama):
         return plain, fused
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs the command; the exit code, standard output, standard error."""
+
+    from peft_engine.cli import main
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-engine", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run

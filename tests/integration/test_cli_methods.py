@@ -37,21 +37,6 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
-    """Runs the command; the exit code, standard output, standard error."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-engine", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
 def train(command, model, data, tmp_path):
     def run(method, *more, output=None):
         return command(
