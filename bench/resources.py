@@ -261,8 +261,10 @@ def _readable(mangled: str) -> tuple[str, str]:
     """Name and template arguments, as in ("nf4.dequantize_16bit", "__half, true, false")."""
     plain = _output("c++filt", mangled).strip().replace("(anonymous namespace)::", "").removeprefix("void ")
     name, _, rest = plain.partition("(")[0].partition("<")
-    file = re.search(r"_\d+_(\w+?)_cu_", mangled)  # nvcc names the unnamed namespace after it
-    return f"{file[1]}.{name}" if file else name, rest.removesuffix(">")
+    # nvcc names the unnamed namespace after a hash, which may be all digits, and the file: its length tells.
+    files = re.findall(r"_(?=(\d+)_(\w+?_cu)_)", mangled)
+    file = [f"{name.removesuffix('_cu')}." for length, name in files if int(length) == len(name)]
+    return "".join(file[:1]) + name, rest.removesuffix(">")
 
 
 def _output(*command: Any) -> str:

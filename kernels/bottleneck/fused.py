@@ -117,7 +117,7 @@ def backward_kernel(
 def forward(call, x, residual, y, middle, stats) -> None:
     """Writes y (M, H), middle (M, R) and stats (M, 2) of x (M, H) and the residual."""
     rows, columns = x.shape
-    block_m, block_k, block_n, warps, stages = tiles.tile("fused", call, x.device)
+    block_m, block_k, block_n, warps, stages = tiles.tile("fused", rows, call, x.device)
     launch(
         forward_kernel, (triton.cdiv(rows, block_m),),
         (
@@ -137,7 +137,7 @@ def forward(call, x, residual, y, middle, stats) -> None:
 def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None:
     """Writes dm (M, R) and, unless it is None, dx (M, H)."""
     rows, columns = dy.shape
-    block_m, block_k, block_n, warps, stages = tiles.tile("fused_backward", call, dy.device)
+    block_m, block_k, block_n, warps, stages = tiles.tile("fused_backward", rows, call, dy.device)
     norm_weight = dy if call.norm_weight is None else call.norm_weight
     launch(
         backward_kernel, (triton.cdiv(rows, block_m),),

@@ -130,7 +130,7 @@ def of_up(call, middle, dy, stats) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _outer(call, left, z, stats, dweight, dbias, dnorm_weight, dnorm_bias, *, up: bool) -> None:
     rows, columns = z.shape
-    block_m, block_r, block_c, warps, stages = tiles.tile("outer", call, z.device)
+    block_m, block_r, block_c, warps, stages = tiles.tile("outer", rows, call, z.device)
     padded = tiles.padded_width(call.width)
     block_r = min(block_r, padded)
     blocks = triton.cdiv(columns, block_c), triton.cdiv(call.width, block_r)

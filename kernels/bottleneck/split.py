@@ -201,7 +201,7 @@ def forward(call, x, residual, y, middle, stats) -> None:
             {"BLOCK_M": NORM_ROWS, "BLOCK_K": NORM_COLUMNS}, num_warps=4,
         )  # fmt: skip
     _contract(call, x, call.down_weight, (columns, 1), stats, middle, middle, backward=False)
-    block_m, block_r, block_n, warps, stages = tiles.tile("up", call, x.device)
+    block_m, block_r, block_n, warps, stages = tiles.tile("up", rows, call, x.device)
     launch(
         up_kernel, (triton.cdiv(columns, block_n), triton.cdiv(rows, block_m)),
         (
@@ -223,7 +223,7 @@ def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None
     _contract(call, dy, call.up_weight, (1, call.width), stats, middle, dm, backward=True)
     if dx is None:
         return
-    block_m, block_r, block_n, warps, stages = tiles.tile("dx", call, dy.device)
+    block_m, block_r, block_n, warps, stages = tiles.tile("dx", rows, call, dy.device)
     norm = call.norm_weight is not None
     blocks = triton.cdiv(columns, block_n)
     sums = torch.empty(rows if norm else 0, blocks, 2, dtype=torch.float32, device=dy.device)
@@ -246,7 +246,7 @@ def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None
 def _contract(call, x, weight, strides, stats, middle, out, *, backward: bool) -> None:
     """out (M, R): m of x, or dm of x = dy; weight[r, k] is at r strides[0] + k strides[1]."""
     rows, columns = x.shape
-    block_m, block_r, block_k, warps, stages = tiles.tile("contract", call, x.device)
+    block_m, block_r, block_k, warps, stages = tiles.tile("contract", rows, call, x.device)
     block_r = min(block_r, tiles.padded_width(call.width))
     blocks = triton.cdiv(rows, block_m), triton.cdiv(call.width, block_r)
     share = tiles.share(columns, blocks[0] * blocks[1], block_k)

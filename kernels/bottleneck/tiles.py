@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from peft_engine.kernels.lora_linear.tiles import padded_rank
 
-from peft_engine.kernels.tiles import MANY, Tile, architecture, entries_for
+from peft_engine.kernels.tiles import MANY, Entry, Table, Tile, entries_for, tile_of
 
 PATHS = ("fused", "split")
 # Of the fused path: the middle and what it becomes lie in registers. Float32 weights are multiplied in three
@@ -22,32 +22,32 @@ PATHS = ("fused", "split")
 MAX_WIDTH, MAX_WIDTH_SINGLE = 256, 64
 FILLS = 96  # row blocks from which one program each is taken to fill a GPU: 3/4 of an H200's; not measured
 
-# kernel: architecture: (width up to, tile with weights in half precision, tile with float32 weights or none)
+# kernel: architecture: (rows up to, width up to, tile with weights in half precision, with float32 or none)
 # fused, fused_backward   BLOCK_M, BLOCK_K, BLOCK_N, warps, stages
 # contract                BLOCK_M, BLOCK_R, BLOCK_K, warps, stages
 # up, dx                  BLOCK_M, BLOCK_R, BLOCK_N, warps, stages
 # outer                   BLOCK_M, BLOCK_R, BLOCK_C, warps, stages
-TABLE: dict[str, dict[int, tuple[tuple[int, Tile, Tile], ...]]] = {
+TABLE: Table = {
     "fused": {
         80: (
-            (64, (64, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
-            (128, (64, 64, 64, 8, 3), ()),
-            (256, (64, 32, 32, 8, 2), ()),
+            (MANY, 64, (64, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
+            (MANY, 128, (64, 64, 64, 8, 3), ()),
+            (MANY, 256, (64, 32, 32, 8, 2), ()),
         ),
     },
     "fused_backward": {
         80: (
-            (64, (64, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
-            (128, (64, 64, 64, 8, 3), ()),
-            (256, (64, 32, 32, 8, 2), ()),
+            (MANY, 64, (64, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
+            (MANY, 128, (64, 64, 64, 8, 3), ()),
+            (MANY, 256, (64, 32, 32, 8, 2), ()),
         ),
     },
-    "contract": {80: ((MANY, (64, 64, 64, 4, 3), (32, 64, 32, 8, 2)),)},
-    "up": {80: ((MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
-    "dx": {80: ((MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
+    "contract": {80: ((MANY, MANY, (64, 64, 64, 4, 3), (32, 64, 32, 8, 2)),)},
+    "up": {80: ((MANY, MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
+    "dx": {80: ((MANY, MANY, (64, 64, 64, 4, 2), (32, 32, 64, 4, 2)),)},
     "outer": {
-        80: ((MANY, (32, 64, 64, 4, 3), (32, 64, 64, 8, 2)),),
-        100: ((MANY, (32, 64, 64, 8, 3), (32, 64, 64, 8, 2)),),  # with 4 warps gelu spills 32 bytes
+        80: ((MANY, MANY, (32, 64, 64, 4, 3), (32, 64, 64, 8, 2)),),
+        100: ((MANY, MANY, (32, 64, 64, 8, 3), (32, 64, 64, 8, 2)),),  # with 4 warps gelu spills 32 bytes
     },
 }
 
@@ -59,17 +59,14 @@ def padded_width(width: int) -> int:
     return padded_rank(width)
 
 
-def entries(kernel: str, arch: int) -> tuple[tuple[int, Tile, Tile], ...]:
+def entries(kernel: str, arch: int) -> tuple[Entry, ...]:
     """The table of a kernel for an architecture (compute capability times ten)."""
     return entries_for(TABLE[kernel], arch)
 
 
-def tile(kernel: str, call, device: torch.device) -> Tile:
+def tile(kernel: str, rows: int, call, device: torch.device) -> Tile:
     """The tile of a kernel for this call."""
-    for most, half, single in entries(kernel, architecture(device)):
-        if call.width <= most:
-            return single if call.down_weight.dtype == torch.float32 else half
-    raise ValueError(f"bottleneck: no tile of {kernel} holds width {call.width}")
+    return tile_of("bottleneck", TABLE, kernel, rows, call.width, call.down_weight.dtype, device)
 
 
 def choose(rows: int, call, device: torch.device) -> str:
@@ -88,7 +85,7 @@ def choose(rows: int, call, device: torch.device) -> str:
         return (
             "split"  # the fused path's masked loads, an element each, spill (97 features, sm_90: 312 bytes)
         )
-    block_m = tile("fused", call, device)[0]
+    block_m = tile("fused", rows, call, device)[0]
     return "fused" if rows > (FILLS - 1) * block_m else "split"
 
 

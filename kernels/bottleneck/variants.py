@@ -36,7 +36,7 @@ def variants() -> Iterator[Variant]:
     for arch in ARCHS:
         with pretended(arch):
             for kernel in CALLS:
-                for place, (width, *_) in enumerate(tiles.entries(kernel, arch)):
+                for place, (_, width, *_) in enumerate(tiles.entries(kernel, arch)):
                     width = min(width, WIDE)
                     yield from _named(kernel, arch, half, half, width, FULL)
                     if place == 0 and arch in WHOLE:

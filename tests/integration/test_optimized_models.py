@@ -9,6 +9,7 @@ import transformers
 import peft_engine as pe
 from peft_engine import native
 from peft_engine.heads import FusedHeadLinear
+from peft_engine.methods import walks
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
 
@@ -174,6 +175,7 @@ def test_unoptimize_gives_back_classes_attributes_and_hooks_exactly(tiny_llama, 
         pe.attach(model, LORA)
 
     def anatomy():
+        walks.forget(model)  # found anew when next asked for
         parts = model.named_modules()
         return {name: (type(m), sorted(m.__dict__), len(m._forward_pre_hooks)) for name, m in parts}
 

@@ -9,6 +9,8 @@ import torch
 from peft_engine.kernels.bottleneck import tiles
 from triton_interpreter import OutOfBounds, Race
 
+from peft_engine.kernels import tiles as shared_tiles
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the mended interpreter is for CPU tensors")
 
 PACKAGE = "peft_engine.kernels.bottleneck"
@@ -91,7 +93,8 @@ def run(path: str, name: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch, request):
-    monkeypatch.setattr(tiles, "_set", {} if "rows" in request.node.callspec.params.values() else dict(SMALL))
+    rows = "rows" in request.node.callspec.params.values()
+    monkeypatch.setattr(shared_tiles, "_set", {} if rows else dict(SMALL))
 
 
 @pytest.mark.parametrize("name", CASES)

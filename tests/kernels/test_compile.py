@@ -132,6 +132,13 @@ def test_rows_of_another_compiler_are_not_compared_and_the_reason_is_said():
     assert "none were compiled here" in resources.incomparable([OLD, cuda], [OLD], "cuda")
 
 
+@pytest.mark.parametrize("hash", ["0a12b3c4", "12345678"])
+def test_a_cuda_kernel_is_named_by_its_file_whatever_the_hash_in_its_name(hash):
+    space = f"_GLOBAL__N__{hash}_19_prefix_attention_cu_f3b0c442_1"
+    mangled = f"_ZN{len(space)}{space}12merge_kernelI6__halfLi4EEEvPT_"
+    assert resources._readable(mangled) == ("prefix_attention.merge_kernel", "__half, 4")
+
+
 def test_the_table_reads_back_as_it_was_written(tmp_path):
     rows = [
         OLD,
