@@ -1,9 +1,10 @@
 // bottleneck forward and backward as products of tiles (tiles.inl), the rest of the maths at the tiles' edges. Included
 // once per instruction set.
 //
-// Floor: six products of rows x features x width multiplications. Beside them x is laid out as tiles twice (for the
-// middle, and for ddown) and dy twice, and the weights once a call, which for a few rows costs more than the products.
-// Activation, bias, scaling, residual and their derivatives are done on the tiles that a product leaves in the cache.
+// Floor: six products of rows x features x width multiplications. Beside them x and dy are laid out as tiles for the
+// weights' gradients (float32 rows are left operands as they lie, others are laid out for that too), and the weights, once
+// a call. Activation, bias, scaling, residual and their derivatives are done on the tiles that a product leaves in the
+// cache; a group of rows goes through all products of a direction while it is there.
 //
 // An element is summed in the same order wherever its row stands, so a row of y is the same, bit for bit, in any batch,
 // and so is every gradient for any number of threads.
@@ -11,13 +12,19 @@
 #include "cpu/panels.inl"
 #include "cpu/activation.inl"
 
-constexpr int64_t kBlock = 8;  // steps of a contraction that are laid out at a time: 16 KiB for two tiles of columns
+constexpr int64_t kBlock = 4;  // steps of a contraction that are laid out at a time: 16 KiB for two tiles of columns
 
 // Tiles of 16 rows that share a pass over a weight. It depends on the rows alone: the norm's gradients are summed by
 // these groups.
 inline int64_t group_tiles(int64_t rows) { return rows > 256 ? 4 : 1; }
 
 inline int64_t tiles_for(int64_t n) { return (n + 15) / 16; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Of one row a product still lays out the weight and multiplies four rows.
+inline bool is_worth(int64_t rows, const BottleneckAdapter& a) {
+  return (rows < 8 ? 8 : rows) * a.features * a.width >= kWorthThreads;
+}
 
 // How the result of a product, in tiles, is cut into tasks.
 struct Cut {
@@ -52,26 +59,47 @@ struct Tiles {
   uint32_t* at(int64_t tile, int64_t step) const { return data + tile * stride + step * kTile; }
 };
 
-// A weight as right operand: its rows are the product's columns.
-template <bool kPairs>
-inline Tiles along_rows(const Source& w, bool worth, Slot slot) {
-  const int64_t steps = steps_for<kPairs>(w.m.cols, false), tiles = tiles_for(w.m.rows);
-  const Tiles out{scratch<uint32_t>(slot, tiles * steps * kTile), steps * kTile};
-  in_parallel(tiles, worth, [&](int64_t begin, int64_t end) {
-    right_panel_of_rows<kPairs>(w, false, 16 * begin, end - begin, 0, steps, out.at(begin, 0));
-  });
-  return out;
-}
+// A weight as right operand, whose rows (kOfRows) or columns are the product's columns. Where groups of rows share it, it
+// is laid out beforehand; else `block` does it, for who multiplies.
+template <bool kPairs, bool kOfRows>
+struct Weight {
+  Source source;
+  int64_t steps = 0, columns = 0;  // the contraction's; the product's, in tiles
+  Tiles tiles;
 
-// A weight as right operand: its columns are the product's columns.
-template <bool kPairs>
-inline Tiles down_columns(const Source& w, bool worth, Slot slot) {
-  const int64_t steps = steps_for<kPairs>(w.m.rows, false), fours = (tiles_for(w.m.cols) + 3) / 4;
-  const Tiles out{scratch<uint32_t>(slot, 4 * fours * steps * kTile), steps * kTile};
-  in_parallel(fours, worth, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) right_panel<kPairs>(w, 64 * t, 4, 0, steps, out.at(4 * t, 0));
+  Weight(const void* data, Type type, int64_t rows, int64_t cols) : source(dense(data, type, rows, cols)) {
+    steps = steps_for<kPairs>(kOfRows ? cols : rows, false);
+    columns = tiles_for(kOfRows ? rows : cols);
+  }
+  void lay_out(int64_t column, int64_t count, int64_t step, int64_t n, uint32_t* out) const {
+    if constexpr (kOfRows) right_panel_of_rows<kPairs>(source, false, 16 * column, count, step, n, out);
+    else right_panel<kPairs>(source, 16 * column, (count + 3) / 4 * 4, step, n, out);
+  }
+  void share(Slot slot) { tiles = {scratch<uint32_t>(slot, (columns + 3) / 4 * 4 * steps * kTile), steps * kTile}; }
+  int64_t fours() const { return tiles.data == nullptr ? 0 : (columns + 3) / 4; }
+  void share_four(int64_t four) const {
+    lay_out(4 * four, kOfRows && columns < 4 * four + 4 ? columns - 4 * four : 4, 0, steps, tiles.at(4 * four, 0));
+  }
+  Tiles block(const Part& part, int64_t step, int64_t n) const {
+    if (tiles.data != nullptr) return {tiles.at(part.column, step), tiles.stride};
+    n = (n + 3) / 4 * 4;  // it is laid out by 64 values
+    const Tiles out{scratch<uint32_t>(Slot::shared, (part.columns + 3) / 4 * 4 * n * kTile), n * kTile};
+    lay_out(part.column, part.columns, step, n, out.data);
+    return out;
+  }
+};
+
+// Lays out what is shared of both weights, about as much by each thread.
+template <class A, class B>
+inline void share_weights(const A& a, const B& b, bool worth, int64_t threads) {
+  const int64_t first = a.fours() * a.steps, total = first + b.fours() * b.steps;
+  in_parallel(threads, worth, [&](int64_t begin, int64_t end) {
+    const int64_t from = total * begin / threads, to = total * end / threads;
+    for (int64_t i = 0; i < a.fours(); ++i)
+      if (i * a.steps >= from && i * a.steps < to) a.share_four(i);
+    for (int64_t i = 0; i < b.fours(); ++i)
+      if (first + i * b.steps >= from && first + i * b.steps < to) b.share_four(i);
   });
-  return out;
 }
 
 // Rows that count in the last tile of a part.
@@ -80,29 +108,68 @@ inline int64_t last_used(const Part& part, int64_t rows) {
   return left < 16 ? left : 16;
 }
 
-// The part's tiles of rows x weight, the contraction along `rows`; tile (t, j) at t * part.columns + j.
+// Steps [step, step + n) of the part's rows x right.
 template <bool kPairs>
-inline float* product_of_rows(const Source& rows, const Tiles& weight, const Part& part) {
-  const int64_t steps = weight.stride / kTile, count = part.rows * part.columns;
-  float* c = scratch<float>(Slot::accumulators, count * kTile);
-  uint32_t* block = scratch<uint32_t>(Slot::panel, part.rows * kBlock * kTile);
+inline void multiply_part(const Source& rows, const Tiles& right, const Part& part, int64_t step, int64_t n, float* c,
+                          int64_t used) {
+  const int64_t c_stride = part.columns * kTile;
+  int64_t done = 0;
+  if constexpr (!kPairs) {
+    const int64_t cols = rows.m.cols;
+    if (rows.m.type == Type::f32 && as_it_lies(rows) && cols % 16 == 0) {
+      done = used == 16 ? part.rows : part.rows - 1;
+      const uint32_t* from = static_cast<const uint32_t*>(rows.m.data) + 16 * (part.row * cols + step);
+      multiply<false, true, true>(from, cols, done, right.data, right.stride, part.columns, least(n, cols / 16 - step),
+                                  c, c_stride, 16, step == 0);
+      if (done == part.rows) return;
+    }
+  }
+  const int64_t rest = part.rows - done;
+  uint32_t* block = scratch<uint32_t>(Slot::panel, rest * n * kTile);
+  left_panel<kPairs>(rows, false, 16 * (part.row + done), rest, step, n, block);
+  multiply<kPairs, true>(block, n * kTile, rest, right.data, right.stride, part.columns, n, c + done * c_stride,
+                         c_stride, used, step == 0);
+}
+
+// The same for rows that are tiles already.
+template <bool kPairs>
+inline void multiply_part(const Tiles& left, const Tiles& right, const Part& part, int64_t step, int64_t n, float* c,
+                          int64_t used) {
+  multiply<kPairs, true>(left.at(part.row, step), left.stride, part.rows, right.data, right.stride, part.columns, n, c,
+                         part.columns * kTile, used, step == 0);
+}
+
+// The part's tiles of left x weight, over `steps`; tile (t, j) at t * part.columns + j. Of the last tile of rows, `used`
+// rows count.
+template <bool kPairs, class Left, class Right>
+inline float* product(const Left& left, const Right& weight, int64_t steps, const Part& part, int64_t used) {
+  float* c = scratch<float>(Slot::accumulators, part.rows * part.columns * kTile);
   for (int64_t step = 0; step < steps; step += kBlock) {
-    const int64_t n = steps - step < kBlock ? steps - step : kBlock;
-    left_panel<kPairs>(rows, false, 16 * part.row, part.rows, step, n, block);
-    multiply<kPairs, true>(block, n * kTile, part.rows, weight.at(part.column, step), weight.stride, part.columns, n, c,
-                           part.columns * kTile, last_used(part, rows.m.rows), step == 0);
+    const int64_t n = least(kBlock, steps - step);
+    multiply_part<kPairs>(left, weight.block(part, step, n), part, step, n, c, used);
   }
   return c;
 }
 
-// The same for rows that are tiles already, over `steps`.
-template <bool kPairs>
-inline float* product_of_tiles(const Tiles& left, const Tiles& weight, int64_t steps, const Part& part, int64_t used) {
-  const int64_t count = part.rows * part.columns;
-  float* c = scratch<float>(Slot::accumulators, count * kTile);
-  multiply<kPairs, true>(left.at(part.row, 0), left.stride, part.rows, weight.at(part.column, 0), weight.stride,
-                         part.columns, steps, c, part.columns * kTile, used, true);
-  return c;
+// Runs `first` on all parts of a cut and then `second` on those of another, of the same groups of rows. Where threads get
+// their share of groups, each takes its own through both, while they are in the cache.
+template <class First, class Second>
+inline void in_turn(const Cut& a, const First& first, const Cut& b, const Second& second, bool worth, int64_t threads) {
+  const auto run = [](const Cut& cut, const auto& body, int64_t begin, int64_t end) {
+    const TileUnit unit;
+    for (int64_t task = begin; task < end; ++task) body(part_of(cut, task), task);
+  };
+  if (a.groups >= 4 * threads || a.groups % threads == 0) {
+    in_parallel(a.groups, worth, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) {
+        run(a, first, g * a.panels, (g + 1) * a.panels);
+        run(b, second, g * b.panels, (g + 1) * b.panels);
+      }
+    });
+    return;
+  }
+  in_parallel(a.tasks(), worth, [&](int64_t begin, int64_t end) { run(a, first, begin, end); });
+  in_parallel(b.tasks(), worth, [&](int64_t begin, int64_t end) { run(b, second, begin, end); });
 }
 
 // 16 x 16 floats into a row of tiles as a left operand, at columns 16 j.
@@ -126,8 +193,6 @@ inline Tiles left_tiles(int64_t rows, int64_t columns, uint32_t* data) {
     for (int64_t t = 0; t < rows; ++t) memset(out.at(t, steps - 1), 0, kTile * sizeof(uint32_t));
   return out;
 }
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // `n` values of the adapter's as floats, and zeros up to a whole number of 64; with no data all are `otherwise`.
 inline const float* padded_floats(const void* data, Type type, int64_t n, float otherwise, float* out) {
@@ -208,15 +273,24 @@ inline void output_tile(const BottleneckForward& f, const float* bias, const flo
 template <bool kPairs>
 inline void forward_tiles(const BottleneckForward& f, int64_t threads) {
   const BottleneckAdapter& a = f.adapter;
-  const bool worth = f.rows * a.features * a.width >= kWorthThreads;
+  const bool worth = is_worth(f.rows, a);
   if (!worth) threads = 1;
   const int64_t tiles = tiles_for(f.rows), middles = tiles_for(a.width), outs = tiles_for(a.features);
-  const Tiles down = along_rows<kPairs>(dense(a.down, a.type, a.width, a.features), worth, Slot::adapter);
-  const Tiles up = along_rows<kPairs>(dense(a.up, a.type, a.features, a.width), worth, Slot::transposed);
+  const Cut first(tiles, middles, group_tiles(f.rows), 16, threads);
+  const Cut second(tiles, outs, group_tiles(f.rows), 2, threads);
+  Weight<kPairs, true> down(a.down, a.type, a.width, a.features), up(a.up, a.type, a.features, a.width);
+  if (first.groups > 1) {
+    down.share(Slot::adapter);
+    up.share(Slot::transposed);
+    share_weights(down, up, worth, threads);
+  }
   float* biases = scratch<float>(Slot::few_rows, a.width + a.features + 128);
   const float* down_bias = padded_floats(a.down_bias, a.type, a.width, 0.0f, biases);
   const float* up_bias = padded_floats(a.up_bias, a.type, a.features, 0.0f, biases + (a.width + 63) / 64 * 64);
   const Source z = input_of(a, f.x, f.type, f.rows, f.stats);
+  const Tiles acts =
+      left_tiles<kPairs>(tiles, middles, scratch<uint32_t>(Slot::activations, tiles * (middles + 1) * kTile));
+
   if (a.norm != nullptr)
     with_type(f.type, [&](auto type) {
       using T = decltype(type);
@@ -225,37 +299,26 @@ inline void forward_tiles(const BottleneckForward& f, int64_t threads) {
           row_stats<T>(static_cast<const typename T::Value*>(f.x) + r * a.features, a.features, f.eps, f.stats + 2 * r);
       });
     });
-  const Tiles acts =
-      left_tiles<kPairs>(tiles, middles, scratch<uint32_t>(Slot::activations, tiles * (middles + 1) * kTile));
 
-  const Cut first(tiles, middles, group_tiles(f.rows), 16, threads);
-  with_type(a.type, [&](auto weight_type) {
-    with_activation(a.activation, [&](auto activation) {
-      in_parallel(first.tasks(), worth, [&](int64_t begin, int64_t end) {
-        const TileUnit unit;
-        for (int64_t task = begin; task < end; ++task) {
-          const Part part = part_of(first, task);
-          const float* c = product_of_rows<kPairs>(z, down, part);
-          for (int64_t i = 0; i < part.rows * part.columns; ++i)
-            middle_tile<kPairs, decltype(weight_type), decltype(activation)>(
-                f, down_bias, c + i * kTile, part.row + i / part.columns, part.column + i % part.columns, acts);
-        }
+  const auto middle = [&](const Part& part, int64_t) {
+    const float* c = product<kPairs>(z, down, down.steps, part, last_used(part, f.rows));
+    with_type(a.type, [&](auto weight_type) {
+      with_activation(a.activation, [&](auto activation) {
+        for (int64_t i = 0; i < part.rows * part.columns; ++i)
+          middle_tile<kPairs, decltype(weight_type), decltype(activation)>(
+              f, down_bias, c + i * kTile, part.row + i / part.columns, part.column + i % part.columns, acts);
       });
     });
-  });
-  const Cut second(tiles, outs, group_tiles(f.rows), 8, threads);
-  with_type(f.type, [&](auto type) {
-    in_parallel(second.tasks(), worth, [&](int64_t begin, int64_t end) {
-      const TileUnit unit;
-      for (int64_t task = begin; task < end; ++task) {
-        const Part part = part_of(second, task);
-        const float* c = product_of_tiles<kPairs>(acts, up, acts.stride / kTile, part, last_used(part, f.rows));
-        for (int64_t i = 0; i < part.rows * part.columns; ++i)
-          output_tile<decltype(type)>(f, up_bias, c + i * kTile, part.row + i / part.columns,
-                                      part.column + i % part.columns);
-      }
+  };
+  const auto output = [&](const Part& part, int64_t) {
+    const float* c = product<kPairs>(acts, up, acts.stride / kTile, part, last_used(part, f.rows));
+    with_type(f.type, [&](auto type) {
+      for (int64_t i = 0; i < part.rows * part.columns; ++i)
+        output_tile<decltype(type)>(f, up_bias, c + i * kTile, part.row + i / part.columns,
+                                    part.column + i % part.columns);
     });
-  });
+  };
+  in_turn(first, middle, second, output, worth, threads);
 }
 
 inline void bottleneck_forward(const BottleneckForward& f, int64_t threads) {

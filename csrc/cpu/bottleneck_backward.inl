@@ -39,35 +39,6 @@ inline void middle_gradient_tile(const BottleneckBackward& f, const float* c, in
   put_turned<kPairs>(dm, t, j, out.dm_turned);
 }
 
-template <bool kPairs>
-inline Middles middle_gradients(const BottleneckBackward& f, bool needs_dm, bool worth, int64_t threads) {
-  const BottleneckAdapter& a = f.adapter;
-  const int64_t tiles = tiles_for(f.rows), middles = tiles_for(a.width), most = (tiles + 1) * (middles + 1) * kTile;
-  uint32_t* data = scratch<uint32_t>(Slot::activations, 3 * most);
-  const Middles out{left_tiles<kPairs>(tiles, middles, data), left_tiles<kPairs>(middles, tiles, data + most),
-                    left_tiles<kPairs>(middles, tiles, data + 2 * most)};
-  if (!needs_dm && f.dup == nullptr) return out;
-  Tiles up;
-  if (needs_dm) up = down_columns<kPairs>(dense(a.up, a.type, a.features, a.width), worth, Slot::transposed);
-  const Source dy = dense(f.dy, f.type, f.rows, a.features);
-  const Cut cut(tiles, middles, group_tiles(f.rows), 16, threads);
-  with_type(a.type, [&](auto weight_type) {
-    with_activation(a.activation, [&](auto activation) {
-      in_parallel(cut.tasks(), worth, [&](int64_t begin, int64_t end) {
-        const TileUnit unit;
-        for (int64_t task = begin; task < end; ++task) {
-          const Part part = part_of(cut, task);
-          const float* c = needs_dm ? product_of_rows<kPairs>(dy, up, part) : nullptr;
-          for (int64_t i = 0; i < part.rows * part.columns; ++i)
-            middle_gradient_tile<kPairs, decltype(weight_type), decltype(activation)>(
-                f, c == nullptr ? c : c + i * kTile, part.row + i / part.columns, part.column + i % part.columns, out);
-        }
-      });
-    });
-  });
-  return out;
-}
-
 // --- dx ------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -114,15 +85,15 @@ inline void norm_gradient_row(const BottleneckBackward& f, const Source& z, cons
 
 // A group of rows through the norm's backward, a tile of rows at a time; dnorm and dnorm_bias are the group's own.
 template <bool kPairs, class T>
-inline void norm_gradient_group(const BottleneckBackward& f, const Source& z, const Tiles& dm, const Tiles& down,
-                                const Part& group, float* dnorm, float* dnorm_bias) {
+inline void norm_gradient_group(const BottleneckBackward& f, const Source& z, const Tiles& dm,
+                                const Weight<kPairs, false>& down, const Part& group, float* dnorm, float* dnorm_bias) {
   const int64_t columns = tiles_for(f.adapter.features), padded = (f.adapter.features + 63) / 64 * 64;
   float* dz = scratch<float>(Slot::panel, 16 * padded);
   for (int64_t t = group.row; t < group.row + group.rows; ++t) {
     const int64_t rows = least(16, f.rows - 16 * t);
     for (int64_t p = 0; p < columns; p += 8) {
       const Part part{t, 1, p, least(8, columns - p)};
-      const float* c = product_of_tiles<kPairs>(dm, down, dm.stride / kTile, part, rows);
+      const float* c = product<kPairs>(dm, down, dm.stride / kTile, part, rows);
       for (int64_t j = 0; j < part.columns; ++j)
         for (int64_t r = 0; r < rows; ++r)
           memcpy(dz + r * padded + 16 * (p + j), c + j * kTile + 16 * r, 16 * sizeof(float));
@@ -266,52 +237,69 @@ inline void norm_gradient(const BottleneckBackward& f, const float* parts, int64
 template <bool kPairs>
 inline void backward_tiles(const BottleneckBackward& f, int64_t threads) {
   const BottleneckAdapter& a = f.adapter;
-  const bool worth = f.rows * a.features * a.width >= kWorthThreads;
+  const bool worth = is_worth(f.rows, a);
   if (!worth) threads = 1;
   const bool norm = f.dnorm != nullptr || f.dnorm_bias != nullptr || (a.norm != nullptr && f.dx != nullptr);
-  const bool dz = norm || f.dx != nullptr;
-  const Middles m = middle_gradients<kPairs>(f, dz || f.ddown != nullptr || f.ddown_bias != nullptr, worth, threads);
-  Tiles down;
-  if (dz) down = down_columns<kPairs>(dense(a.down, a.type, a.width, a.features), worth, Slot::adapter);
-  const Source z = input_of(a, f.x, f.type, f.rows, f.stats);
-
-  const int64_t columns = tiles_for(a.features), group = group_tiles(f.rows), panels = (columns + kPanel - 1) / kPanel;
-  const Cut cut(tiles_for(f.rows), columns, group, norm ? columns + 1 : 8, norm ? 1 : threads);
+  const bool dz = norm || f.dx != nullptr, dm = dz || f.ddown != nullptr || f.ddown_bias != nullptr;
+  const int64_t tiles = tiles_for(f.rows), middles = tiles_for(a.width), columns = tiles_for(a.features);
+  const int64_t group = group_tiles(f.rows), most = (tiles + 1) * (middles + 1) * kTile;
+  uint32_t* data = scratch<uint32_t>(Slot::activations, 3 * most);
+  const Middles m{left_tiles<kPairs>(tiles, middles, data), left_tiles<kPairs>(middles, tiles, data + most),
+                  left_tiles<kPairs>(middles, tiles, data + 2 * most)};
+  const Cut first(tiles, middles, group, 16, threads);
+  const Cut second(tiles, columns, group, norm ? columns + 1 : 2, norm ? 1 : threads);
+  Weight<kPairs, false> up(a.up, a.type, a.features, a.width), down(a.down, a.type, a.width, a.features);
+  if (first.groups > 1) {
+    if (dm) up.share(Slot::transposed);
+    if (dz) down.share(Slot::adapter);
+    share_weights(up, down, worth, threads);
+  }
+  const Source dy = dense(f.dy, f.type, f.rows, a.features), z = input_of(a, f.x, f.type, f.rows, f.stats);
   const int64_t padded = (a.features + 63) / 64 * 64;
-  float* parts = norm ? scratch<float>(Slot::few_rows, 2 * cut.groups * padded) : nullptr;
-  if (norm) memset(parts, 0, static_cast<size_t>(2 * cut.groups * padded) * sizeof(float));
-  const int64_t inputs = dz ? cut.tasks() : 0, ups = f.dup != nullptr || f.dup_bias != nullptr ? panels : 0;
-  const int64_t downs = f.ddown != nullptr ? panels : 0, biases = f.ddown_bias != nullptr ? 1 : 0;
-  with_type(f.type, [&](auto type) {
-    using T = decltype(type);
-    const auto input = [&](int64_t task) {
-      const Part part = part_of(cut, task);
+  float* parts = norm ? scratch<float>(Slot::few_rows, 2 * second.groups * padded) : nullptr;
+  if (norm) memset(parts, 0, static_cast<size_t>(2 * second.groups * padded) * sizeof(float));
+
+  const auto middle = [&](const Part& part, int64_t) {
+    if (!dm && f.dup == nullptr) return;
+    const float* c = dm ? product<kPairs>(dy, up, up.steps, part, last_used(part, f.rows)) : nullptr;
+    with_type(a.type, [&](auto weight_type) {
+      with_activation(a.activation, [&](auto activation) {
+        for (int64_t i = 0; i < part.rows * part.columns; ++i)
+          middle_gradient_tile<kPairs, decltype(weight_type), decltype(activation)>(
+              f, c == nullptr ? c : c + i * kTile, part.row + i / part.columns, part.column + i % part.columns, m);
+      });
+    });
+  };
+  const auto input = [&](const Part& part, int64_t task) {
+    if (!dz) return;
+    with_type(f.type, [&](auto type) {
+      using T = decltype(type);
       if (norm) {
         float* mine = parts + 2 * task * padded;
         norm_gradient_group<kPairs, T>(f, z, m.dm, down, part, mine, mine + padded);
         return;
       }
-      const float* c = product_of_tiles<kPairs>(m.dm, down, m.dm.stride / kTile, part, last_used(part, f.rows));
+      const float* c = product<kPairs>(m.dm, down, m.dm.stride / kTile, part, last_used(part, f.rows));
       for (int64_t i = 0; i < part.rows * part.columns; ++i)
         input_gradient_tile<T>(f, c + i * kTile, part.row + i / part.columns, part.column + i % part.columns);
-    };
-    with_type(a.type, [&](auto weight_type) {
-      using W = decltype(weight_type);
-      in_parallel(inputs, worth, [&](int64_t begin, int64_t end) {
-        const TileUnit unit;
-        for (int64_t task = begin; task < end; ++task) input(task);
-      });
-      in_parallel(ups + downs + biases, worth, [&](int64_t begin, int64_t end) {
-        const TileUnit unit;
-        for (int64_t task = begin; task < end; ++task) {
-          if (task < ups) up_gradient<kPairs, W>(f, m.a_turned, task);
-          else if (task < ups + downs) down_gradient<kPairs, W>(f, m.dm_turned, z, task - ups);
-          else down_bias_gradient<kPairs, W>(f, m.dm_turned);
-        }
-      });
+    });
+  };
+  in_turn(first, middle, second, input, worth, threads);
+
+  const int64_t panels = (columns + kPanel - 1) / kPanel, biases = f.ddown_bias != nullptr ? 1 : 0;
+  const int64_t ups = f.dup != nullptr || f.dup_bias != nullptr ? panels : 0, downs = f.ddown != nullptr ? panels : 0;
+  with_type(a.type, [&](auto weight_type) {
+    using W = decltype(weight_type);
+    in_parallel(ups + downs + biases, worth, [&](int64_t begin, int64_t end) {
+      const TileUnit unit;
+      for (int64_t task = begin; task < end; ++task) {
+        if (task < ups) up_gradient<kPairs, W>(f, m.a_turned, task);
+        else if (task < ups + downs) down_gradient<kPairs, W>(f, m.dm_turned, z, task - ups);
+        else down_bias_gradient<kPairs, W>(f, m.dm_turned);
+      }
     });
   });
-  if (f.dnorm != nullptr || f.dnorm_bias != nullptr) norm_gradient(f, parts, cut.groups, padded);
+  if (f.dnorm != nullptr || f.dnorm_bias != nullptr) norm_gradient(f, parts, second.groups, padded);
 }
 
 inline void bottleneck_backward(const BottleneckBackward& f, int64_t threads) {

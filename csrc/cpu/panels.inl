@@ -263,7 +263,13 @@ inline void right_panel_of_rows(const Source& s, bool interleaved, int64_t row0,
                                 int64_t steps, uint32_t* out) {
   for (int64_t t = 0; t < tiles; ++t) {
     uint32_t* to = out + t * steps * kTile;
-    left_panel<kPairs>(s, interleaved, row0 + 16 * t, 1, step0, steps, to);
+    const int64_t row = row0 + 16 * t;
+    if (!kPairs && s.m.type == Type::f32 && as_it_lies(s) && row + 16 <= s.m.rows && 16 * (step0 + steps) <= s.m.cols) {
+      const uint32_t* from = static_cast<const uint32_t*>(s.m.data) + row * s.m.cols + 16 * step0;
+      for (int64_t step = 0; step < steps; ++step) transpose16(from + 16 * step, to + step * kTile, s.m.cols);
+      continue;
+    }
+    left_panel<kPairs>(s, interleaved, row, 1, step0, steps, to);
     for (int64_t step = 0; step < steps; ++step) {
       alignas(64) uint32_t tile[kTile];
       memcpy(tile, to + step * kTile, sizeof tile);

@@ -247,7 +247,7 @@ inline Block carve_block(Carver& from, const Sizes<T>& n, int64_t keys) {
 // A block's rows times keys, a part of the depth at a time: what is rounded here is rounded again in every gradient.
 template <int W, class N>
 inline void scores(int64_t rows, int64_t columns, const N& n, const uint32_t* a, const uint32_t* b, float* c) {
-  constexpr int64_t kPart = 16;
+  constexpr int64_t kPart = 32;
   for (int64_t d = 0; d < n.depth; d += kPart)
     product<W>(rows, columns, n.depth - d < kPart ? n.depth - d : kPart, a + d, n.row, 1, b + d * kPanel, n.across, c,
                n.stride, d > 0);

@@ -8,10 +8,11 @@
 constexpr int kTile = 256;         // words in a tile
 constexpr int64_t kMaxSteps = 64;  // the most steps a panel holds
 
-inline void transpose16(const uint32_t* in, uint32_t* out) {
+// Rows of `in` are `stride` words apart.
+inline void transpose16(const uint32_t* in, uint32_t* out, int64_t stride = 16) {
 #if PE_LEVEL >= 2
   __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + 16 * i);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + stride * i);
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -37,7 +38,7 @@ inline void transpose16(const uint32_t* in, uint32_t* out) {
   for (int quarter = 0; quarter < 4; ++quarter) {
     const int row = quarter / 2 * 8, col = quarter % 2 * 8;
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in) + 16 * (row + i) + col);
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in) + stride * (row + i) + col);
     for (int i = 0; i < 4; ++i) {
       t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
       t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
@@ -57,7 +58,7 @@ inline void transpose16(const uint32_t* in, uint32_t* out) {
   }
 #else
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) out[16 * j + i] = in[16 * i + j];
+    for (int j = 0; j < 16; ++j) out[16 * j + i] = in[stride * i + j];
 #endif
 }
 
@@ -176,23 +177,55 @@ struct TileUnit {
 template <bool kPairs>
 constexpr int64_t kSumSteps = kPairs ? 2 : 4;
 
+#if PE_LEVEL == 1
+// kRows rows, `row` floats apart, of a tile (steps kNext floats apart) against a tile of columns. Six rows fill the
+// registers; less than eight sums in flight wait for each other.
+template <int kRows, int64_t kNext>
+PE_INLINE void multiply_rows(const float* a, int64_t row, const float* b, int64_t steps, float* c, bool fresh) {
+  __m256 low[kRows], high[kRows];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) low[r] = high[r] = _mm256_setzero_ps();
+  for (int64_t s = 0; s < steps; ++s) {
+    const float *as = a + s * kNext, *bs = b + s * kTile;
+    for (int k = 0; k < 16; ++k) {
+      const __m256 right_low = _mm256_loadu_ps(bs + 16 * k), right_high = _mm256_loadu_ps(bs + 16 * k + 8);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const __m256 left = _mm256_broadcast_ss(as + row * r + k);
+        low[r] = _mm256_fmadd_ps(left, right_low, low[r]);
+        high[r] = _mm256_fmadd_ps(left, right_high, high[r]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    float* to = c + 16 * r;
+    _mm256_storeu_ps(to, fresh ? low[r] : _mm256_add_ps(_mm256_loadu_ps(to), low[r]));
+    _mm256_storeu_ps(to + 8, fresh ? high[r] : _mm256_add_ps(_mm256_loadu_ps(to + 8), high[r]));
+  }
+}
+#endif
+
 // One tile, of which the first `used` rows count, against kCols (1 or 2) tiles of columns, at most kSumSteps steps.
-template <bool kPairs, int kCols>
-inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t steps, float* c,
-                            int64_t used, bool fresh) {
+// kInPlace: the left operand is no tile but rows that lie `row` words apart, whose steps follow on each other.
+template <bool kPairs, int kCols, bool kInPlace>
+inline void vector_multiply(const uint32_t* a, int64_t row, const uint32_t* b, int64_t b_stride, int64_t steps,
+                            float* c, int64_t used, bool fresh) {
+  constexpr int64_t kNext = kInPlace ? 16 : kTile;
+  if constexpr (!kInPlace) row = 16;
 #if PE_LEVEL >= 2
   for (int half = 0; half < used; half += 8) {
     __m512 sum[8][kCols];
     for (int r = 0; r < 8; ++r)
       for (int j = 0; j < kCols; ++j) sum[r][j] = _mm512_setzero_ps();
     for (int64_t s = 0; s < steps; ++s) {
-      const uint32_t *as = a + s * kTile + 16 * half, *bs = b + s * kTile;
+      const uint32_t *as = a + s * kNext + row * half, *bs = b + s * kTile;
       for (int k = 0; k < 16; ++k) {
         __m512i right[kCols];
         for (int j = 0; j < kCols; ++j) right[j] = _mm512_loadu_si512(bs + j * b_stride + 16 * k);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; ++r) {
-          const __m512i left = _mm512_set1_epi32(static_cast<int>(as[16 * r + k]));
+          const __m512i left = _mm512_set1_epi32(static_cast<int>(as[row * r + k]));
           for (int j = 0; j < kCols; ++j) {
 #if PE_LEVEL >= 3
             if constexpr (kPairs) {
@@ -214,30 +247,15 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 #elif PE_LEVEL == 1
   const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
   for (int j = 0; j < kCols; ++j) {
-    for (int quarter = 0; quarter < used; quarter += 4) {
-      float* to = c + j * kTile + 16 * quarter;
-      __m256 low[4], high[4];
-      for (int r = 0; r < 4; ++r) {
-        low[r] = _mm256_setzero_ps();
-        high[r] = _mm256_setzero_ps();
-      }
-      for (int64_t s = 0; s < steps; ++s) {
-        const float *as = af + s * kTile + 16 * quarter, *bs = bf + s * kTile + j * b_stride;
-        for (int k = 0; k < 16; ++k) {
-          const __m256 right_low = _mm256_loadu_ps(bs + 16 * k), right_high = _mm256_loadu_ps(bs + 16 * k + 8);
-#pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) {
-            const __m256 left = _mm256_broadcast_ss(as + 16 * r + k);
-            low[r] = _mm256_fmadd_ps(left, right_low, low[r]);
-            high[r] = _mm256_fmadd_ps(left, right_high, high[r]);
-          }
-        }
-      }
-      for (int r = 0; r < 4; ++r) {
-        _mm256_storeu_ps(to + 16 * r, fresh ? low[r] : _mm256_add_ps(_mm256_loadu_ps(to + 16 * r), low[r]));
-        _mm256_storeu_ps(to + 16 * r + 8, fresh ? high[r] : _mm256_add_ps(_mm256_loadu_ps(to + 16 * r + 8), high[r]));
-      }
+    const float* right = bf + j * b_stride;
+    float* to = c + j * kTile;
+    if (used == 16) {
+      multiply_rows<6, kNext>(af, row, right, steps, to, fresh);
+      multiply_rows<5, kNext>(af + 6 * row, row, right, steps, to + 6 * 16, fresh);
+      multiply_rows<5, kNext>(af + 11 * row, row, right, steps, to + 11 * 16, fresh);
+      continue;
     }
+    for (int r = 0; r < used; r += 4) multiply_rows<4, kNext>(af + r * row, row, right, steps, to + 16 * r, fresh);
   }
 #else
   const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
@@ -245,7 +263,7 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
     for (int r = 0; r < used; ++r) {
       float sum[16] = {};
       for (int64_t s = 0; s < steps; ++s) {
-        const float *as = af + s * kTile + 16 * r, *bs = bf + s * kTile + j * b_stride;
+        const float *as = af + s * kNext + row * r, *bs = bf + s * kTile + j * b_stride;
         for (int k = 0; k < 16; ++k)
           for (int i = 0; i < 16; ++i) sum[i] += as[k] * bs[16 * k + i];
       }
@@ -261,8 +279,9 @@ inline void vector_multiply(const uint32_t* a, const uint32_t* b, int64_t b_stri
 // C += A B over `steps`: rows tiles of A, cols tiles of B, C tile (r, j) at c + r * c_stride + j * kTile. Strides in words.
 // kLeftOnce: the right operand stays in the L1 cache, else the left one. Of the last tile of A, the first `last_used`
 // rows count. fresh: C = A B; the tiles of C are then side by side, c_stride = cols * kTile, and all of them written but
-// the rows that do not count.
-template <bool kPairs, bool kLeftOnce>
+// the rows that do not count. kInPlace, for words of one float: A is no tiles but whole sixteens of rows, `a_stride` words
+// apart.
+template <bool kPairs, bool kLeftOnce, bool kInPlace = false>
 inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t b_stride,
                      int64_t cols, int64_t steps, float* c, int64_t c_stride, int64_t last_used = 16,
                      bool fresh = false) {
@@ -299,9 +318,11 @@ inline void multiply(const uint32_t* a, int64_t a_stride, int64_t rows, const ui
       const int64_t used = r + 1 < rows ? 16 : last_used;
       for (int64_t s = 0; s < steps; s += kSumSteps<kPairs>) {
         const int64_t n = steps - s < kSumSteps<kPairs> ? steps - s : kSumSteps<kPairs>;
-        const uint32_t *left = a + r * a_stride + s * kTile, *right = b + j * b_stride + s * kTile;
-        if (j + 2 <= cols) vector_multiply<kPairs, 2>(left, right, b_stride, n, to, used, fresh && s == 0);
-        else vector_multiply<kPairs, 1>(left, right, b_stride, n, to, used, fresh && s == 0);
+        const uint32_t* left = kInPlace ? a + 16 * (r * a_stride + s) : a + r * a_stride + s * kTile;
+        const uint32_t* right = b + j * b_stride + s * kTile;
+        if (j + 2 <= cols)
+          vector_multiply<kPairs, 2, kInPlace>(left, a_stride, right, b_stride, n, to, used, fresh && s == 0);
+        else vector_multiply<kPairs, 1, kInPlace>(left, a_stride, right, b_stride, n, to, used, fresh && s == 0);
       }
     }
   }

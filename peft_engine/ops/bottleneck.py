@@ -258,6 +258,11 @@ def _direct(x: torch.Tensor) -> bool:
     return x.is_cuda and plain and not torch.compiler.is_compiling()
 
 
+def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    """(..., features) as contiguous (rows, features)."""
+    return None if t is None else t.reshape(-1, t.shape[-1]).contiguous()
+
+
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -265,13 +270,18 @@ class _Bottleneck(torch.autograd.Function):
         scaling, eps,
     ):  # fmt: skip
         parameters = down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias
+        shape, x, residual = (
+            x.shape,
+            _rows(x),
+            _rows(residual),
+        )  # in here, where a view adds nothing to the graph
         run = _forward_on_gpu if _direct(x) else torch.ops.peft_engine.bottleneck_forward
         y, middle, stats = run(x, residual, *parameters, activation, scaling, eps)
         # x is needed for dWd and for the norm; a frozen adapter without one keeps the middle alone.
         keep_x = norm_weight is not None or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if keep_x else None, middle, stats, *parameters)
         ctx.settings = activation, scaling, residual is None
-        return y
+        return y.view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -282,12 +292,12 @@ class _Bottleneck(torch.autograd.Function):
         wanted = [need[0], *need[2:8]]
         if not any(wanted):
             return None, dresidual, *(None,) * 9
-        dy = dy.contiguous()
+        shape, dy = dy.shape, _rows(dy)
         shaped_x = x if x is not None else dy.new_empty(()).expand(dy.shape)  # its shape alone is read
         run = _backward_on_gpu if _direct(dy) else torch.ops.peft_engine.bottleneck_backward
         grads = run(dy, shaped_x, middle, stats, *parameters, *ctx.settings, wanted)
         dx, *rest = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
-        return dx, dresidual, *rest, None, None, None
+        return None if dx is None else dx.view(shape), dresidual, *rest, None, None, None
 
 
 def _kernels(
@@ -302,15 +312,13 @@ def _kernels(
     scaling: float,
 ) -> torch.Tensor:
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    rows = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, residual))
     parameters = (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
-    tensors = [None if t is None else t.contiguous() for t in (*rows, *parameters)]
+    tensors = [None if t is None else t.contiguous() for t in parameters]
     args = (*tensors, activation, scaling, eps)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Bottleneck.apply(*args).view(x.shape)
-    if _direct(x):
-        return _forward_on_gpu(*args)[0].view(x.shape)
-    return torch.ops.peft_engine.bottleneck_forward.default(*args)[0].view(x.shape)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
+        return _Bottleneck.apply(x, residual, *args)
+    run = _forward_on_gpu if _direct(x) else torch.ops.peft_engine.bottleneck_forward.default
+    return run(_rows(x), _rows(residual), *args)[0].view(x.shape)
 
 
 BOTTLENECK.register("triton", _kernels, refuse_unless_cuda)
