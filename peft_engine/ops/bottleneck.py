@@ -281,7 +281,7 @@ class _Bottleneck(torch.autograd.Function):
         keep_x = norm_weight is not None or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if keep_x else None, middle, stats, *parameters)
         ctx.settings = activation, scaling, residual is None
-        return y.view(shape)
+        return torch.ops.aten._unsafe_view(y, shape)  # a view could not be written to in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
