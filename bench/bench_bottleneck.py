@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import measure
+from peft_engine import native
 from peft_engine.ops import bottleneck
 
 WIDTH = 64
@@ -41,6 +42,19 @@ def products(tensors: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], obje
     return lambda: (x @ down.t(), a @ up.t(), dy @ up, dy.t() @ a, a @ down, a.t() @ x)
 
 
+def kernels(tensors: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], object]:
+    """The op's two calls of its kernels without autograd: like for like with the products alone."""
+    x, down, up, down_bias, up_bias = (t.detach() for t in tensors)
+    settings = (down, down_bias, up, up_bias, None, None, "relu", 1.0)
+    wanted = [True] * 5 + [False] * 2
+
+    def call() -> object:
+        _, middle, stats = torch.ops.peft_engine.bottleneck_forward(x, None, *settings, 0.0)
+        return torch.ops.peft_engine.bottleneck_backward(dy, x, middle, stats, *settings, True, wanted)
+
+    return call
+
+
 def step(
     op: Callable[..., torch.Tensor], tensors: list[torch.Tensor], dy: torch.Tensor
 ) -> Callable[[], object]:
@@ -51,6 +65,8 @@ def contenders(rows: int, features: int, dtype: torch.dtype) -> Contenders:
     tensors = inputs(rows, features, dtype)
     dy = torch.randn(rows, features).to(dtype)
     calls = {"peft-engine": step(ours, tensors, dy), "eager": step(eager, tensors, dy)}
+    if native.load_error() is None:
+        calls["peft-engine, kernels alone"] = kernels(tensors, dy)
     return calls | {"products alone": products(tensors, dy)}
 
 

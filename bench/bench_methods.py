@@ -3,9 +3,9 @@
     python -m bench.runner methods_step
 
 Forward, backward, AdamW on 4x128 tokens, 32 virtual tokens, the base frozen and dense: PEFT has the same
-base in the same dtype, float32, in which a processor without bfloat16 products is at its best. Memory is
-the peak of anonymous memory of a fresh process from model load to the last of 5 steps, less the same
-process after its imports.
+base in the same dtype, float32, and bfloat16 where the processor has products in it. Memory is the peak of
+anonymous memory of a fresh process from model load to the last of 5 steps, less the same process after its
+imports.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ METHODS = ("prefix", "prompt")
 LENGTH = 32
 
 
-def model_of(contender: str, method: str, path: Path) -> Any:
+def dtypes() -> list[torch.dtype]:
+    """Those in which this processor is at its best."""
+    return [torch.float32, *([torch.bfloat16] if torch.cpu._is_avx512_bf16_supported() else [])]
+
+
+def model_of(contender: str, method: str, path: Path, dtype: torch.dtype) -> Any:
     """The model with the method's virtual tokens, in training mode."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     if contender == OURS:
         import peft_engine as pe
 
@@ -52,25 +58,26 @@ def methods_step(settings: measure.Settings) -> Iterator[measure.Row]:
     rows, length = (2, 16) if settings.quick else (4, 128)
     with tempfile.TemporaryDirectory() as folder:
         path = small_model(Path(folder)) if settings.quick else settings.model
-        for method in METHODS:
+        for method, dtype in product(METHODS, dtypes()):
+            name_of_dtype = str(dtype).removeprefix("torch.")
             contenders = {}
             for name in (OURS, PEFT):
-                model = model_of(name, method, path)
+                model = model_of(name, method, path, dtype)
                 batch = peers.tokens_batch(rows, length, model.config.vocab_size)
                 adam = peers.optimizer(model)
                 contenders[name] = lambda model=model, adam=adam, batch=batch: peers.step(model, adam, batch)
-            case = f"{method}, {LENGTH} virtual tokens, {rows}x{length} tokens"
+            case = f"{method}, {name_of_dtype}, {LENGTH} virtual tokens, {rows}x{length} tokens"
             for name, seconds in measure.interleave(contenders, settings.rounds).items():
                 yield measure.row(case, name, "step", "s", seconds)
             del contenders, model, adam
             for name in (OURS, PEFT):
-                peaks = [_fresh_process(name, method, path, (rows, length)) / 2**20 for _ in range(2)]
+                arguments = (name, method, path, name_of_dtype, rows, length)
+                peaks = [_fresh_process(*arguments) / 2**20 for _ in range(2)]
                 yield measure.row(case, name, "peak over imports", "MiB", peaks)
 
 
-def _fresh_process(*arguments: Any) -> int:
-    name, method, path, shape = arguments
-    given = [name, method, str(path), *map(str, shape), str(torch.get_num_threads())]
+def _fresh_process(name: str, *arguments: Any) -> int:
+    given = [name, *map(str, arguments), str(torch.get_num_threads())]
     done = subprocess.run(
         [sys.executable, "-m", "bench.bench_methods", *given],
         cwd=measure.ROOT,
@@ -82,12 +89,12 @@ def _fresh_process(*arguments: Any) -> int:
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
-def _child(contender: str, method: str, path: str, rows: str, length: str, threads: str) -> None:
+def _child(contender: str, method: str, path: str, dtype: str, rows: str, length: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     import_for(contender)
     before = anonymous()
     with Peak() as peak:
-        model = model_of(contender, method, Path(path))
+        model = model_of(contender, method, Path(path), getattr(torch, dtype))
         adam = peers.optimizer(model)
         for _ in range(5):
             peers.step(model, adam, peers.tokens_batch(int(rows), int(length), model.config.vocab_size))
