@@ -114,13 +114,15 @@ inline void multiply_part(const Source& rows, const Tiles& right, const Part& pa
                           int64_t used) {
   const int64_t c_stride = part.columns * kTile;
   int64_t done = 0;
-  if constexpr (!kPairs) {
-    const int64_t cols = rows.m.cols;
-    if (rows.m.type == Type::f32 && as_it_lies(rows) && cols % 16 == 0) {
+  // AMX alone loads tiles; the other units broadcast words, which a row of floats or of pairs has as it lies.
+  if constexpr (!kPairs || PE_LEVEL == 3) {
+    const int64_t cols = rows.m.cols, words = kPairs ? cols / 2 : cols;
+    const bool aligned = reinterpret_cast<uintptr_t>(rows.m.data) % sizeof(uint32_t) == 0;
+    if (rows.m.type == (kPairs ? Type::bf16 : Type::f32) && as_it_lies(rows) && cols % kStep<kPairs> == 0 && aligned) {
       done = used == 16 ? part.rows : part.rows - 1;
-      const uint32_t* from = static_cast<const uint32_t*>(rows.m.data) + 16 * (part.row * cols + step);
-      multiply<false, true, true>(from, cols, done, right.data, right.stride, part.columns, least(n, cols / 16 - step),
-                                  c, c_stride, 16, step == 0);
+      const uint32_t* from = static_cast<const uint32_t*>(rows.m.data) + 16 * (part.row * words + step);
+      multiply<kPairs, true, true>(from, words, done, right.data, right.stride, part.columns,
+                                   least(n, words / 16 - step), c, c_stride, 16, step == 0);
       if (done == part.rows) return;
     }
   }
