@@ -280,18 +280,21 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
         return
     figure = Figure(figsize=(9, 3.6 * len(metrics)), layout="constrained")
     contenders = list(dict.fromkeys(r.contender for r in rows))
+    colours = {contender: f"C{i}" for i, contender in enumerate(contenders)}
     for axes, (metric, unit) in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True):
         shown = [r for r in rows if (r.metric, r.unit) == (metric, unit)]
         cases = list(dict.fromkeys(r.case for r in shown))
-        width = 0.8 / len(contenders)
-        for i, contender in enumerate(contenders):
+        here = [contender for contender in contenders if any(r.contender == contender for r in shown)]
+        width = 0.8 / len(here)
+        for i, contender in enumerate(here):
             mine = [r for r in shown if r.contender == contender]
-            places = [cases.index(r.case) + (i - (len(contenders) - 1) / 2) * width for r in mine]
+            places = [cases.index(r.case) + (i - (len(here) - 1) / 2) * width for r in mine]
             spread = [[r.median - r.p10 for r in mine], [r.p90 - r.median for r in mine]]
             heights = [r.median for r in mine]
             axes.bar(
-                places, heights, width, yerr=spread, label=contender, color=f"C{i}", error_kw={"lw": 0.8}
-            )
+                places, heights, width, yerr=spread, label=contender, color=colours[contender],
+                error_kw={"lw": 0.8},
+            )  # fmt: skip
         # What all cases begin with is said once, below; the rest is folded to fit.
         parts = [case.split(", ") for case in cases]
         common = 0
@@ -303,11 +306,26 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
         ]
         axes.set_xticks(range(len(cases)), labels)
         axes.set_xlabel(", ".join(parts[0][:common]))
+        middle, half = (
+            (len(cases) - 1) / 2,
+            max(len(cases), 3) / 2,
+        )  # a case alone is no wider than one of three
+        axes.set_xlim(middle - half, middle + half)
         axes.set_ylabel(f"{metric}, {unit}")
         positive = [r.median for r in shown if r.median > 0]
         if positive and max(positive) > 30 * min(positive):
             axes.set_yscale("log")
     figure.suptitle(f"{suite}: {where}", fontsize="medium")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=min(len(names), 5))
+    labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
+    legend = {
+        name: handle for handles, names in labelled for handle, name in zip(handles, names, strict=True)
+    }
+    names = [contender for contender in contenders if contender in legend]
+    figure.legend(
+        [legend[name] for name in names],
+        names,
+        fontsize="small",
+        loc="outside lower center",
+        ncols=min(len(names), 5),
+    )
     figure.savefig(path, dpi=110)

@@ -177,7 +177,42 @@ struct TileUnit {
 template <bool kPairs>
 constexpr int64_t kSumSteps = kPairs ? 2 : 4;
 
-#if PE_LEVEL == 1
+#if PE_LEVEL >= 2
+// kRows rows, `row` words apart, of a tile (steps kNext words apart) against kCols tiles of columns. Eight rows of two
+// tiles fill the registers; two serve who has no more.
+template <bool kPairs, int kRows, int kCols, int64_t kNext>
+PE_INLINE void multiply_rows(const uint32_t* a, int64_t row, const uint32_t* b, int64_t b_stride, int64_t steps,
+                             float* c, bool fresh) {
+  __m512 sum[kRows][kCols];
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kCols; ++j) sum[r][j] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < steps; ++s) {
+    const uint32_t *as = a + s * kNext, *bs = b + s * kTile;
+    for (int k = 0; k < 16; ++k) {
+      __m512i right[kCols];
+      for (int j = 0; j < kCols; ++j) right[j] = _mm512_loadu_si512(bs + j * b_stride + 16 * k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i left = _mm512_set1_epi32(static_cast<int>(as[row * r + k]));
+        for (int j = 0; j < kCols; ++j) {
+#if PE_LEVEL >= 3
+          if constexpr (kPairs) {
+            sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)left, (__m512bh)right[j]);
+            continue;
+          }
+#endif
+          sum[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right[j]), sum[r][j]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < kCols; ++j) {
+      float* to = c + j * kTile + 16 * r;
+      _mm512_storeu_ps(to, fresh ? sum[r][j] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][j]));
+    }
+}
+#elif PE_LEVEL == 1
 // kRows rows, `row` floats apart, of a tile (steps kNext floats apart) against a tile of columns. Six rows fill the
 // registers; less than eight sums in flight wait for each other.
 template <int kRows, int64_t kNext>
@@ -214,35 +249,10 @@ inline void vector_multiply(const uint32_t* a, int64_t row, const uint32_t* b, i
   constexpr int64_t kNext = kInPlace ? 16 : kTile;
   if constexpr (!kInPlace) row = 16;
 #if PE_LEVEL >= 2
-  for (int half = 0; half < used; half += 8) {
-    __m512 sum[8][kCols];
-    for (int r = 0; r < 8; ++r)
-      for (int j = 0; j < kCols; ++j) sum[r][j] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < steps; ++s) {
-      const uint32_t *as = a + s * kNext + row * half, *bs = b + s * kTile;
-      for (int k = 0; k < 16; ++k) {
-        __m512i right[kCols];
-        for (int j = 0; j < kCols; ++j) right[j] = _mm512_loadu_si512(bs + j * b_stride + 16 * k);
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
-          const __m512i left = _mm512_set1_epi32(static_cast<int>(as[row * r + k]));
-          for (int j = 0; j < kCols; ++j) {
-#if PE_LEVEL >= 3
-            if constexpr (kPairs) {
-              sum[r][j] = _mm512_dpbf16_ps(sum[r][j], (__m512bh)left, (__m512bh)right[j]);
-              continue;
-            }
-#endif
-            sum[r][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right[j]), sum[r][j]);
-          }
-        }
-      }
-    }
-    for (int r = 0; r < 8; ++r)
-      for (int j = 0; j < kCols; ++j) {
-        float* to = c + j * kTile + 16 * (half + r);
-        _mm512_storeu_ps(to, fresh ? sum[r][j] : _mm512_add_ps(_mm512_loadu_ps(to), sum[r][j]));
-      }
+  for (int64_t r = 0; r < used; r += 8) {
+    const uint32_t* from = a + row * r;
+    if (used - r > 2) multiply_rows<kPairs, 8, kCols, kNext>(from, row, b, b_stride, steps, c + 16 * r, fresh);
+    else multiply_rows<kPairs, 2, kCols, kNext>(from, row, b, b_stride, steps, c + 16 * r, fresh);
   }
 #elif PE_LEVEL == 1
   const float *af = reinterpret_cast<const float*>(a), *bf = reinterpret_cast<const float*>(b);
