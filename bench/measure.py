@@ -321,11 +321,5 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
         name: handle for handles, names in labelled for handle, name in zip(handles, names, strict=True)
     }
     names = [contender for contender in contenders if contender in legend]
-    figure.legend(
-        [legend[name] for name in names],
-        names,
-        fontsize="small",
-        loc="outside lower center",
-        ncols=min(len(names), 5),
-    )
+    figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=min(len(names), 5))
     figure.savefig(path, dpi=110)
