@@ -31,7 +31,6 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_kernel(const Call call
     ask_for_rows<W>(call.down_weight, int64_t{blockIdx.x} * kTile, kTile, call.width, call.features);
     ask_for_rows<W>(call.up_weight, int64_t{blockIdx.x} * kColumns, kColumns, call.features, call.width);
   });
-  __syncthreads();  // the flag may be written again
   if (call.aligned_down) {
     Down<T, W, kN>{call, shared}.template run_from<true>(number);
   } else {

@@ -34,7 +34,7 @@ struct Down {
     }
   }
 
-  // The sums over the block of each thread's values: thread i has that of value i.
+  // The sums over the block of each thread's values: thread i has that of value i. A barrier must follow.
   template <int kValues>
   __device__ __forceinline__ float block_sum(float (&part)[kValues]) const {
     static_assert(kValues <= 32);
@@ -47,7 +47,6 @@ struct Down {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) total += of_warps[w * kValues + threadIdx.x];
     }
-    __syncthreads();  // they are no longer read
     return total;
   }
 
@@ -189,8 +188,9 @@ struct Down {
         call.stats[2 * mine] = stats[mine].x, call.stats[2 * mine + 1] = stats[mine].y;
       }
     }
+    const unsigned draws = call.pieces + gridDim.x;
     while (number < call.pieces) {
-      number = number_by_start(&call.counters->started, call.pieces + gridDim.x, flag, [&] { run<kAligned>(number); });
+      number = number_by_start(&call.counters->started, draws, flag, [&] { run<kAligned>(number); });
     }
   }
 };

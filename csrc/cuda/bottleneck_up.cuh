@@ -115,9 +115,10 @@ struct Up {
     if (threadIdx.x == 0) {
       wait_for(&counters->done, call.pieces);
       // Whoever is last to have seen them makes the counters ready for the next launch.
-      const bool last = atomicAdd(&counters->seen, 1u) == gridDim.x - 1;
-      __threadfence();
-      if (last) counters->seen = 0, counters->done = 0;
+      if (atomicAdd(&counters->seen, 1u) == gridDim.x - 1) {
+        __threadfence();
+        counters->seen = 0, counters->done = 0;
+      }
     }
     __syncthreads();  // the middle may be read
     const int count = call.rows * padded<W>(call.width) / kPer16;
