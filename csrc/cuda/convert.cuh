@@ -10,8 +10,15 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ void round_to(float* to, float value) { *to = value; }
-__device__ __forceinline__ void round_to(__half* to, float value) { *to = __float2half_rn(value); }
-__device__ __forceinline__ void round_to(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+// By a variable: g++'s ThreadSanitizer does not see a function's result go to memory.
+__device__ __forceinline__ void round_to(__half* to, float value) {
+  const __half narrow = __float2half_rn(value);
+  *to = narrow;
+}
+__device__ __forceinline__ void round_to(__nv_bfloat16* to, float value) {
+  const __nv_bfloat16 narrow = __float2bfloat16_rn(value);
+  *to = narrow;
+}
 
 __device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ uint32_t bits_of(__half value) { return __half_as_ushort(value); }
