@@ -1,11 +1,11 @@
-"""The tuner: times every candidate tile of lora_linear's kernels, and its paths over the rows, on this GPU.
+"""The tuner: times candidate tiles of Triton's kernels, and lora_linear's paths over the rows, on this GPU.
 
     python -m bench.tune                          tiles, then paths, into bench/results/<device>/
     python -m bench.tune --only tiles --kernel single --seconds 60
 
-It prints the entries for kernels/lora_linear/tiles.py and paths.py with what was measured; nothing tunes at
-run time. Candidates are compiled beforehand by several processes, into Triton's cache. Measured with r=16,
-bf16 and float32 adapters.
+It prints the entries for kernels/*/tiles.py and lora_linear/paths.py with what was measured; nothing tunes at
+run time. Candidates are compiled beforehand by several processes, into Triton's cache. Measured in bf16,
+lora_linear with r=16 and float32 adapters; bottleneck and prefix_attention are in bench/tune_adapters.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import measure, peers
+from bench import measure, peers, tune_adapters
 from bench.gpu_sections import clones, rotated, rotation
 from bench.gpu_timing import Call, DeviceLost, Section, clock_reader, flat, warm
 from peft_engine import ops
@@ -37,6 +37,8 @@ ROWS = {
     "single": (16, 32, 64, 128, 256),
     "single_backward": (16, 32, 64, 128, 256),
 }
+# lora_linear's by their names; those of other ops (bench/tune_adapters.py) have the op's before a dot.
+ALL_ROWS = ROWS | {name: tuned.rows for name, tuned in tune_adapters.KERNELS.items()}
 PATH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 KEPT = 10  # tiles of the first shape that are timed on the others
 Tile = tuple[int, ...]
@@ -88,7 +90,7 @@ def tiled(kernel: str, tile: Tile, call: Call) -> Call:
     from peft_engine.kernels.tiles import setting
 
     def run() -> object:
-        with setting(kernel, tile):
+        with setting(kernel.rpartition(".")[2], tile):
             return call()
 
     return run
@@ -97,35 +99,60 @@ def tiled(kernel: str, tile: Tile, call: Call) -> Call:
 # --- tiles -----------------------------------------------------------------------------------------------
 
 
-def tune_tiles(section: Section, kernels: Iterable[str], shapes=SHAPES, rows_of=ROWS) -> list[str]:
+def tune_tiles(section: Section, kernels: Iterable[str], shapes=None, rows_of=None) -> list[str]:
     """Times the candidates: on the first shape all, on the others its best; a line for each number of rows.
 
     The adapter's kernels read activations, which the kernel before left in the L2 where they fit: as here.
     """
-    from peft_engine.kernels.lora_linear import tiles
-
     lines = []
-    for kernel, rows in [(name, rows) for name in kernels for rows in rows_of[name]]:
-        now = tiles.tile(kernel, rows, peers.RANK, torch.bfloat16, section.device)
-        left = list(dict.fromkeys([now, *(t for t in tiles.candidates(kernel) if useful(kernel, t, rows))]))
+    for kernel, rows in [(name, rows) for name in kernels for rows in (rows_of or ALL_ROWS)[name]]:
+        sizes = shapes or (tune_adapters.shapes_of(kernel) if "." in kernel else SHAPES)
+        now = table_tile(kernel, sizes[0], rows, section.device)
+        left = list(dict.fromkeys([now, *(t for t in candidates(kernel) if useful(kernel, t, rows))]))
         times: dict[Tile, list[float]] = {tile: [] for tile in left}
-        for n, k in shapes:
-            if not section.begin(f"{kernel}, {n}x{k}, r={peers.RANK}, {rows} rows"):
+        for shape in sizes:
+            size = "x".join(map(str, shape))
+            rank = "" if "." in kernel else f", r={peers.RANK}"
+            if not section.begin(f"{kernel}, {size}{rank}, {rows} rows"):
                 continue
-            qs = weights(n, k, section.device)[: None if kernel.startswith("single") else 1]
-            call = kernel_call(kernel, n, k, rows, qs)
+            call, launches = call_of(kernel, shape, rows, section.device)
             makers = {name_of(tile): partial(tiled, kernel, tile, call) for tile in left}
             replays = section.capture(section.make(makers))
             for name, rounds in section.interleave(replays, turn_seconds=0.002).items():
-                seconds = [s / len(qs) for s in flat(rounds)]
+                seconds = [s / launches for s in flat(rounds)]
                 section.add(name, "time", "us", (s * 1e6 for s in seconds))
                 times[tile_of(name)].append(statistics.median(seconds))
             ran = [tile for tile in left if times[tile]]
             left = sorted(ran, key=lambda tile: times[tile][0])[:KEPT]
             left += [now] if now in ran and now not in left else []
-        lines += line_of(kernel, rows, now, times, len(shapes))
+        lines += line_of(kernel, rows, now, times, len(sizes))
     section.finish()
     return lines
+
+
+def call_of(kernel: str, shape: tuple[int, ...], rows: int, device: torch.device) -> tuple[Call, int]:
+    """What launches a kernel, and how often it does."""
+    if "." in kernel:
+        return tune_adapters.kernel_call(kernel, shape, rows, device), 1
+    qs = weights(*shape, device)[: None if kernel.startswith("single") else 1]
+    return kernel_call(kernel, *shape, rows, qs), len(qs)
+
+
+def table_tile(kernel: str, shape: tuple[int, ...], rows: int, device: torch.device) -> Tile:
+    """The tile that is in the table now."""
+    if "." in kernel:
+        return tune_adapters.table_tile(kernel, shape, rows, device)
+    from peft_engine.kernels.lora_linear import tiles
+
+    return tiles.tile(kernel, rows, peers.RANK, torch.bfloat16, device)
+
+
+def candidates(kernel: str) -> list[Tile]:
+    if "." in kernel:
+        return tune_adapters.candidates(kernel)
+    from peft_engine.kernels.lora_linear import tiles
+
+    return tiles.candidates(kernel)
 
 
 def useful(kernel: str, tile: Tile, rows: int) -> bool:
@@ -225,7 +252,8 @@ def compile_one(task: tuple[str, Tile]) -> str | None:
     kernel, tile = task
     device = torch.device("cuda", 0)
     try:
-        call = kernel_call(kernel, 4096, 4096, ROWS[kernel][-1], weights(4096, 4096, device)[:1])
+        shape = tune_adapters.shapes_of(kernel)[0] if "." in kernel else (4096, 4096)
+        call, _ = call_of(kernel, shape, ALL_ROWS[kernel][-1], device)
         warm(tiled(kernel, tile, call), device, times=1)
     except Exception as error:  # the section says it again, in a row
         return f"{kernel} {tile}: {type(error).__name__}"
@@ -248,7 +276,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("tiles", "paths"), help="only these (default: both)")
-    parser.add_argument("--kernel", action="append", choices=list(ROWS), help="only its tiles; repeatable")
+    parser.add_argument(
+        "--kernel", action="append", choices=list(ALL_ROWS), help="only its tiles; repeatable"
+    )
     parser.add_argument("--seconds", type=float, default=240.0, help="for all of it (default 240)")
     parser.add_argument("--processes", type=int, default=14, help="that compile beforehand (0: none)")
     parser.add_argument("--out", type=Path, default=measure.ROOT / "bench" / "results")
@@ -262,11 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     section = partial(Section, device=device, folder=folder, rounds=5, read_clocks=clock_reader())
     todo: list[tuple[str, float, Callable[[Section], list[str]]]] = []
     if arguments.only != "paths":
-        from peft_engine.kernels.lora_linear import tiles
-
-        kernels = arguments.kernel or list(ROWS)
+        kernels = arguments.kernel or list(ALL_ROWS)
         if arguments.processes:
-            tasks = [(kernel, tile) for kernel in kernels for tile in tiles.candidates(kernel)]
+            tasks = [(kernel, tile) for kernel in kernels for tile in candidates(kernel)]
             compile_all(tasks, arguments.processes, arguments.seconds * 0.4)
         share = 1.0 if arguments.only else 0.75
         todo.append(("tiles", share, partial(tune_tiles, kernels=kernels)))

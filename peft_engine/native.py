@@ -89,6 +89,17 @@ _CUDA_FUNCTIONS: dict[str, tuple] = {
             *(_POINTER, _POINTER, _INT, _POINTER, _POINTER, _INT, _POINTER),  # bias ... stream
         ],
     ),
+    "pe_bottleneck_workspace": (_LONG, []),
+    "pe_bottleneck_forward": (
+        _INT,
+        [
+            *(_POINTER, _POINTER, _INT, _LONG, *[_POINTER] * 4, _INT),  # x ... width
+            *(_POINTER, _POINTER, ctypes.c_float, _INT, ctypes.c_float),  # norm_weight ... scaling
+            *([_INT] * 3),  # dtypes
+            *([_POINTER] * 4),  # y ... workspace
+            *(_INT, _POINTER),
+        ],
+    ),
     "pe_prefix_attention_workspace": (_LONG, [_INT] * 9),
     "pe_prefix_attention_decode": (
         _INT,

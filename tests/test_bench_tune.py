@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import peers, tune
+from bench import peers, tune, tune_adapters
 from bench.gpu_timing import Section
 
 CPU = torch.device("cpu")
@@ -40,6 +40,33 @@ def test_the_tuner_times_tiles_of_every_kernel(kernel, tmp_path: Path, monkeypat
         for shape in ("64x64", "128x64") for name in (now, tune.name_of(sizes[kernel]))
     }  # fmt: skip
     assert len(lines) == 1 and lines[0].startswith(f"{kernel}, 16 rows: (")
+
+
+@NO_GPU
+@pytest.mark.parametrize("kernel", list(tune_adapters.KERNELS))
+def test_the_tuner_times_tiles_of_the_other_ops(kernel, tmp_path: Path, monkeypatch):
+    pytest.importorskip("peft_engine.kernels.bottleneck.tiles", reason="Triton is not installed")
+    tile = (16, 16, 32, 4, 2) if kernel.startswith("bottleneck") else (16, 16, 4, 2)
+    monkeypatch.setattr(tune_adapters, "candidates", lambda kernel: [tile])
+    monkeypatch.setattr(tune_adapters, "TOKENS", 1)
+    shape = (48, 16) if kernel.startswith("bottleneck") else (2, 1, 16)
+    given = section(tmp_path, "tiles")
+    lines = tune.tune_tiles(given, [kernel], shapes=(shape,), rows_of={kernel: (24,)})
+    assert all(r.samples for r in given.rows), [r.note for r in given.rows]
+    now = tune_adapters.table_tile(kernel, shape, 24, CPU)
+    size = "x".join(map(str, shape))
+    assert {(r.case, r.contender) for r in given.rows} == {
+        (f"{kernel}, {size}, 24 rows", tune.name_of(t)) for t in (now, tile)
+    }
+    assert len(lines) == 1 and lines[0].startswith(f"{kernel}, 24 rows: (")
+
+
+def test_candidates_have_as_many_numbers_as_the_tables_tiles():
+    pytest.importorskip("peft_engine.kernels.bottleneck.tiles", reason="Triton is not installed")
+    for kernel, tuned in tune_adapters.KERNELS.items():
+        for shape in tune_adapters.shapes_of(kernel):
+            now = tune_adapters.table_tile(kernel, shape, tuned.rows[0], CPU)
+            assert {len(tile) for tile in tune_adapters.candidates(kernel)} == {len(now)}, kernel
 
 
 @NO_GPU

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, kFit < resident(kXTiles) ? kFit : re
   unsigned* flag = reinterpret_cast<unsigned*>(shared + Memory<kXTiles>::kFlagsAt);
   unsigned number = blockIdx.x;
   if (call.rank > 0) {
-    number = number_by_start(call.workspace.started, flag, fill);
+    number = number_by_start(call.workspace.started, gridDim.x, flag, fill);
   } else {
     fill();  // nobody waits
   }

@@ -94,8 +94,7 @@ __device__ void adapter_block(const Call& call, unsigned number, unsigned char* 
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(call.workspace.h_there, 1u);
+    arrive(call.workspace.h_there);
   }
 }
 

@@ -1,6 +1,7 @@
-// What the kernel of lora_linear.cu is called with, shared memory, and how thread blocks report to each other.
+// What the kernel of lora_linear.cu is called with, and shared memory.
 #pragma once
 
+#include "arrivals.cuh"
 #include "convert.cuh"
 #include "lora_linear_plan.cuh"
 #include "scale.cuh"
@@ -81,37 +82,5 @@ constexpr bool kFewFresh = false;
 #else
 constexpr bool kFewFresh = true;
 #endif
-
-// Draws this thread block's number in the order of starting, which CUDA does not promise to be that of blockIdx: who waits
-// only for lower numbers waits for blocks that run. `meanwhile` passes the time that the answer takes. The last to start
-// puts the counter back to 0 for the next launch.
-template <typename Work>
-__device__ __forceinline__ unsigned number_by_start(unsigned* counter, unsigned* flag, Work meanwhile) {
-  unsigned number = 0;
-  if (threadIdx.x == 0) number = atomicAdd(counter, 1u);
-  meanwhile();
-  if (threadIdx.x == 0) {
-    *flag = number;
-    if (number == gridDim.x - 1) *counter = 0;
-  }
-  __syncthreads();
-  // From one lane, so that the compiler knows what follows from it to be the same in all.
-  return __shfl_sync(0xffffffffu, *flag, 0);
-}
-
-// Whether this thread block is the last of `total` that say to the counter that what they wrote is there. What the
-// others wrote may then be read. The last puts the counter back to 0 for the next launch.
-__device__ inline bool last_to_arrive(unsigned* counter, unsigned total, unsigned* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    const unsigned before = atomicAdd(counter, 1u);
-    __threadfence();
-    *flag = before == total - 1;
-    if (*flag) *counter = 0;
-  }
-  __syncthreads();
-  return *flag != 0;
-}
 
 }  // namespace

@@ -288,10 +288,7 @@ struct FewRows {
       }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(call.workspace.pieces_done, 1u);
-    }
+    if (threadIdx.x == 0) arrive(call.workspace.pieces_done);
   }
 
   // The rows of B that this block needs, while others still compute pieces; then h, when all are there.

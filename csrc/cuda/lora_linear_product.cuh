@@ -19,9 +19,6 @@ constexpr float kCodeFactor<__nv_bfloat16> = 1.43701171875f;
 template <>
 constexpr float kCodeFactor<__half> = 1.6776885986328125f;
 
-__device__ __forceinline__ uint32_t bits_of(__half value) { return __half_as_ushort(value); }
-__device__ __forceinline__ uint32_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
-
 // Entry b: the codes of a packed byte, the high nibble's (the first weight) in the low half. Each of the 32 lanes has
 // its own copy, in its own bank: no lookup waits for another.
 template <typename T, int kEntry>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "convert.cuh"
+#include "lane_sums.cuh"
 #include "prefix_attention_call.cuh"
 #include "ptx.cuh"
 
@@ -30,26 +31,6 @@ __device__ __forceinline__ float no_score() { return __uint_as_float(0xff800000u
 
 // What scores are taken from before exp: 0 where there is none yet.
 __device__ __forceinline__ float base_of(float top) { return top == no_score() ? 0.0f : top; }
-
-__device__ __forceinline__ void widen_words(float, const uint4& words, float* to) {
-  to[0] = __uint_as_float(words.x), to[1] = __uint_as_float(words.y);
-  to[2] = __uint_as_float(words.z), to[3] = __uint_as_float(words.w);
-}
-__device__ __forceinline__ void widen_words(__half, const uint4& words, float* to) {
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word[i]));
-    to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
-  }
-}
-__device__ __forceinline__ void widen_words(__nv_bfloat16, const uint4& words, float* to) {
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to[2 * i] = __uint_as_float(word[i] << 16), to[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-  }
-}
 
 template <typename T, int kLanes_, int kVectors_>
 struct Shape {
@@ -93,13 +74,10 @@ struct Attend {
         keys_from(w.batch * keys.batch + w.head * keys.head),
         values_from(w.batch * values.batch + w.head * values.head) {}
 
-  // The row whose score a lane has once reduce() has spread them, and a lane that has a row's.
-  static __device__ __forceinline__ int reversed(int i) {
-    return kN == 8 ? (i & 1) * 4 + (i & 2) + (i >> 2 & 1) : (i & 1) * 2 + (i >> 1 & 1);
-  }
-  __device__ __forceinline__ int my_row() const { return reversed(lane % kN); }
+  // The row whose score a lane has once lane_sums() has spread them, and a lane that has a row's.
+  __device__ __forceinline__ int my_row() const { return summed_in<kN, S::kLanes>(lane); }
   __device__ __forceinline__ float of_row(float mine, int row) const {
-    return __shfl_sync(0xffffffffu, mine, reversed(row), S::kLanes);
+    return __shfl_sync(0xffffffffu, mine, summed_in<kN, S::kLanes>(row), S::kLanes);
   }
 
   // Element e of a lane, in head_dim.
@@ -192,22 +170,6 @@ struct Attend {
     }
   }
 
-  // Sums over the lanes of a key: each lane ends with the whole sum of my_row().
-  __device__ __forceinline__ float reduce(float (&part)[kN]) const {
-#pragma unroll
-    for (int n = kN / 2, bit = 1; n >= 1; n /= 2, bit *= 2) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const float given = upper ? part[i] : part[i + n], kept = upper ? part[i + n] : part[i];
-        part[i] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
-      }
-    }
-#pragma unroll
-    for (int bit = kN; bit < S::kLanes; bit *= 2) part[0] += __shfl_xor_sync(0xffffffffu, part[0], bit);
-    return part[0];
-  }
-
   __device__ __forceinline__ void add_tile(int buffer, int first, float unit) {
     float score[S::kAhead], higher = top;
 #pragma unroll
@@ -221,7 +183,8 @@ struct Attend {
         for (int e = 0; e < S::kElements; ++e) part[i] = fmaf(q[i][e], k[e], part[i]);
       }
       const int key = first + u * S::kGroups + group;
-      score[u] = reduce(part) * unit;
+      lane_sums<S::kLanes>(part);
+      score[u] = part[0] * unit;
       if (key < seen.x || key >= seen.y) score[u] = no_score();
       higher = fmaxf(higher, score[u]);
     }

@@ -2,6 +2,7 @@
 // block that brings the last of them, in the order of the slots, whoever that is.
 #pragma once
 
+#include "arrivals.cuh"
 #include "prefix_attention_keys.cuh"
 
 namespace {
@@ -100,11 +101,7 @@ __device__ void arrive(const Call& call, const Work& work, unsigned char* shared
   __syncthreads();  // the parts are written
   if (mine < work.batches) {
     unsigned* counter = call.arrivals + target_of(call, work, work.batch + mine, kRows);
-    __threadfence();
-    const unsigned before = atomicAdd(counter, 1u);
-    __threadfence();
-    last[mine] = before == static_cast<unsigned>(call.plan.slots()) - 1;
-    if (last[mine]) *counter = 0;  // for the next launch
+    last[mine] = arrive_last(counter, static_cast<unsigned>(call.plan.slots()));
   }
   __syncthreads();
   for (int i = 0; i < work.batches; ++i) {

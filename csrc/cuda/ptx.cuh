@@ -149,20 +149,6 @@ __device__ __forceinline__ void load_16(uint4& value, const void* global, bool w
 #endif
 }
 
-// Until *counter, which other thread blocks raise, is `least`: what they wrote before, past a fence, may then be read.
-__device__ inline void wait_for(unsigned* counter, unsigned least) {
-#ifdef PE_ON_CPU
-  while (atomicAdd(counter, 0u) < least) pe_cpu::spin();
-#else
-  while (*static_cast<volatile unsigned*>(counter) < least) {
-#if __CUDA_ARCH__ >= 700
-    __nanosleep(32);
-#endif
-  }
-#endif
-  __threadfence();
-}
-
 // Asks for the 128 bytes around an address to be brought to L2.
 __device__ __forceinline__ void prefetch(const void* global) {
 #ifndef PE_ON_CPU

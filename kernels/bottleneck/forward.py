@@ -1,7 +1,7 @@
-"""bottleneck's forward on a GPU: in one launch, or in several where that fills it better."""
+"""bottleneck's forward on a GPU: in CUDA for few rows, else in Triton, in one launch or several."""
 
 import torch
-from peft_engine.kernels.bottleneck import fused, split, tiles
+from peft_engine.kernels.bottleneck import few_rows, fused, split, tiles
 from peft_engine.kernels.bottleneck.call import Call
 
 
@@ -17,6 +17,11 @@ def forward(
     middle = down_weight.new_empty(rows, call.width)
     stats = x.new_empty(0 if norm_weight is None else rows, 2, dtype=torch.float32)
     if rows:
-        path = split if tiles.choose(rows, call, x.device) == "split" else fused
+        path = {"few_rows": few_rows, "split": split, "fused": fused}[choose(call, x)]
         path.forward(call, x, x if residual is None else residual, y, middle, stats)
     return y, middle, stats
+
+
+def choose(call: Call, x: torch.Tensor) -> str:
+    """The path: few_rows, or one of tiles.PATHS."""
+    return "few_rows" if few_rows.refuse(call, x) is None else tiles.choose(x.shape[0], call, x.device)

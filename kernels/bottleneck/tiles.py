@@ -3,6 +3,8 @@
 fused   one launch, a program for BLOCK_M rows (fused.py)
 split   several launches, whose programs share the columns too (split.py)
 
+Before these, few_rows.py has a forward in CUDA for up to 16 rows.
+
 Nothing tunes at run time. No entry was measured on a GPU yet: they are large ones that compile without spills
 for each of their architectures. 80 stands for those with 160 KiB of shared memory and more, 86 for those with
 99, as in lora_linear/tiles.py. `pinned` pins a path, for tests and benchmarks.
@@ -101,6 +103,11 @@ def share(columns: int, programs: int, block_k: int) -> int:
 def splits(rows: int, programs: int) -> int:
     """Shares of the rows for `outer`: about two programs for each multiprocessor, of 128 rows."""
     return max(1, min(-(-264 // programs), rows // 128))
+
+
+def pinned_path() -> str | None:
+    """The path that is pinned, or None."""
+    return _pinned
 
 
 @contextlib.contextmanager

@@ -321,6 +321,23 @@ def _kernels(
     return run(_rows(x), _rows(residual), *args)[0].view(x.shape)
 
 
+MAX_WIDTH_OF_FEW = 512  # what its blocks hold: kMaxWidth in csrc/cuda/bottleneck_call.cuh
+
+
+def refuse_width(width: int) -> str | None:
+    """Why the CUDA kernel of few rows does not take this width."""
+    return (
+        None if width <= MAX_WIDTH_OF_FEW else f"width {width} is above {MAX_WIDTH_OF_FEW}, the most it holds"
+    )
+
+
+def _refuse_unless_few(call: BottleneckCall) -> str | None:
+    why = refuse_width(call.width) or refuse_unless_cuda(call)
+    return why or dispatch.available_backends()["triton"]  # which runs what has more rows, and the backward
+
+
+# "cuda" is "triton" with the CUDA library's kernel of few rows before it; rows are looked at inside the op.
+BOTTLENECK.register("cuda", _kernels, _refuse_unless_few)
 BOTTLENECK.register("triton", _kernels, refuse_unless_cuda)
 BOTTLENECK.register("cpu", _kernels, refuse_unless_cpu)
 BOTTLENECK.register("reference", reference)

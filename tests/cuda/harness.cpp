@@ -35,6 +35,11 @@ int pe_lora_linear_nf4(const void* x, int64_t x_stride, int rows, int64_t k, con
                        const float* nested_absmax, const float* offset, int blocksize, int64_t n, const void* lora_a,
                        const void* lora_b, int rank, int adapter_dtype, float scaling, const void* bias, void* y,
                        int dtype, float* h, void* workspace, int device, void* stream);
+int pe_bottleneck_forward(const void* x, const void* residual, int rows, int64_t features, const void* down_weight,
+                          const void* down_bias, const void* up_weight, const void* up_bias, int width,
+                          const void* norm_weight, const void* norm_bias, float eps, int activation, float scaling,
+                          int dtype, int weight_dtype, int norm_dtype, void* y, void* middle, float* stats,
+                          void* workspace, int device, void* stream);
 int pe_prefix_attention_decode(const void* q, const void* k, const void* v, const void* prefix_k, const void* prefix_v,
                                const int64_t* strides, int batch, int kv_heads, int group, int queries, int keys,
                                int prefix, int head_dim, int shared_prefix, const int* first, const int* last,
@@ -97,6 +102,7 @@ int call(const std::string& name, const std::vector<Argument>& arguments) {
 #else
   PE_FUNCTION(pe_nf4_dequantize);
   PE_FUNCTION(pe_lora_linear_nf4);
+  PE_FUNCTION(pe_bottleneck_forward);
   PE_FUNCTION(pe_prefix_attention_decode);
 #endif
   std::fprintf(stderr, "no function %s\n", name.c_str());

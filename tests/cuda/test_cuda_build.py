@@ -71,6 +71,7 @@ def test_no_kernel_spills(library, arch):
         "lora_linear_kernel",
         "few_rows_kernel",
         "prefix_attention_kernel",
+        "bottleneck_kernel",
     }
     assert all(any(kernel in name for name in used) for kernel in kernels)
     for name, body in sass.functions(library, arch).items():
@@ -143,6 +144,11 @@ def test_prefix_attention_brings_keys_and_values_without_registers_by_one_loop(l
     for name, body in bodies(library, 90, "prefix_attention_kernel").items():
         ways = 1 if "Li8EEE" in name else 2  # where the prefix's rows are more than the keys', a loop each
         assert sass.count(body, "LDGSTS.128") == sass.count(body, "LDGSTS") == 8 * ways, name
+
+
+def test_bottleneck_streams_its_weights_16_bytes_at_a_time(library):
+    for name, body in bodies(library, 90, "bottleneck_kernel").items():
+        assert sass.count(body, "LDG.NA.LTC128B.128") > 0, name
 
 
 def test_the_library_loads_beside_a_torch_without_cuda(library):

@@ -227,7 +227,7 @@ FAULTS = [
      "total += states[s * apart].y;", AssertionError, slots),
     ("the last slot left out", "merge", "plain", "slot < slots; ++slot", "slot < slots - 1; ++slot",
      AssertionError, slots),
-    ("counters not put back", "merge", "plain", "if (last[mine]) *counter = 0;", "", AssertionError, slots),
+    ("counters not put back", "arrivals", "plain", "if (last) *counter = 0;", "", AssertionError, slots),
     ("only the first row of the batch finished", "merge", "plain", "i < work.batches; ++i", "i < 1; ++i",
      AssertionError, prefix_last),
     ("zeros where nothing is seen forgotten", "merge", "plain",
@@ -260,16 +260,17 @@ FAULTS = [
      "", Race, slots),
     ("no barrier before the arrival", "merge", "thread", "__syncthreads();  // the parts are written", "",
      Race, slots),
-    ("no release fence", "merge", "thread", "__threadfence();\n    const unsigned before",
-     "const unsigned before", Race, slots),
-    ("no acquire fence", "merge", "thread", "__threadfence();\n    last[mine]", "last[mine]", Race, slots),
+    ("no release fence", "arrivals", "thread", "__threadfence();\n  const unsigned", "const unsigned", Race,
+     slots),
+    ("no acquire fence", "arrivals", "thread", "__threadfence();\n  const bool", "const bool", Race, slots),
     ("two slots in one place", "merge", "thread", "call.plan.slots() + slot) * rows",
      "call.plan.slots() + slot / 2) * rows", Race, slots),
 ]  # fmt: skip
 
 
 def planted_kernel(what, part, kind, old, new, found, case) -> Fault:
-    return Fault(what, CSRC / "cuda" / f"prefix_attention_{part}.cuh", kind, old, new, found, case)
+    name = part if part == "arrivals" else f"prefix_attention_{part}"
+    return Fault(what, CSRC / "cuda" / f"{name}.cuh", kind, old, new, found, case)
 
 
 @pytest.mark.parametrize("fault", [planted_kernel(*fault) for fault in FAULTS], ids=lambda f: f.what)
