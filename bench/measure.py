@@ -306,20 +306,17 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
         ]
         axes.set_xticks(range(len(cases)), labels)
         axes.set_xlabel(", ".join(parts[0][:common]))
-        middle, half = (
-            (len(cases) - 1) / 2,
-            max(len(cases), 3) / 2,
-        )  # a case alone is no wider than one of three
+        middle, half = (len(cases) - 1) / 2, max(len(cases), 3) / 2  # one case is as wide as one of three
         axes.set_xlim(middle - half, middle + half)
         axes.set_ylabel(f"{metric}, {unit}")
         positive = [r.median for r in shown if r.median > 0]
         if positive and max(positive) > 30 * min(positive):
             axes.set_yscale("log")
     figure.suptitle(f"{suite}: {where}", fontsize="medium")
-    labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
-    legend = {
-        name: handle for handles, names in labelled for handle, name in zip(handles, names, strict=True)
-    }
+    legend = {}
+    for axes in figure.axes:
+        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [contender for contender in contenders if contender in legend]
+    handles = [legend[name] for name in names]
     figure.legend(handles, names, fontsize="small", loc="outside lower center", ncols=min(len(names), 5))
     figure.savefig(path, dpi=110)
