@@ -144,6 +144,13 @@ class Catch:
         return {**self.__dict__, "held": None}  # a copy starts empty
 
 
+def _sums_alike(h: torch.Tensor) -> bool:
+    """Whether a row's bits do not depend on how many rows there are. On a GPU the path does: there an adapter
+    runs over the whole batch, and gives its rows of it.
+    """
+    return not h.is_cuda
+
+
 class Bottlenecks(nn.Module):
     """The adapters of a site by name, and what its hook needs."""
 
@@ -170,6 +177,9 @@ class Bottlenecks(nn.Module):
         parts = []
         for name, rows in known.items():
             index = torch.tensor(rows, device=h.device)
+            if name is not None and not _sums_alike(h):
+                parts.append(adapters[name](h, s, norm).index_select(0, index))
+                continue
             part = h.index_select(0, index)
             if name is not None:
                 part = adapters[name](part, None if s is None else s.index_select(0, index), norm)
