@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.11         the interpreter the virtual environment is made from
 #   TORCH="torch==2.13.0"     where this does not give a CPU build: TORCH="torch==2.13.0+cpu --index-url URL"
-#   TEST_ARGS, DEMO_ARGS, BENCH_ARGS      passed on, for example: make test TEST_ARGS="tests/ops -x"
+#   TEST_ARGS, DEMO_ARGS, BENCH_ARGS      passed on, for example: make test TEST_ARGS="tests/ops -x"; the tests
+#                             run in two processes, with TEST_ARGS="-n 0" in one
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -42,7 +43,7 @@ demo: data
 	@$(PY) examples/demo.py $(DEMO_ARGS)
 
 test: data $(STAMP)-cuda
-	$(PY) -m pytest $(TEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 bench: data
 	$(PY) -m bench.runner $(BENCH_ARGS)

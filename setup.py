@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -67,6 +68,14 @@ class NativeLibraries(build_ext):
         os.environ.setdefault("CC", compiler)
         ext.include_dirs += include_paths()
         ext.library_dirs += library_paths()
+        one_by_one = self.compiler.compile
+
+        def at_once(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: one_by_one([source], **options), sources)
+                return [one for (one,) in objects]
+
+        self.compiler.compile = at_once
         try:
             super().build_extension(ext)
         except Exception as error:  # setuptools raises several kinds for a failed compile or link

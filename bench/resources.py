@@ -52,6 +52,7 @@ CACHE = ROOT / ".cache" / "aot"
 LIBRARY = ROOT / "peft_engine" / "_cuda.so"
 MEND = "make resources"
 BACKENDS = ("triton", "cuda")
+BATCH = 16  # kernels of one architecture whose machine code is read by one call
 TENSOR_MEMORY_LIMIT = 512  # columns, where a dot is tcgen05
 
 
@@ -64,8 +65,19 @@ class Result:
     faults: tuple[str, ...]
 
 
-def compile_triton(name: str, variant: Variant, arch: int) -> Result:
-    """Compiles one variant for one architecture and reads its machine code."""
+@dataclass(frozen=True)
+class Compiled:
+    """A variant as Triton compiled it."""
+
+    name: str
+    variant: Variant
+    arch: int
+    cubin: bytes
+    metadata: Any
+
+
+def compile_triton(name: str, variant: Variant, arch: int) -> Compiled | Result:
+    """One variant for one architecture; a Result, which says why, where it does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -89,36 +101,41 @@ def compile_triton(name: str, variant: Variant, arch: int) -> Result:
     except Exception as error:  # MLIR, LLVM and ptxas each have their own
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Result(name, None, (f"does not compile: {why}",))
+    return Compiled(name, variant, arch, built.asm["cubin"], built.metadata)
+
+
+def read_triton(built: Compiled, body: list[sass.Instruction]) -> Result:
+    """What its machine code says of it."""
+    import triton
+
+    name, variant, arch, metadata = built.name, built.variant, built.arch, built.metadata
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
+        file.write(built.cubin)
         file.flush()
-        (body,) = sass.functions(file.name, arch).values()
         (usage,) = sass.usage(file.name, arch).values()
     per_weight = None
     if variant.weights is not None:
-        per_weight = round(len(counted(body)) * 32 * built.metadata.num_warps / variant.weights, 2)
+        per_weight = round(len(counted(body)) * 32 * metadata.num_warps / variant.weights, 2)
     row = Row(
         kernel=name.split(" ", maxsplit=1)[0],
         backend="triton",
         variant=variant.name,
         arch=arch,
         registers=usage.registers,
-        shared_bytes=built.metadata.shared + usage.shared,
+        shared_bytes=metadata.shared + usage.shared,
         spill_bytes=spilled(body, usage.spill_bytes),
         instructions_per_weight=per_weight,
         instructions=len(body),
         tensor_core=tensor_core(body),
         widest_load=widest(body, "LDG", "LDGSTS"),
         widest_store=widest(body, "STG"),
-        warps=built.metadata.num_warps,
+        warps=metadata.num_warps,
         stages=variant.num_stages,
         compiler=f"triton {triton.__version__}",
     )
     found = [*faults(row), *missing(body, variant.wants)]
-    if (built.metadata.tmem_size or 0) > TENSOR_MEMORY_LIMIT:
-        found.append(
-            f"tensor memory: {built.metadata.tmem_size} columns, sm_{arch} has {TENSOR_MEMORY_LIMIT}"
-        )
+    if (metadata.tmem_size or 0) > TENSOR_MEMORY_LIMIT:
+        found.append(f"tensor memory: {metadata.tmem_size} columns, sm_{arch} has {TENSOR_MEMORY_LIMIT}")
     if per_weight == 0:
         found.append("instructions per weight: neither a loop nor one way through the kernel was found")
     return Result(name, row, tuple(found))
@@ -160,19 +177,27 @@ def _module(file: Path) -> ModuleType:
 _tasks = functools.cache(tasks)  # a worker lists them once
 
 
-def _compile_task(file: Path | None, n: int, path: Path) -> Result:
-    """Task n, whose result is for `path`: the worker read the kernels after the process that lists them."""
-    name, variant, arch = _tasks(file)[n]
-    if _cache_file(variant, arch) != path:
-        raise RuntimeError(f"{name}: a kernel was changed while they were compiled; start again")
-    with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would grow without end
-        os.environ["TRITON_CACHE_DIR"] = folder
-        return compile_triton(name, variant, arch)
+def _compile_tasks(file: Path | None, paths: dict[int, Path]) -> dict[Path, Result]:
+    """Tasks of one architecture, n to its file; the worker read the kernels after its parent."""
+    found: dict[Path, Result | Compiled] = {}
+    for n, path in paths.items():
+        name, variant, arch = _tasks(file)[n]
+        if _cache_file(variant, arch) != path:
+            raise RuntimeError(f"{name}: a kernel was changed while they were compiled; start again")
+        with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would grow without end
+            os.environ["TRITON_CACHE_DIR"] = folder
+            found[path] = compile_triton(name, variant, arch)
+    compiled = {path: built for path, built in found.items() if isinstance(built, Compiled)}
+    bodies = sass.bodies([built.cubin for built in compiled.values()], arch) if compiled else []
+    read = {p: read_triton(built, body) for (p, built), body in zip(compiled.items(), bodies, strict=True)}
+    return {path: read.get(path, result) for path, result in found.items()}
 
 
 @functools.cache
 def _counting_rules() -> str:
-    sources = [inspect.getsource(part) for part in (sass, machine_code, compile_triton, cuda_results)]
+    sources = [
+        inspect.getsource(part) for part in (sass, machine_code, compile_triton, read_triton, cuda_results)
+    ]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
@@ -193,17 +218,23 @@ def triton_results(file: Path | None = None) -> list[Result]:
     everything = tasks(file)
     paths = [_cache_file(variant, arch) for _, variant, arch in everything]
     CACHE.mkdir(parents=True, exist_ok=True)
-    todo = [n for n, path in enumerate(paths) if not path.exists()]
+    todo: dict[int, list[int]] = {}
+    for n, path in enumerate(paths):
+        if not path.exists():
+            todo.setdefault(everything[n][2], []).append(n)
+    batches = [of[i : i + BATCH] for of in todo.values() for i in range(0, len(of), BATCH)]
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with (
         Progress(*columns, console=Console(stderr=True), disable=not todo) as progress,
         ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool,
     ):
-        bar = progress.add_task("", total=len(todo))
-        for done in as_completed(futures := {pool.submit(_compile_task, file, n, paths[n]): n for n in todo}):
-            result = done.result()
-            _write(paths[futures[done]], dataclasses.asdict(result))
-            progress.update(bar, advance=1, description=result.name)
+        bar = progress.add_task("", total=sum(map(len, batches)))
+        for done in as_completed(
+            pool.submit(_compile_tasks, file, {n: paths[n] for n in batch}) for batch in batches
+        ):
+            for path, result in done.result().items():
+                _write(path, dataclasses.asdict(result))
+                progress.update(bar, advance=1, description=result.name)
     return [_result(json.loads(path.read_text())) for path in paths]
 
 

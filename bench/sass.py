@@ -1,10 +1,10 @@
 """Reads machine code: instructions, registers, shared memory, spills of the kernels in a .cubin or a fat .so.
 
-cuobjdump lists what is in the file; nothing here needs a GPU. How instructions per weight are counted: take
-one loop (or the whole body, where the hot path has no loop), count every instruction in it, predicated ones
-and those of branches not taken as well, and divide by the weights a thread decodes in it. The weights are not
-taken from the source but from the body itself, by what it must do for them: so many bytes stored, or so many
-tensor-core instructions. An unrolled loop is thus counted right.
+cuobjdump and nvdisasm list what is in the file; nothing here needs a GPU. How instructions per weight are
+counted: take one loop (or the whole body, where the hot path has no loop), count every instruction in it,
+predicated ones and those of branches not taken as well, and divide by the weights a thread decodes in it. The
+weights are not taken from the source but from the body itself, by what it must do for them: so many bytes
+stored, or so many tensor-core instructions. An unrolled loop is thus counted right.
 """
 
 import functools
@@ -12,8 +12,10 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,17 +61,20 @@ def cuobjdump() -> str | None:
     return found
 
 
+def _tool() -> str:
+    if (tool := cuobjdump()) is None:
+        raise RuntimeError("bench.sass: no cuobjdump; it comes with CUDA and with the triton package")
+    return tool
+
+
 def _number(arch: str | int) -> str:
     return str(arch).removeprefix("sm_")
 
 
 def _listing(path: Path | str, arch: str | int | None, option: str) -> str:
     """The output of cuobjdump; `arch` picks from a fat file and is left out for a cubin, which has one."""
-    tool = cuobjdump()
-    if tool is None:
-        raise RuntimeError("bench.sass: no cuobjdump; it comes with CUDA and with the triton package")
     pick = [] if arch is None or Path(path).suffix == ".cubin" else ["-arch", f"sm_{_number(arch)}"]
-    done = subprocess.run([tool, option, *pick, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([_tool(), option, *pick, str(path)], capture_output=True, text=True, check=True)
     return done.stdout
 
 
@@ -86,13 +91,59 @@ def functions(path: Path | str, arch: str | int | None = None) -> dict[str, list
     for line in _listing(path, arch, "-sass").splitlines():
         if "Function :" in line:
             current = found.setdefault(line.split(":", 1)[1].strip(), [])
-        elif match := _LINE.match(line):
-            address, predicate, opcode, operands = match.groups()
-            current.append(Instruction(int(address, 16), (predicate or "").strip(), opcode, operands))
-    for body in found.values():
-        while body and (body[-1].opcode == "NOP" or body[-1].target == body[-1].address):
-            body.pop()  # a branch to itself and no-ops fill up the last line of the instruction cache
-    return found
+        elif instruction := _instruction(line):
+            current.append(instruction)
+    return {name: _without_padding(body) for name, body in found.items()}
+
+
+def _instruction(line: str, start: int = 0) -> Instruction | None:
+    """What a line of a listing says, of code that begins at `start`; None where it says something else."""
+    match = _LINE.match(line)
+    if match is None:
+        return None
+    address, predicate, opcode, operands = match.groups()
+    if start and opcode.startswith(("BRA", "BSSY", "CALL.REL", "RET.REL")):
+        operands = re.sub(r"0x[0-9a-f]+$", lambda at: hex(int(at.group(), 16) - start), operands)
+    return Instruction(int(address, 16) - start, (predicate or "").strip(), opcode, operands)
+
+
+def _without_padding(body: list[Instruction]) -> list[Instruction]:
+    while body and (body[-1].opcode == "NOP" or body[-1].target == body[-1].address):
+        body.pop()  # a branch to itself and no-ops fill up the last line of the instruction cache
+    return body
+
+
+def bodies(cubins: Sequence[bytes], arch: int) -> list[list[Instruction]]:
+    """The instructions of the only kernel in each of Triton's cubins, as `functions` gives them.
+
+    nvdisasm, which cuobjdump starts as well, takes longer to start than to read a kernel: it is given the
+    code of all, one after another.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    tool = Path(_tool()).with_name("nvdisasm")
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"  # what Triton compiles for
+        command = [str(tool), "--binary", target, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if _LINE.match(line)]
+    found, start = [], 0
+    for code in codes:
+        count = len(code) // 16  # bytes of an instruction
+        found.append([i for line in lines[:count] if (i := _instruction(line, start))])
+        lines, start = lines[count:], start + len(code)
+    return [_without_padding(body) for body in found]
+
+
+def _code(cubin: bytes) -> bytes:
+    """The machine code of the only kernel: an ELF file's section .text.<kernel>."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    number, names = struct.unpack_from("<HH", cubin, 60)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + 64 * n) for n in range(number)]
+    names_at = sections[names][4]
+    (code,) = (s for s in sections if cubin.startswith(b".text.", names_at + s[0]))
+    return cubin[code[4] : code[4] + code[5]]
 
 
 def usage(path: Path | str, arch: str | int) -> dict[str, Usage]:

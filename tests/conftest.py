@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and bitsandbytes are imported: they read it once
+# Before torch is: threads without work sleep and leave the cores to the other process of tests (pytest -n 2).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
@@ -23,6 +25,15 @@ hypothesis.settings.register_profile("explore", max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# `make test` gives each file to one of two processes, in this order: the longest first, that none is left at
+# the end to keep one process busy alone.
+LONGEST = ("test_compile.py", "test_cuda_faults.py", "test_cuda_on_cpu.py", "test_cuda_prefix_attention.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ def test_root_kernels_folder_does_not_shadow_the_pypi_package(tmp_path: Path):
 
 
 def test_import_takes_less_than_300_ms_over_torch():
-    code = "import time, torch; t = time.perf_counter(); import peft_engine; print(time.perf_counter() - t)"
+    code = "import time, torch; t = time.process_time(); import peft_engine; print(time.process_time() - t)"
     assert statistics.median(float(run(code)) for _ in range(3)) < 0.3
 
 

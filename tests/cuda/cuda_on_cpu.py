@@ -7,6 +7,7 @@ neither ("plain"). What is built lies in .cache/cuda_on_cpu, named by a hash of 
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -15,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,23 +96,35 @@ def _cached(suffix: str, parts: Sequence[str | bytes], make) -> Path:
         digest.update(part.encode() if isinstance(part, str) else part)
         digest.update(b"\0")
     path = CACHE / f"{digest.hexdigest()[:24]}{suffix}"
-    if path.exists():
-        os.utime(path)  # for forget_old
-    else:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            made = Path(folder) / path.name
-            make(made)
-            made.replace(path)
+    with _only_one(path.name):
+        try:
+            os.utime(path)  # for forget_old
+        except FileNotFoundError:
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder) / path.name
+                make(made)
+                made.replace(path)
     return path
+
+
+@contextlib.contextmanager
+def _only_one(name: str) -> Iterator[None]:
+    """Two processes of tests (pytest -n 2), or two threads of one, do not build the same file at once."""
+    folder = CACHE / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def forget_old(kept: int = 400) -> None:
     """Removes what was built and not used for longest; all tests of today's sources need about 200 files."""
-    if CACHE.exists():
+    with _only_one("forget_old"):
         files = sorted(filter(Path.is_file, CACHE.iterdir()), key=lambda path: path.stat().st_mtime)
         for path in files[:-kept]:
-            path.unlink(missing_ok=True)
+            if time.time() - path.stat().st_mtime > 3600:  # else another process may be about to use it
+                path.unlink()
+                (CACHE / "locks" / path.name).unlink(missing_ok=True)
 
 
 def _headers() -> list[bytes]:

@@ -4,6 +4,7 @@ Nothing here needs a GPU. How instructions for a weight are counted is told in b
 """
 
 import ctypes
+import functools
 import os
 import re
 import struct
@@ -44,10 +45,17 @@ def library() -> Path:
     return built
 
 
+@functools.cache
+def functions(library: Path, arch: int) -> dict[str, list[sass.Instruction]]:
+    """Every kernel for an architecture: listing them takes seconds."""
+    return sass.functions(library, arch)
+
+
 def bodies(library: Path, arch: int, *parts: str) -> dict[str, list[sass.Instruction]]:
     """The kernels whose names have all `parts`; there must be one."""
-    found = sass.functions(library, arch)
-    found = {name: body for name, body in found.items() if all(part in name for part in parts)}
+    found = {
+        name: body for name, body in functions(library, arch).items() if all(part in name for part in parts)
+    }
     assert found, f"no kernel has {parts} in its name"
     return found
 
@@ -74,7 +82,7 @@ def test_no_kernel_spills(library, arch):
         "bottleneck_kernel",
     }
     assert all(any(kernel in name for name in used) for kernel in kernels)
-    for name, body in sass.functions(library, arch).items():
+    for name, body in functions(library, arch).items():
         assert used[name].spill_bytes == 0, name
         assert not [i for i in body if i.opcode.startswith(("LDL", "STL"))], name
 
