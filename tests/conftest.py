@@ -28,7 +28,10 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 # `make test` gives each file to one of two processes, in this order: the longest first, that none is left at
 # the end to keep one process busy alone.
-LONGEST = ("test_compile.py", "test_cuda_faults.py", "test_cuda_on_cpu.py", "test_cuda_prefix_attention.py")
+LONGEST = (
+    "test_compile.py", "test_cuda_faults.py", "test_cuda_bottleneck_faults.py", "test_cuda_on_cpu.py",
+    "test_cuda_bottleneck.py", "test_cuda_prefix_attention.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
