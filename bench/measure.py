@@ -278,7 +278,8 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
     metrics = list(dict.fromkeys((r.metric, r.unit) for r in rows))
     if not metrics:
         return
-    figure = Figure(figsize=(9, 3.6 * len(metrics)), layout="constrained")
+    upright = len({r.case for r in rows}) > 16  # labels, where there is no room to fold them
+    figure = Figure(figsize=(9, (6 if upright else 3.6) * len(metrics)), layout="constrained")
     contenders = list(dict.fromkeys(r.contender for r in rows))
     colours = {contender: f"C{i}" for i, contender in enumerate(contenders)}
     for axes, (metric, unit) in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True):
@@ -300,11 +301,10 @@ def draw(path: Path, suite: str, rows: list[Row], where: str) -> None:
         common = 0
         while len(cases) > 1 and len({tuple(p[: common + 1]) for p in parts}) == 1:
             common += 1
-        labels = [
-            textwrap.fill(", ".join(p[common:]), max(4, 80 // len(cases)), break_long_words=False)
-            for p in parts
-        ]
-        axes.set_xticks(range(len(cases)), labels)
+        labels = [", ".join(p[common:]) for p in parts]
+        if not upright:
+            labels = [textwrap.fill(l, max(4, 80 // len(cases)), break_long_words=False) for l in labels]
+        axes.set_xticks(range(len(cases)), labels, rotation=90 if upright else 0)
         axes.set_xlabel(", ".join(parts[0][:common]))
         middle, half = (len(cases) - 1) / 2, max(len(cases), 3) / 2  # one case is as wide as one of three
         axes.set_xlim(middle - half, middle + half)
