@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help setup data demo test bench resources lint format clean
 
 help:
-	@echo "make demo    fine-tune a real model with QLoRA and show what it gained (about 12 minutes on 2 cores)"
+	@echo "make demo    fine-tune a real model with QLoRA and show what it gained (3 to 12 minutes on 2 cores)"
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch, bitsandbytes and PEFT; results in bench/results/"
 	@echo "make resources  compile every GPU kernel and write bench/results/resources.csv anew (no GPU needed)"
