@@ -8,6 +8,9 @@ import cuda_on_cpu
 import pytest
 from planted import Fault
 
+from peft_engine import native
+from peft_engine.kernels import scratch
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache() -> None:
@@ -28,6 +31,21 @@ def program() -> Callable[..., cuda_on_cpu.Program]:
         return cuda_on_cpu.Program(cuda_on_cpu.build(cuda_on_cpu.sources(), kind, arch=arch), kind)
 
     return make
+
+
+@pytest.fixture
+def as_if_on_a_gpu(request, monkeypatch) -> Iterator[None]:
+    """native.cuda() is the emulated library of the module's LIBRARY, its functions' types set."""
+    stems = (request.module.LIBRARY, "library")
+    built = cuda_on_cpu.build([path for path in cuda_on_cpu.sources() if path.stem in stems], "library")
+    library = cuda_on_cpu.Library(built).dll
+    for name, (result, arguments) in native._CUDA_FUNCTIONS.items():
+        if hasattr(library, name):
+            getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
+    monkeypatch.setattr(native, "cuda", lambda: library)
+    scratch._held.clear()
+    yield
+    scratch._held.clear()
 
 
 @pytest.fixture(scope="module")

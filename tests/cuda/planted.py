@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cuda_on_cpu
 import pytest
-from cuda_on_cpu import Program
+from cuda_on_cpu import CSRC, Program
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,8 @@ class Fault:
         with pytest.raises(self.found) as caught:
             self.check(program)
         assert type(caught.value) is self.found, f"found in another way: {caught.value}"
+
+
+def in_kernel(what, name, kind, old, new, found, check) -> Fault:
+    """A fault in a file of csrc/cuda."""
+    return Fault(what, CSRC / "cuda" / name, kind, old, new, found, check)

@@ -3,7 +3,6 @@
 import ctypes
 
 import bottleneck_cases
-import cuda_on_cpu
 import pytest
 import torch
 from accuracy import assert_twice_as_good
@@ -16,13 +15,13 @@ from peft_engine.kernels.bottleneck import few_rows, tiles
 from peft_engine.kernels.bottleneck.call import Call
 from peft_engine.kernels.bottleneck.forward import choose, forward
 
-from peft_engine import native
 from peft_engine.kernels import scratch
 from peft_engine.ops.bottleneck import ACTIVATIONS
 from peft_engine.ops.nf4 import DTYPES
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = [*((dtype, dtype) for dtype in DTYPES), (HALF, FLOAT), (BF16, FLOAT)]
+LIBRARY = "bottleneck"  # for as_if_on_a_gpu
 ANY = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -155,23 +154,12 @@ def test_without_rows_nothing_is_launched_and_what_it_does_not_take_is_refused(a
 
 
 @pytest.fixture
-def as_if_on_a_gpu(monkeypatch):
-    """native.cuda() is the emulated library, its functions' types set, and few rows are for it."""
-    built = cuda_on_cpu.build(
-        [path for path in cuda_on_cpu.sources() if path.stem in ("bottleneck", "library")], "library"
-    )
-    library = Library(built).dll
-    for name, (result, arguments) in native._CUDA_FUNCTIONS.items():
-        if hasattr(library, name):
-            getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
-    monkeypatch.setattr(native, "cuda", lambda: library)
+def few_rows_on_a_gpu(as_if_on_a_gpu, monkeypatch):
+    """Few rows are for the emulated library."""
     monkeypatch.setattr(few_rows, "refuse", lambda call, x: few_rows.refuse_sizes(*x.shape, call.width))
-    scratch._held.clear()
-    yield
-    scratch._held.clear()
 
 
-def test_python_passes_what_the_op_was_given(as_if_on_a_gpu):
+def test_python_passes_what_the_op_was_given(few_rows_on_a_gpu):
     """The raw op's arguments, each there or not; scratch serves calls of several sizes."""
     cases = (
         (2, 24, 5, HALF, FLOAT, FLOAT, True, "silu"), (5, 40, 8, BF16, BF16, BF16, False, "gelu"),
@@ -190,7 +178,7 @@ def test_python_passes_what_the_op_was_given(as_if_on_a_gpu):
     assert len(scratch._held) == 1
 
 
-def test_which_path_runs_and_why_another_does_not(as_if_on_a_gpu, monkeypatch):
+def test_which_path_runs_and_why_another_does_not(few_rows_on_a_gpu, monkeypatch):
     def path(rows, width=8):
         tensors = operands(rows, 24, width, BF16)
         return choose(Call(*tensors[2:], "relu", 1.0), tensors[0])

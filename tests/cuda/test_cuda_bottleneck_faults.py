@@ -3,8 +3,8 @@
 import pytest
 import torch
 from bottleneck_cases import check
-from cuda_on_cpu import CSRC, BadAccess, LaunchFailed, Race
-from planted import Fault
+from cuda_on_cpu import BadAccess, LaunchFailed, Race
+from planted import in_kernel
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -94,10 +94,6 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def planted_kernel(what, name, kind, old, new, found, case) -> Fault:
-    return Fault(what, CSRC / "cuda" / name, kind, old, new, found, case)
-
-
-@pytest.mark.parametrize("fault", [planted_kernel(*fault) for fault in FAULTS], ids=lambda f: f.what)
+@pytest.mark.parametrize("fault", [in_kernel(*fault) for fault in FAULTS], ids=lambda f: f.what)
 def test_a_fault_is_found(planted, fault):
     fault.must_be_found(planted(fault))

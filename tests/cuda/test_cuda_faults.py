@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cuda_cases import check_dequantize, check_far_rows, check_huge_dequantize, check_huge_weight, check_lora
-from cuda_on_cpu import CSRC, BadAccess, LaunchFailed, Race
-from planted import Fault
+from cuda_on_cpu import BadAccess, LaunchFailed, Race
+from planted import in_kernel
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -212,12 +212,8 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def planted_kernel(what, name, kind, old, new, found, check) -> Fault:
-    return Fault(what, CSRC / "cuda" / name, kind, old, new, found, check)
-
-
 @pytest.mark.parametrize(
-    "fault", [planted_kernel(*fault) for fault in FAULTS], ids=lambda f: f"{f.source.name}: {f.what}"
+    "fault", [in_kernel(*fault) for fault in FAULTS], ids=lambda f: f"{f.source.name}: {f.what}"
 )
 def test_a_fault_is_found(planted, fault):
     fault.must_be_found(planted(fault))

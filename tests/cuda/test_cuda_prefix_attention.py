@@ -2,25 +2,24 @@
 
 import ctypes
 
-import cuda_on_cpu
 import prefix_cases
 import pytest
 import torch
 from accuracy import assert_twice_as_good
-from cuda_on_cpu import CSRC, BadAccess, LaunchFailed, Library, Race
+from cuda_on_cpu import BadAccess, LaunchFailed, Library, Race
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft_engine.kernels.prefix_attention import decode
-from planted import Fault
+from planted import Fault, in_kernel
 from prefix_cases import check, padded, windows
 
-from peft_engine import native
 from peft_engine.kernels import scratch
 from peft_engine.ops.attention import by_token
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.prefix_attention import reference
 
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
+LIBRARY = "prefix_attention"  # for as_if_on_a_gpu
 ANY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -121,22 +120,6 @@ def test_the_keys_are_cut_for_many_multiprocessors_and_the_prefix_is_read_for_se
 
 
 # --- from Python --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def as_if_on_a_gpu(monkeypatch):
-    """native.cuda() is the emulated library, its functions' types set."""
-    built = cuda_on_cpu.build(
-        [path for path in cuda_on_cpu.sources() if path.stem in ("prefix_attention", "library")], "library"
-    )
-    library = Library(built).dll
-    for name, (result, arguments) in native._CUDA_FUNCTIONS.items():
-        if hasattr(library, name):
-            getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
-    monkeypatch.setattr(native, "cuda", lambda: library)
-    scratch._held.clear()
-    yield
-    scratch._held.clear()
 
 
 def test_python_passes_what_the_op_was_given(as_if_on_a_gpu):
@@ -270,7 +253,7 @@ FAULTS = [
 
 def planted_kernel(what, part, kind, old, new, found, case) -> Fault:
     name = part if part == "arrivals" else f"prefix_attention_{part}"
-    return Fault(what, CSRC / "cuda" / f"{name}.cuh", kind, old, new, found, case)
+    return in_kernel(what, f"{name}.cuh", kind, old, new, found, case)
 
 
 @pytest.mark.parametrize("fault", [planted_kernel(*fault) for fault in FAULTS], ids=lambda f: f.what)
