@@ -20,12 +20,44 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
+from peft_engine import dense
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.methods import virtual_attention
+from peft_engine.methods.lora import LoraLinear
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import SWIGLU, SwigluCall, swiglu
+
+# --- the projections inside ---------------------------------------------------------------------------------
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
+
+
+def _project(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """module(x); a dense layer's product by the library that is faster (dense.py)."""
+    if not is_dense(module):
+        return module(x)
+    if type(module) is LoraLinear:
+        return module.forward(x, dense.linear)
+    return dense.linear(x, module.weight, module.bias)
+
+
+def library(module: Any) -> str:
+    """Whose product runs in a dense linear layer that a fused layer calls: "oneDNN" or "torch"."""
+    frozen = is_dense(module) and not any(
+        p.requires_grad for p in (module.weight, module.bias) if p is not None
+    )
+    return dense.library(module.weight) if frozen else "torch"
+
+
+def is_dense(module: Any) -> bool:
+    """Whether a call of the module is its forward alone, and that of a dense linear layer."""
+    if type(module) not in (torch.nn.Linear, LoraLinear) or "forward" in module.__dict__:
+        return False
+    return not any(module.__dict__[hooks] for hooks in _HOOKS) and not any(_GLOBAL_HOOKS)
+
 
 # --- RMSNorm ------------------------------------------------------------------------------------------------
 
@@ -87,7 +119,8 @@ class _MLP:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = self._modules
-        return modules["down_proj"](swiglu(modules["gate_proj"](x), modules["up_proj"](x)))
+        gate, up = _project(modules["gate_proj"], x), _project(modules["up_proj"], x)
+        return _project(modules["down_proj"], swiglu(gate, up))
 
 
 class LlamaMLP(_MLP, llama.LlamaMLP):
@@ -122,7 +155,8 @@ class Phi3MLP(phi3.Phi3MLP):
     """Phi-3's MLP, whose gate and up are halves of one product, with silu(gate) * up in one pass."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(*self.gate_up_proj(hidden_states).chunk(2, dim=-1)))
+        gate, up = _project(self.gate_up_proj, hidden_states).chunk(2, dim=-1)
+        return _project(self.down_proj, swiglu(gate, up))
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -169,16 +203,16 @@ class _Attention:
         else:
             out = _attend(q, k, v, attention_mask, self.scaling).transpose(1, 2)
         out = out.reshape(*hidden_states.shape[:-1], -1)
-        return self._modules["o_proj"](out), None
+        return _project(self._modules["o_proj"], out), None
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of x (B, T, H), each (B, T, heads, head_dim)."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         modules = self._modules  # a look-up of its own: Module.__getattr__ costs as much as a view
         return (
-            modules["q_proj"](x).view(shape),
-            modules["k_proj"](x).view(shape),
-            modules["v_proj"](x).view(shape),
+            _project(modules["q_proj"], x).view(shape),
+            _project(modules["k_proj"], x).view(shape),
+            _project(modules["v_proj"], x).view(shape),
         )
 
 
@@ -199,8 +233,8 @@ class Qwen3Attention(_Attention, qwen3.Qwen3Attention):
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k = self.q_norm(self.q_proj(x).view(shape)), self.k_norm(self.k_proj(x).view(shape))
-        return q, k, self.v_proj(x).view(shape)
+        q, k = _project(self.q_proj, x).view(shape), _project(self.k_proj, x).view(shape)
+        return self.q_norm(q), self.k_norm(k), _project(self.v_proj, x).view(shape)
 
 
 class SmolLM3Attention(_Attention, smollm3.SmolLM3Attention):
@@ -219,7 +253,7 @@ class Phi3Attention(_Attention, phi3.Phi3Attention):
     """Phi-3's attention, whose q, k and v are parts of one product, read in place; partial rotary."""
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        heads = _project(self.qkv_proj, x).unflatten(-1, (-1, self.head_dim))
         kv: int = self.num_key_value_heads  # type: ignore[assignment]
         return heads.split((heads.shape[-2] - 2 * kv, kv, kv), dim=-2)
 

@@ -31,6 +31,7 @@ STAND_INS = ("peft_engine.layers", "peft_engine.bnb_layers", "peft_engine.peft_l
 
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
+BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN, the faster one in torch here"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"
 
 
@@ -170,9 +171,9 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif _is_bnb_linear(module):
             yield _bnb_line(name, module)
         elif isinstance(module, (NF4Linear, LoraLinear)):
-            yield _our_line(name, module)
+            yield _our_line(name, module, _alone(model, name, module))
         else:
-            yield from _model_line(name, module, dtype)
+            yield from _model_line(name, module, dtype, _alone(model, name, module))
 
 
 def _head(model: Any) -> torch.nn.Module | None:
@@ -253,7 +254,16 @@ def _product_line(
     return _ran(name, module, "lora_linear", choice.backend, reason)
 
 
-def _our_line(name: str, module: Any) -> LayerReport:
+def _alone(model: torch.nn.Module, name: str, module: torch.nn.Module) -> str:
+    """What multiplies by the module's weight where it is dense and has no adapter."""
+    if not _is_stand_in(model.get_submodule(name.rpartition(".")[0])):
+        return DENSE_ALONE
+    from peft_engine import layers
+
+    return BY_ONEDNN if layers.library(module) == "oneDNN" else DENSE_ALONE
+
+
+def _our_line(name: str, module: Any, alone: str) -> LayerReport:
     nf4 = isinstance(module, NF4Linear)
     weight = module.nf4 if nf4 else module.weight
     dtype = (module.compute_dtype or module.weight_dtype) if nf4 else weight.dtype
@@ -262,7 +272,7 @@ def _our_line(name: str, module: Any) -> LayerReport:
     names = active if isinstance(active, tuple) else (active,)
     adapter = next((adapters[n] for n in names if n in adapters), None)
     if adapter is None and not nf4:
-        return _line(name, module, "linear", "torch", False, DENSE_ALONE)
+        return _line(name, module, "linear", "torch", False, alone)
     return _product_line(name, module, weight, dtype, adapter)
 
 
@@ -327,10 +337,10 @@ def _virtual_tokens_line(name: str, module: torch.nn.Module, dtype: torch.dtype)
         yield _own(name, module, "prefix_attention", found[1])
 
 
-def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
+def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype, alone: str) -> Iterator[LayerReport]:
     if isinstance(module, torch.nn.Linear):
         plain = type(module) is torch.nn.Linear
-        yield _own(name, module, "linear", DENSE_ALONE if plain else f"no kernel for {type(module).__name__}")
+        yield _own(name, module, "linear", alone if plain else f"no kernel for {type(module).__name__}")
         return
     if _is_stand_in(module):
         from peft_engine import layers

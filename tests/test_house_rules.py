@@ -26,7 +26,7 @@ ROWS = (
     ("methods", "swap", "checkpoint"),
     ("nn", "report"),
     ("ops",),
-    ("dispatch", "activations"),
+    ("dispatch", "activations", "dense"),
     ("native", "kernels"),
 )
 HEIGHT = {name: len(ROWS) - i for i, row in enumerate(ROWS) for name in row}

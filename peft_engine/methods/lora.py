@@ -7,7 +7,7 @@ the same adapter over a weight in NF4. This file: the config, the two layers, an
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,11 +133,12 @@ class _Lora(nn.Module):
 class LoraLinear(_Lora, nn.Linear):
     """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input.
 
-    Rows without an adapter run nn.Linear's own product: to the bit as before attach, and as fast.
+    Rows without an adapter run nn.Linear's own product: to the bit as before attach, and as fast. A fused
+    layer around it gives the one that it runs itself as `linear`.
     """
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _forward(self, input, self._parameters["weight"])  # type: ignore[arg-type]
+    def forward(self, input: torch.Tensor, linear: Callable[..., torch.Tensor] = F.linear) -> torch.Tensor:
+        return _forward(self, input, self._parameters["weight"], linear)  # type: ignore[arg-type]
 
 
 class LoraNF4Linear(_Lora, NF4Linear):
@@ -154,9 +155,17 @@ LAYERS: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: LoraLinear, NF4Line
 BASES = {adapted: base for base, adapted in LAYERS.items()}
 
 
-def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> torch.Tensor:
+def _forward(
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Tensor,
+    linear: Callable[..., torch.Tensor] = F.linear,
+) -> torch.Tensor:
+    quantized = isinstance(weight, NF4Tensor)
     active = layer.active_adapter
     if not isinstance(active, tuple):
+        if active not in layer.lora and not quantized:
+            return linear(x, weight, layer._parameters["bias"])
         return _product(layer, x, weight, active, layer._parameters["bias"])
     groups = copies.row_groups(active, x.shape[0], "active")
     # Two adapters that this layer knows nothing of are one group: the base alone.
@@ -165,16 +174,19 @@ def _forward(layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor) -> t
         known.setdefault(name if name in layer.lora or copies.has(layer, name) else None, []).extend(rows)
     if len(known) == 1:
         name = next(iter(known))
-        return _product(layer, x, weight, name, copies.value(layer, "bias", name))
+        bias = copies.value(layer, "bias", name)
+        if name not in layer.lora and not quantized:
+            return linear(x, weight, bias)
+        return _product(layer, x, weight, name, bias)
     if x.is_cuda and _groups(layer, known):
         return _grouped(layer, x, weight, known)
     parts = []
     for name, rows in known.items():
         index = torch.tensor(rows, device=x.device)
         bias = copies.value(layer, "bias", name)
-        if name not in layer.lora and not isinstance(weight, NF4Tensor):
+        if name not in layer.lora and not quantized:
             # Of fewer rows torch's product has other bits than of the batch.
-            parts.append(F.linear(x, weight, bias).index_select(0, index))
+            parts.append(linear(x, weight, bias).index_select(0, index))
         else:
             parts.append(_apart(layer, x, index, weight, name, bias))
     order = torch.tensor([row for rows in known.values() for row in rows], device=x.device)
@@ -242,8 +254,6 @@ def _product(
     layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor, name: str | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     settings = None if name is None else layer.lora.get(name)
-    if settings is None and not isinstance(weight, NF4Tensor):
-        return F.linear(x, weight, bias)
     if settings is None:
         return lora_linear(x, weight, None, None, 1.0, bias=bias)
     p = settings.dropout if layer.training else 0.0

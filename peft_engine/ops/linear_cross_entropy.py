@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from peft_engine import dispatch, native
+from peft_engine import dense, dispatch, native
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -173,18 +173,18 @@ def _by_rows(x, weight, bias, index, labels, scale, stats, loss, dx) -> None:
     """Loss and dx, a chunk of rows at a time."""
     rows = index.numel()
     step = _chunk(rows, weight.shape[0] * x.element_size(), CHUNK_ROWS)
-    logits = x.new_empty(step, weight.shape[0])
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
-        where, part = index[chunk], logits[: chunk.stop - start]
-        _product(x[where], weight, bias, part)
+        where = index[chunk]
+        part = dense.product(x[where], weight, bias)
         chunk_loss = torch.empty(len(part), dtype=torch.float32)
         torch.ops.peft_engine.cross_entropy_rows(
             part, labels[chunk], scale[chunk], chunk_loss, stats[chunk], dx is not None
         )
         loss[where] = chunk_loss
         if dx is not None:
-            dx[where] = part @ weight
+            dx[where] = dense.product(part, weight.t())
+        del part  # before the next chunk's is there
 
 
 def _by_columns(x, weight, bias, index, labels, scale, stats, dw, db) -> None:
@@ -197,20 +197,13 @@ def _by_columns(x, weight, bias, index, labels, scale, stats, dw, db) -> None:
     step = _chunk(vocabulary, x.element_size() * len(x), CHUNK_COLUMNS)
     for start in range(0, vocabulary, step):
         columns = slice(start, min(start + step, vocabulary))
-        part = x.new_empty(len(x), columns.stop - start)
-        _product(x, weight[columns], None if bias is None else bias[columns], part)
+        part = dense.product(x, weight[columns], None if bias is None else bias[columns])
         torch.ops.peft_engine.cross_entropy_columns(part, labels, scale, stats, start)
         if dw is not None:
             torch.mm(part.t(), x, out=dw[columns])
         if len(db):
             db[columns] = part.sum(0, dtype=torch.float32).to(db.dtype)
-
-
-def _product(x, weight, bias, out) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        del part
 
 
 native.library.impl("linear_cross_entropy", _kernel, "CPU")

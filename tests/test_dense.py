@@ -1,0 +1,138 @@
+"""Products with dense float32 weights, whichever of torch's libraries does them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_engine as pe
+from peft_engine import dense
+
+IDS = torch.arange(36).view(4, 9)
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "torch"])
+def by_onednn(request, monkeypatch):
+    """Both libraries, on any processor."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(dense, "_BY_ONEDNN", request.param)
+    return request.param
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape
+    if want.numel():
+        torch.testing.assert_close(got.double(), want, rtol=0.0, atol=2e-6 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (2,), (17,), (3, 5), (2, 0), ()], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product(by_onednn, shape, with_bias):
+    x, weight = torch.randn(*shape, 33), torch.randn(19, 33)
+    bias = torch.randn(19) if with_bias else None
+    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    close(dense.product(x, weight, bias), want)
+    close(dense.product(x, weight.t().contiguous().t(), bias), want)
+    if x.dim() > 1:
+        close(dense.product(x.mT.contiguous().mT, weight, bias), want)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradient_is_that_of_x_alone(by_onednn, with_bias):
+    x, weight = torch.randn(2, 7, 24, requires_grad=True), torch.randn(40, 24)
+    bias, dy = torch.randn(40) if with_bias else None, torch.randn(2, 7, 40)
+    y = dense.linear(x, weight, bias)
+    assert (type(y.grad_fn).__name__ == "_FrozenBackward") is by_onednn
+    y.backward(dy)
+    close(x.grad, dy.double() @ weight.double())
+    with torch.no_grad():
+        assert torch.equal(dense.linear(x, weight, bias), y)
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_what_learns_is_torchs(by_onednn, which):
+    x, weight, bias = torch.randn(6, 24), torch.randn(40, 24), torch.randn(40)
+    {"weight": weight, "bias": bias}[which].requires_grad_()
+    y = dense.linear(x, weight, bias)
+    assert torch.equal(y, F.linear(x, weight, bias))
+    y.sum().backward()
+    assert (weight.grad is not None, bias.grad is not None) == (which == "weight", which == "bias")
+
+
+def test_other_dtypes_are_torchs(by_onednn):
+    x, weight = torch.randn(6, 24), torch.randn(40, 24)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        low = x.to(dtype), weight.to(dtype)
+        assert torch.equal(dense.linear(*low), F.linear(*low))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dense.linear(x, weight), F.linear(x, weight))
+    with pytest.raises(RuntimeError, match="dtype"):
+        dense.linear(x.double(), weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert dense.library(weight) == "torch"
+    assert dense.library(weight) == ("oneDNN" if by_onednn else "torch")
+
+
+def test_compiles(by_onednn):
+    x, weight = torch.randn(6, 24, requires_grad=True), torch.randn(40, 24)
+    y = torch.compile(dense.linear, fullgraph=True, backend="aot_eager")(x, weight)
+    y.sum().backward()
+    close(y.detach(), F.linear(x.detach().double(), weight.double()))
+    close(x.grad, weight.double().sum(0).expand(6, -1))
+
+
+def test_rows_without_an_adapter_are_the_fused_base(by_onednn):
+    model = llama()
+    pe.optimize(model)
+    base = model(IDS).logits
+    lora = pe.LoraConfig(target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+    pe.attach(model, lora, "a")
+    pe.attach(model, lora, "b")
+    with pe.active(model, None):
+        assert torch.equal(model(IDS).logits, base)
+    with pe.active(model, ["a", None, "b", None]):
+        mixed = model(IDS).logits
+    assert torch.equal(mixed[1], base[1]) and torch.equal(mixed[3], base[3])
+    assert not torch.equal(mixed[0], base[0])
+    assert torch.equal(pe.detach(model)(IDS).logits, base)
+
+
+def test_hooks_of_the_projections_run(by_onednn):
+    model, seen = llama(), []
+    pe.optimize(model)
+    layer = model.model.layers[1]
+    layer.self_attn.o_proj.register_forward_hook(lambda *_: seen.append("o_proj"))
+    layer.mlp.up_proj.register_forward_pre_hook(lambda *_: seen.append("up_proj"))
+    model(IDS)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append("any") if module is layer.self_attn.q_proj else None
+    )
+    model(IDS)
+    handle.remove()
+    assert seen == ["o_proj", "up_proj", "any", "o_proj", "up_proj"]
+
+
+def test_explain_says_whose_product_runs(by_onednn):
+    model = llama()
+    report = pe.optimize(model)
+    lines = {line.name: line.reason for line in report.layers}
+    assert ("oneDNN" in lines["model.layers.0.mlp.down_proj"]) is by_onednn
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+    lines = {line.name: line.reason for line in pe.explain(model).layers}
+    assert "oneDNN" not in lines["model.layers.0.mlp.down_proj"]
+    pe.unoptimize(model)
+    assert not any("oneDNN" in line.reason for line in pe.explain(model).layers)
