@@ -41,28 +41,47 @@ def _load() -> str | None:
         return f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}; rebuild it: {_REBUILD}"
     wanted = os.environ.get("PEFT_ENGINE_CPU_ISA")
     if wanted:
-        set_isa(wanted)
+        _pin_isa(wanted)
     return None
 
 
+def _need() -> None:
+    why = load_error()
+    if why is not None:
+        raise RuntimeError(f"the CPU kernels cannot be used: {why}")
+
+
 def isa() -> str:
-    """The instruction set the CPU kernels run with."""
+    """The instruction set the CPU kernels run with. RuntimeError where there are none, with the reason."""
+    _need()
     return ISA_LEVELS[torch.ops.peft_engine.cpu_isa(-1)]
 
 
 def supported_isas() -> tuple[str, ...]:
-    """The instruction sets this machine has, lowest first."""
-    best = torch.ops.peft_engine.cpu_isa(-2)
-    return ISA_LEVELS[: best + 1]
+    """The instruction sets this machine has, lowest first. RuntimeError as by isa()."""
+    _need()
+    return _supported()
 
 
 def set_isa(name: str) -> None:
-    """Pins the CPU kernels to an instruction set (PEFT_ENGINE_CPU_ISA does so from the start)."""
+    """Pins the CPU kernels to an instruction set (PEFT_ENGINE_CPU_ISA does so from the start).
+
+    ValueError names those that this CPU has; RuntimeError as by isa().
+    """
+    _need()
+    _pin_isa(name)
+
+
+def _supported() -> tuple[str, ...]:
+    return ISA_LEVELS[: torch.ops.peft_engine.cpu_isa(-2) + 1]
+
+
+def _pin_isa(name: str) -> None:
     if name not in ISA_LEVELS:
         raise ValueError(f"PEFT_ENGINE_CPU_ISA: expected one of {', '.join(ISA_LEVELS)}, got {name!r}")
-    if name not in supported_isas():
+    if name not in _supported():
         raise ValueError(
-            f"PEFT_ENGINE_CPU_ISA: this CPU has {', '.join(supported_isas())}, got {name!r}; choose one"
+            f"PEFT_ENGINE_CPU_ISA: this CPU has {', '.join(_supported())}, got {name!r}; choose one"
         )
     torch.ops.peft_engine.cpu_isa(ISA_LEVELS.index(name))
 

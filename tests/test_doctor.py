@@ -1,6 +1,8 @@
 """doctor.diagnose: the state of the machine in plain values, and for each problem one command."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -54,6 +56,12 @@ def test_an_instruction_set_the_cpu_has_not_is_told(problems):
     found = problems(load_error=refuse)
     assert {"problem": str(ValueError("PEFT_ENGINE_CPU_ISA: expected one of scalar, avx2, got 'sse9'")),
             "fix": "unset PEFT_ENGINE_CPU_ISA"} in found  # fmt: skip
+
+
+def test_who_asks_for_the_instruction_set_first_loads_the_library():
+    code = "from peft_engine import native; print(native.isa() in native.supported_isas())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n" or "the CPU kernels cannot be used" in done.stderr
 
 
 def test_a_pinned_backend_is_told(problems, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -360,6 +361,30 @@ def test_wrong_usage_of_compare_is_found_before_anything_runs(compare, tmp_path,
     code, out, err = compare(*arguments)
     assert code == 2 and out == "" and says in " ".join(err.replace("│", " ").split())
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the child in /proc")
+def test_what_compare_has_started_ends_with_it(model, data, tmp_path):
+    rows = [f"--data={data}", f"--eval-data={data}", "--methods=lora", "--epochs=100000"]
+    line = [
+        sys.executable,
+        "-m",
+        "peft_engine",
+        "compare",
+        f"--model={model}",
+        f"--output={tmp_path / 'all'}",
+    ]
+    with subprocess.Popen([*line, *rows], stderr=subprocess.PIPE, text=True) as process:
+        told = []
+        for text in process.stderr:
+            told.append(text)
+            if "lora: Training" in text:
+                break
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+        rest = process.stderr.read()
+    assert process.returncode == 1 and rest.endswith("peft-engine: interrupted\n"), "".join(told) + rest
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_the_command_line_that_compare_gives_to_train_means_the_settings(monkeypatch, tmp_path):
