@@ -48,7 +48,16 @@ def shapes_of(name: str) -> tuple[tuple[int, ...], ...]:
     return SHAPES[name.partition(".")[0]]
 
 
-def candidates(name: str) -> list[Tile]:
+def rows_of(name: str) -> tuple[int, ...]:
+    return KERNELS[name].rows
+
+
+def case_of(name: str, shape: tuple[int, ...], rows: int) -> str:
+    return f"{name}, {'x'.join(map(str, shape))}, {rows} rows"
+
+
+def candidates(name: str, rows: int | None = None) -> list[Tile]:
+    """The tiles to try, at any number of rows."""
     return list(itertools.product(*KERNELS[name].choices))
 
 
@@ -62,11 +71,11 @@ def table_tile(name: str, shape: tuple[int, ...], rows: int, device: torch.devic
     return tile_of(op, table, kernel, packed, shape[-1], torch.bfloat16, device)
 
 
-def kernel_call(name: str, shape: tuple[int, ...], rows: int, device: torch.device) -> Call:
-    """The launch of a kernel, in bf16."""
+def call_of(name: str, shape: tuple[int, ...], rows: int, device: torch.device) -> tuple[Call, int]:
+    """The launch of a kernel, in bf16, and how often it is launched: once."""
     op, _, kernel = name.partition(".")
     calls = bottleneck_calls if op == "bottleneck" else prefix_calls
-    return calls(shape, rows, device)[kernel]
+    return calls(shape, rows, device)[kernel], 1
 
 
 def bottleneck_calls(shape: tuple[int, ...], rows: int, device: torch.device) -> dict[str, Callable[[], Any]]:

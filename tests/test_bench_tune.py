@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import peers, tune, tune_adapters
+from bench import peers, tune, tune_adapters, tune_lora_linear
 from bench.gpu_timing import Section
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def test_without_a_gpu_one_line_says_so_and_nothing_is_written(tmp_path: Path, c
 
 
 @NO_GPU
-@pytest.mark.parametrize("kernel", list(tune.ROWS))
+@pytest.mark.parametrize("kernel", list(tune_lora_linear.KERNELS))
 def test_the_tuner_times_tiles_of_every_kernel(kernel, tmp_path: Path, monkeypatch):
     tiles = pytest.importorskip("peft_engine.kernels.lora_linear.tiles", reason="Triton is not installed")
     monkeypatch.setattr(tiles, "candidates", lambda kernel: [tuple(sizes[kernel])])
@@ -47,7 +47,7 @@ def test_the_tuner_times_tiles_of_every_kernel(kernel, tmp_path: Path, monkeypat
 def test_the_tuner_times_tiles_of_the_other_ops(kernel, tmp_path: Path, monkeypatch):
     pytest.importorskip("peft_engine.kernels.bottleneck.tiles", reason="Triton is not installed")
     tile = (16, 16, 32, 4, 2) if kernel.startswith("bottleneck") else (16, 16, 4, 2)
-    monkeypatch.setattr(tune_adapters, "candidates", lambda kernel: [tile])
+    monkeypatch.setattr(tune_adapters, "candidates", lambda kernel, rows: [tile])
     monkeypatch.setattr(tune_adapters, "TOKENS", 1)
     shape = (48, 16) if kernel.startswith("bottleneck") else (2, 1, 16)
     given = section(tmp_path, "tiles")
@@ -73,7 +73,7 @@ def test_candidates_have_as_many_numbers_as_the_tables_tiles():
 def test_the_tuner_times_the_paths(tmp_path: Path):
     pytest.importorskip("peft_engine.kernels.lora_linear.paths", reason="Triton is not installed")
     given = section(tmp_path, "paths")
-    lines = tune.tune_paths(given, shapes=((64, 64),), rows_of=(2,))
+    lines = tune_lora_linear.tune_paths(given, shapes=((64, 64),), rows_of=(2,))
     timed = {(r.case, r.contender) for r in given.rows if r.samples}
     assert {(f"{way}, 64x64, r=16, {m} rows", path) for way in ("forward", "backward") for m in (2,)
             for path in ("single", "workspace")} <= timed  # fmt: skip
@@ -94,6 +94,8 @@ def test_a_path_ends_where_another_is_first_faster():
         1: {"few_rows": fast, "single": slow}, 2: {"few_rows": [1.0, 1.5], "single": [2.0, 1.0]},
         4: {"few_rows": slow, "single": fast}, 8: {"few_rows": fast, "single": slow},
     }  # fmt: skip
-    assert tune.crossover(times, "few_rows", ["single"], 2) == 2
-    assert tune.crossover({1: {"single": fast}}, "few_rows", ["single"], 2) == 0
-    assert tune.crossover({1: {"few_rows": [1.0], "single": fast}}, "few_rows", ["single"], 2) == 0
+    assert tune_lora_linear.crossover(times, "few_rows", ["single"], 2) == 2
+    assert tune_lora_linear.crossover({1: {"single": fast}}, "few_rows", ["single"], 2) == 0
+    assert (
+        tune_lora_linear.crossover({1: {"few_rows": [1.0], "single": fast}}, "few_rows", ["single"], 2) == 0
+    )
