@@ -254,6 +254,14 @@ inline void middle_tile(const BottleneckForward& f, const float* bias, const flo
   put_tile<kPairs>(a, j, out.at(t, 0));
 }
 
+// Asks for the row's next piece of what is read and written. A part is two tiles wide and its rows are far apart, where no
+// processor prefetches by itself: 2 % of the time for 4096 features.
+template <class Value>
+inline void expect_next(const Value* from, Value* to) {
+  __builtin_prefetch(from + 32);
+  __builtin_prefetch(to + 32, 1);
+}
+
 template <class T>
 inline void output_tile(const BottleneckForward& f, const float* bias, const float* c, int64_t t, int64_t p) {
   const int64_t features = f.adapter.features, n = least(16, features - 16 * p), rows = least(16, f.rows - 16 * t);
@@ -265,6 +273,7 @@ inline void output_tile(const BottleneckForward& f, const float* bias, const flo
       return (load<F32>(c + 16 * r + i) + load<F32>(bias + 16 * p + i)) * f.adapter.scaling;
     };
     const int64_t row = r * features;
+    expect_next(residual + row, y + row);
     if (n == 16)
       for (int i = 0; i < 16; i += kWidth) store<T>(y + row + i, load<T>(residual + row + i) + up(i));
     else

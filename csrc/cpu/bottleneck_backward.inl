@@ -47,12 +47,14 @@ inline void input_gradient_tile(const BottleneckBackward& f, const float* c, int
   const int64_t at = 16 * t * features + 16 * p;
   const auto* dy = static_cast<const typename T::Value*>(f.dy) + at;
   auto* dx = static_cast<typename T::Value*>(f.dx) + at;
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
+    expect_next(dy + r * features, dx + r * features);
     for (int i = 0; i < n; i += kWidth) {
       Floats v = load<F32>(c + 16 * r + i);
       if (f.residual_is_x) v += load<T>(dy + r * features + i, n - i);
       store<T>(dx + r * features + i, v, n - i);
     }
+  }
 }
 
 // One row of the norm's backward: dz (floats, zeros beyond the row) to dx, and dz's part of the norm's gradients.
