@@ -1,10 +1,14 @@
-"""Products with a dense float32 weight on the CPU, by the faster of the two libraries that torch brings.
+"""Products with a dense weight on the CPU, by the fastest of three: torch's own choice, oneDNN, and ours.
 
-torch multiplies float32 matrices with MKL. oneDNN, which it has for other dtypes and for torch.compile, takes
-less time on AMD's processors. On two cores of a Zen 4, torch 2.13, with weights of 576x576 up to 4096x4096
-and the head of 49152x576, y was 1.06 to 3.9 times as fast from two rows on (1.09 to 1.22 times at 512 rows),
-dx 1.07 to 2.9 times; with one row either was the faster. Not measured on other processors: they keep torch's
-choice.
+float32: torch multiplies with MKL. oneDNN, which it has for other dtypes and for torch.compile, takes less
+time on AMD's processors. On two cores of a Zen 4, torch 2.13, with weights of 576x576 up to 4096x4096 and the
+head of 49152x576, y was 1.06 to 3.9 times as fast from two rows on (1.09 to 1.22 times at 512 rows), dx 1.07
+to 2.9 times; with one row either was the faster. Not measured on other processors: they keep torch's choice.
+
+Half precision: oneDNN has no product of bfloat16 on processors without AVX-512, and none of float16 on those
+without AVX512-FP16. There torch's own runs, on the same machine, at 39 GFLOP/s for y and at 1 to 3.4 for dx
+(the gradient through a head of 49152 takes 8 s), where lora_linear's, without an adapter, runs at 130 to 210.
+It takes torch's place from three rows on; of one or two rows torch's y is as fast.
 """
 
 from pathlib import Path
@@ -13,7 +17,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-LEAST_ROWS = 2
+import peft_engine.ops.lora_linear  # noqa: F401 (declares the op)
+from peft_engine import dispatch, native
+
+LEAST_ROWS = {"oneDNN": 2, "peft-engine": 3, "torch": 0}
 
 
 def _measured_faster() -> bool:
@@ -25,21 +32,64 @@ def _measured_faster() -> bool:
         return False
 
 
+def _without_products() -> set[torch.dtype]:
+    """The half-precision dtypes that oneDNN does not multiply on this processor."""
+    have = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    on = torch.backends.mkldnn.is_available()
+    return {
+        dtype
+        for dtype, name in have.items()
+        if not (on and hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)())
+    }
+
+
 _BY_ONEDNN = _measured_faster()
+_SLOW = _without_products()
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether torch's own product of this dtype is many times slower than that of float32 on this CPU."""
+    return dtype in _SLOW
 
 
 def library(weight: torch.Tensor) -> str:
-    """Whose product multiplies by `weight`: "oneDNN", or "torch" for torch's own choice."""
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.dtype == torch.float32
-    on_cpu = plain and weight.device.type == "cpu"
-    return "oneDNN" if on_cpu and _BY_ONEDNN and torch._C._get_mkldnn_enabled() else "torch"
+    """Whose product multiplies by `weight`: "oneDNN", "peft-engine", or "torch" for torch's own choice."""
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.device.type != "cpu":
+        return "torch"
+    if weight.dtype == torch.float32:
+        return "oneDNN" if _BY_ONEDNN and torch._C._get_mkldnn_enabled() else "torch"
+    ours = weight.dtype in _SLOW and weight.is_contiguous() and dispatch.forced() in (None, "cpu")
+    return "peft-engine" if ours and native.load_error() is None else "torch"
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b, no gradient recorded: x (..., K), weight (N, K) of any strides, bias (N,), of one dtype."""
-    if x.numel() >= LEAST_ROWS * x.shape[-1] > 0 and library(weight) == "oneDNN":
+    """x W^T + b, no gradient recorded: x (..., K), weight (N, K), bias (N,), of one dtype."""
+    whose = library(weight)
+    if x.numel() == 0 or x.numel() < LEAST_ROWS[whose] * x.shape[-1]:
+        whose = "torch"
+    if whose == "oneDNN":
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if whose == "peft-engine":
+        base, n = (weight, None, None, None, 0), weight.shape[0]
+        forward = torch.ops.peft_engine.lora_linear_forward
+        return forward(x.contiguous(), *base, n, None, None, 1.0, bias, 0.0, None)[0]
     return F.linear(x, weight, bias)
+
+
+def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dy W, no gradient recorded: dy (..., N), weight (N, K), of one dtype."""
+    whose = library(weight) if dy.numel() else "torch"
+    if whose == "oneDNN":
+        return product(dy, weight.t())  # a view: oneDNN takes any strides
+    if whose == "peft-engine":
+        base = weight, None, None, None, 0
+        like_x = dy.new_empty(()).expand(*dy.shape[:-1], weight.shape[1])  # its shape alone is read
+        backward = torch.ops.peft_engine.lora_linear_backward
+        return backward(dy.contiguous(), like_x, *base, None, None, None, 1.0, 0.0, None, True)[0]
+    return dy @ weight
 
 
 class _Frozen(torch.autograd.Function):
@@ -52,14 +102,14 @@ class _Frozen(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor):
         (weight,) = ctx.saved_tensors
-        return product(dy, weight.t()), None, None
+        return product_back(dy, weight), None, None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, whose product is oneDNN's where that is faster and nothing but x asks for a gradient."""
+    """F.linear, by another product where that is faster and nothing but x asks for a gradient."""
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if learns or not plain or torch.compiler.is_compiling() or library(weight) != "oneDNN":
+    if learns or not plain or torch.compiler.is_compiling() or library(weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Frozen.apply(x, weight, bias)

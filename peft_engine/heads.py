@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_engine import dense
 from peft_engine.dispatch import BackendError
 from peft_engine.lazy_logits import LazyLogits
 from peft_engine.ops.linear_cross_entropy import (
@@ -36,7 +37,7 @@ _FEW_ROWS = 4
 class FusedHeadLinear(nn.Linear):
     """An output head that leaves its product to the loss when its model was called with labels.
 
-    Without labels its product is torch's, or lora_linear's where no gradient is asked for and rows are few.
+    Without labels its product is dense.linear's, or, of few rows that ask for no gradient, lora_linear's.
     """
 
     labels_given: bool
@@ -52,7 +53,7 @@ class FusedHeadLinear(nn.Linear):
         if few and self.weight.dtype in DTYPES and not torch.is_grad_enabled():
             # The logits of the next tokens: torch's own product takes longer for so few rows.
             return lora_linear(input, self.weight.detach(), None, None, 1.0, bias=self.bias)
-        return super().forward(input)
+        return dense.linear(input, self.weight, self.bias)
 
 
 def note_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

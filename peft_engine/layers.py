@@ -36,7 +36,7 @@ _GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{hooks}") for ho
 
 
 def _project(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """module(x); a dense layer's product by the library that is faster (dense.py)."""
+    """module(x); a dense layer's product by the library that is the fastest (dense.py)."""
     if not is_dense(module):
         return module(x)
     if type(module) is LoraLinear:
@@ -45,7 +45,7 @@ def _project(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def library(module: Any) -> str:
-    """Whose product runs in a dense linear layer that a fused layer calls: "oneDNN" or "torch"."""
+    """Whose product runs in a dense linear layer that a fused layer calls, as dense.library says."""
     frozen = is_dense(module) and not any(
         p.requires_grad for p in (module.weight, module.bias) if p is not None
     )

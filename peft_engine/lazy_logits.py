@@ -9,8 +9,9 @@ __torch_dispatch__ below autograd.
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
+
+from peft_engine import dense
 
 
 class Source:
@@ -47,7 +48,7 @@ class Source:
         value = self._value
         if value is None or (self.wants_graph() and not value.requires_grad):
             with torch.autocast(self.hidden.device.type, enabled=False):
-                value = self._value = F.linear(*self.inputs())
+                value = self._value = dense.linear(*self.inputs())
         return value
 
 
@@ -115,7 +116,7 @@ class _Deferred(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = (grad @ weight.to(ctx.dtype)).to(hidden.dtype)
+            dx = dense.product_back(grad, weight.to(ctx.dtype)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             dw = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(ctx.dtype)).to(weight.dtype)
         if ctx.needs_input_grad[2]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from peft_engine import native
+from peft_engine import dense, native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
 from peft_engine.methods import copies, virtual_attention, walks
@@ -32,6 +32,7 @@ STAND_INS = ("peft_engine.layers", "peft_engine.bnb_layers", "peft_engine.peft_l
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
 BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN, the faster one in torch here"
+SLOW = "a dense weight without an adapter, and torch has no fast product of {} here; float32 is faster"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"
 
 
@@ -171,9 +172,11 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif _is_bnb_linear(module):
             yield _bnb_line(name, module)
         elif isinstance(module, (NF4Linear, LoraLinear)):
-            yield _our_line(name, module, _alone(model, name, module))
+            yield _our_line(name, module) or _dense_line(model, name, module)
+        elif isinstance(module, torch.nn.Linear):
+            yield _dense_line(model, name, module)
         else:
-            yield from _model_line(name, module, dtype, _alone(model, name, module))
+            yield from _model_line(name, module, dtype)
 
 
 def _head(model: Any) -> torch.nn.Module | None:
@@ -254,16 +257,24 @@ def _product_line(
     return _ran(name, module, "lora_linear", choice.backend, reason)
 
 
-def _alone(model: torch.nn.Module, name: str, module: torch.nn.Module) -> str:
-    """What multiplies by the module's weight where it is dense and has no adapter."""
-    if not _is_stand_in(model.get_submodule(name.rpartition(".")[0])):
-        return DENSE_ALONE
-    from peft_engine import layers
+def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> LayerReport:
+    """A line for a dense linear layer without an adapter."""
+    if type(module) not in (torch.nn.Linear, LoraLinear):
+        return _own(name, module, "linear", f"no kernel for {type(module).__name__}")
+    whose, weight = "torch", module.weight
+    if _is_stand_in(model.get_submodule(name.rpartition(".")[0])):  # a fused layer calls it
+        from peft_engine import layers
 
-    return BY_ONEDNN if layers.library(module) == "oneDNN" else DENSE_ALONE
+        whose = layers.library(module)
+    if whose == "peft-engine":
+        return _line(name, module, "linear", "cpu", True, "")
+    if weight.device.type == "cpu" and dense.is_slow(weight.dtype):
+        return _line(name, module, "linear", "torch", False, SLOW.format(weight.dtype))
+    return _line(name, module, "linear", "torch", False, BY_ONEDNN if whose == "oneDNN" else DENSE_ALONE)
 
 
-def _our_line(name: str, module: Any, alone: str) -> LayerReport:
+def _our_line(name: str, module: Any) -> LayerReport | None:
+    """A line for a layer of ours; None for a dense one without an active adapter."""
     nf4 = isinstance(module, NF4Linear)
     weight = module.nf4 if nf4 else module.weight
     dtype = (module.compute_dtype or module.weight_dtype) if nf4 else weight.dtype
@@ -272,7 +283,7 @@ def _our_line(name: str, module: Any, alone: str) -> LayerReport:
     names = active if isinstance(active, tuple) else (active,)
     adapter = next((adapters[n] for n in names if n in adapters), None)
     if adapter is None and not nf4:
-        return _line(name, module, "linear", "torch", False, alone)
+        return None
     return _product_line(name, module, weight, dtype, adapter)
 
 
@@ -337,11 +348,7 @@ def _virtual_tokens_line(name: str, module: torch.nn.Module, dtype: torch.dtype)
         yield _own(name, module, "prefix_attention", found[1])
 
 
-def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype, alone: str) -> Iterator[LayerReport]:
-    if isinstance(module, torch.nn.Linear):
-        plain = type(module) is torch.nn.Linear
-        yield _own(name, module, "linear", alone if plain else f"no kernel for {type(module).__name__}")
-        return
+def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
     if _is_stand_in(module):
         from peft_engine import layers
 

@@ -1,4 +1,4 @@
-"""Products with dense float32 weights, whichever of torch's libraries does them."""
+"""Products with dense weights without an adapter, whoever of torch's two libraries and us does them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_engine as pe
-from peft_engine import dense
+from peft_engine import dense, dispatch, native
 
 IDS = torch.arange(36).view(4, 9)
 
@@ -20,7 +20,18 @@ def by_onednn(request, monkeypatch):
     return request.param
 
 
-def llama() -> LlamaForCausalLM:
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def by_us(monkeypatch):
+    """As on a processor without products of half precision."""
+    if native.load_error() is not None:
+        pytest.skip(native.load_error())
+    monkeypatch.setattr(dense, "_SLOW", set(HALF))
+
+
+def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -30,7 +41,7 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=2,
         vocab_size=100,
     )
-    return LlamaForCausalLM(config).requires_grad_(False).eval()
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -73,9 +84,10 @@ def test_what_learns_is_torchs(by_onednn, which):
     assert (weight.grad is not None, bias.grad is not None) == (which == "weight", which == "bias")
 
 
-def test_other_dtypes_are_torchs(by_onednn):
+def test_other_dtypes_are_torchs(by_onednn, monkeypatch):
+    monkeypatch.setattr(dense, "_SLOW", set())
     x, weight = torch.randn(6, 24), torch.randn(40, 24)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    for dtype in (*HALF, torch.float64):
         low = x.to(dtype), weight.to(dtype)
         assert torch.equal(dense.linear(*low), F.linear(*low))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -85,6 +97,52 @@ def test_other_dtypes_are_torchs(by_onednn):
     with torch.backends.mkldnn.flags(enabled=False):
         assert dense.library(weight) == "torch"
     assert dense.library(weight) == ("oneDNN" if by_onednn else "torch")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 40])
+def test_half_precision_without_a_product_in_torch_is_ours(by_us, dtype, rows):
+    x = torch.randn(2, rows, 72).to(dtype).requires_grad_()
+    weight, bias, dy = (torch.randn(shape).to(dtype) for shape in ((50, 72), (50,), (2, rows, 50)))
+    assert dense.library(weight) == "peft-engine"
+    assert dense.library(weight.t()) == "torch" and dense.library(weight.float()) != "peft-engine"
+    y = dense.linear(x, weight, bias)
+    y.backward(dy)
+    # 2.1 roundings to the dtype: our product is summed in float32.
+    eps = 2.1 * torch.finfo(dtype).eps / 2
+    want = F.linear(x.detach().double(), weight.double(), bias.double()), dy.double() @ weight.double()
+    for got, exact in zip((y.detach(), x.grad), want, strict=True):
+        assert got.dtype == dtype and got.shape == exact.shape
+        torch.testing.assert_close(got.double(), exact, rtol=eps, atol=eps)
+    with dispatch.force_backend("reference"):
+        assert dense.library(weight) == "torch"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_model_of_half_precision_without_a_product_in_torch(by_us, dtype, monkeypatch):
+    model, want = llama(dtype), llama().double()
+    report = pe.optimize(model)
+    lines = {line.name: line for line in report.layers}
+    projection = lines["model.layers.1.self_attn.v_proj"]
+    assert projection.fused and projection.backend == "cpu" and not projection.reason
+    pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=3))
+    calls = []
+    matmul, linear = torch.Tensor.__matmul__, F.linear
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", lambda a, b: calls.append(a.shape) or matmul(a, b))
+        patch.setattr(F, "linear", lambda *args: calls.append(args[0].shape) or linear(*args))
+        model.train()(IDS, labels=IDS).loss.backward()
+    assert not calls  # torch multiplied nothing
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    pe.detach(model)
+    error = (model.eval()(IDS).logits.double() - want(IDS).logits).abs().max()
+    assert error < 40 * torch.finfo(dtype).eps
+
+
+def test_explain_tells_of_slow_products(by_us):
+    linear = torch.nn.Sequential(torch.nn.Linear(8, 8, dtype=torch.bfloat16))
+    (line,) = pe.explain(linear).layers
+    assert not line.fused and "no fast product of torch.bfloat16" in line.reason
 
 
 def test_compiles(by_onednn):

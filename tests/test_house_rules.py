@@ -25,8 +25,8 @@ ROWS = (
     ("train",),
     ("methods", "swap", "checkpoint"),
     ("nn", "report"),
-    ("ops",),
-    ("dispatch", "activations", "dense"),
+    ("ops", "dense"),
+    ("dispatch", "activations"),
     ("native", "kernels"),
 )
 HEIGHT = {name: len(ROWS) - i for i, row in enumerate(ROWS) for name in row}

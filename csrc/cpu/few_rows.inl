@@ -3,10 +3,6 @@
 
 constexpr int kRowsAtOnce = 4;  // their sums fit the registers
 
-// The most rows for which this is faster than panels. At 4096 x 4096 with an adapter of rank 16, ms on two threads: AMX,
-// dense, 4 rows 0.84 here and 1.09 by panels, 5 rows 1.10 and 1.08; AVX512-BF16 12 rows 2.0 here, 16 by panels 3.1.
-constexpr int kMostFewRows = 12, kFewRowsOfPairs = PE_LEVEL >= 4 ? 4 : kMostFewRows;
-
 inline float sum16(const float* v) {
   float s[8];
   for (int i = 0; i < 8; ++i) s[i] = v[i] + v[i + 8];
@@ -168,6 +164,19 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
     extras(extra, n, kRows, add);
     for (int m = 0; m < kRows; ++m) store_one(y, type, m * w.m.rows + n, sum16(sum[m]) + add[m]);
   }
+}
+
+// The most rows for which this is faster than panels: of NF4 looked up in registers more than of what goes through floats
+// in memory. us on two threads of a Zen 4, here / by panels, 576x1536 and 2048x2048: NF4 in float32, 12 rows 181 / 231
+// and 692 / 1216; NF4 in bf16, 6 rows 137 / 121 and 383 / 465, 8 rows 157 / 121 and 475 / 444; dense bf16, 4 rows 97 / 124
+// and 349 / 858, 8 rows 188 / 121 and 666 / 841; dense float32, 4 rows 127 / 268 and 1177 / 1484, 12 rows 344 / 236. AMX,
+// 4096x4096 dense bf16 with r=16, ms: 4 rows 0.84 / 1.09, 5 rows 1.10 / 1.08.
+template <bool kPairs>
+inline int64_t most_few_rows(const Matrix& w) {
+#if PE_LEVEL >= 2
+  if (in_blocks(w) && !(kPairs && PE_LEVEL >= 4)) return kPairs ? 6 : 12;
+#endif
+  return 4;
 }
 
 // How few_rows takes x.

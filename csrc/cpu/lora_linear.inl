@@ -327,12 +327,12 @@ inline void lora_linear_forward(const LoraLinearForward& f, int64_t threads, int
       return;
     }
 #endif
-    if (f.rows <= kFewRowsOfPairs) forward_few_rows<true>(f);
+    if (f.rows <= most_few_rows<true>(f.w)) forward_few_rows<true>(f);
     else forward_panels<true>(f, threads, most_tiles);
     return;
   }
 #endif
-  if (f.rows <= kMostFewRows) forward_few_rows<false>(f);
+  if (f.rows <= most_few_rows<false>(f.w)) forward_few_rows<false>(f);
   else forward_panels<false>(f, threads, most_tiles);
 }
 

@@ -183,7 +183,7 @@ def _by_rows(x, weight, bias, index, labels, scale, stats, loss, dx) -> None:
         )
         loss[where] = chunk_loss
         if dx is not None:
-            dx[where] = dense.product(part, weight.t())
+            dx[where] = dense.product_back(part, weight)
         del part  # before the next chunk's is there
 
 
