@@ -214,6 +214,7 @@ def _child(line: list[str], label: str, say: Callable[[str], None]) -> dict[str,
         code = process.wait()
     finally:
         process.kill()
+        process.wait()
         teller.join(timeout=5)
     if code < 0:
         raise ChildError(f"killed by signal {-code}" + ("; was there enough memory?" if code == -9 else ""))
