@@ -21,7 +21,7 @@ from peft_engine.kernels.bottleneck.parts import (
     weight_tile,
 )
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def forward(call, x, residual, y, middle, stats) -> None:
     rows, columns = x.shape
     block_m, block_k, block_n, warps, stages = tiles.tile("fused", rows, call, x.device)
     launch(
-        forward_kernel, (triton.cdiv(rows, block_m),),
+        forward_kernel, (cdiv(rows, block_m),),
         (
             x, residual, *call.parameters(x), y, middle, stats, rows, columns, call.width, call.scaling,
             call.eps,
@@ -140,7 +140,7 @@ def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None
     block_m, block_k, block_n, warps, stages = tiles.tile("fused_backward", rows, call, dy.device)
     norm_weight = dy if call.norm_weight is None else call.norm_weight
     launch(
-        backward_kernel, (triton.cdiv(rows, block_m),),
+        backward_kernel, (cdiv(rows, block_m),),
         (
             dy, x, middle, stats, call.down_weight, call.up_weight, norm_weight, dm,
             dm if dx is None else dx, rows, columns, call.width, call.scaling,

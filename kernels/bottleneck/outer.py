@@ -15,7 +15,7 @@ import triton.language as tl
 from peft_engine.kernels.bottleneck import tiles
 from peft_engine.kernels.bottleneck.parts import activated, product, saved_statistics
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -133,9 +133,9 @@ def _outer(call, left, z, stats, dweight, dbias, dnorm_weight, dnorm_bias, *, up
     block_m, block_r, block_c, warps, stages = tiles.tile("outer", rows, call, z.device)
     padded = tiles.padded_width(call.width)
     block_r = min(block_r, padded)
-    blocks = triton.cdiv(columns, block_c), triton.cdiv(call.width, block_r)
-    share = block_m * triton.cdiv(triton.cdiv(rows, tiles.splits(rows, blocks[0] * blocks[1])), block_m)
-    splits = max(1, triton.cdiv(rows, share)) if share else 1  # without rows one, which writes zeros
+    blocks = cdiv(columns, block_c), cdiv(call.width, block_r)
+    share = block_m * cdiv(cdiv(rows, tiles.splits(rows, blocks[0] * blocks[1])), block_m)
+    splits = max(1, cdiv(rows, share)) if share else 1  # without rows one, which writes zeros
     partial = torch.empty(splits, call.width, columns, dtype=torch.float32, device=z.device)
     sums = partial.new_empty(splits, columns if up else call.width)
     norm = call.norm_weight is not None and not up
@@ -149,7 +149,7 @@ def _outer(call, left, z, stats, dweight, dbias, dnorm_weight, dnorm_bias, *, up
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch(
-        reduce_kernel, (triton.cdiv(columns, 32),),
+        reduce_kernel, (cdiv(columns, 32),),
         (
             partial, sums, call.down_weight, call.norm_weight if norm else z,
             call.norm_bias if norm and call.norm_bias is not None else z, dweight, dbias, dnorm_weight,

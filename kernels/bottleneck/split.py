@@ -22,7 +22,7 @@ from peft_engine.kernels.bottleneck.parts import (
     weight_tile,
 )
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 NORM_ROWS, NORM_COLUMNS = 4, 512  # of a program of statistics_kernel
 
@@ -197,13 +197,13 @@ def forward(call, x, residual, y, middle, stats) -> None:
     rows, columns = x.shape
     if call.norm_weight is not None:
         launch(
-            statistics_kernel, (triton.cdiv(rows, NORM_ROWS),), (x, stats, rows, columns, call.eps),
+            statistics_kernel, (cdiv(rows, NORM_ROWS),), (x, stats, rows, columns, call.eps),
             {"BLOCK_M": NORM_ROWS, "BLOCK_K": NORM_COLUMNS}, num_warps=4,
         )  # fmt: skip
     _contract(call, x, call.down_weight, (columns, 1), stats, middle, middle, backward=False)
     block_m, block_r, block_n, warps, stages = tiles.tile("up", rows, call, x.device)
     launch(
-        up_kernel, (triton.cdiv(columns, block_n), triton.cdiv(rows, block_m)),
+        up_kernel, (cdiv(columns, block_n), cdiv(rows, block_m)),
         (
             middle, residual, call.up_weight, x if call.up_bias is None else call.up_bias, y, rows, columns,
             call.width, call.scaling,
@@ -225,11 +225,11 @@ def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None
         return
     block_m, block_r, block_n, warps, stages = tiles.tile("dx", rows, call, dy.device)
     norm = call.norm_weight is not None
-    blocks = triton.cdiv(columns, block_n)
+    blocks = cdiv(columns, block_n)
     sums = torch.empty(rows if norm else 0, blocks, 2, dtype=torch.float32, device=dy.device)
     for first in (True, False) if norm else (False,):
         launch(
-            dx_kernel, (blocks, triton.cdiv(rows, block_m)),
+            dx_kernel, (blocks, cdiv(rows, block_m)),
             (
                 dm, call.down_weight, dy, x, stats, call.norm_weight if norm else dy, sums, dx, rows, columns,
                 call.width, blocks,
@@ -248,9 +248,9 @@ def _contract(call, x, weight, strides, stats, middle, out, *, backward: bool) -
     rows, columns = x.shape
     block_m, block_r, block_k, warps, stages = tiles.tile("contract", rows, call, x.device)
     block_r = min(block_r, tiles.padded_width(call.width))
-    blocks = triton.cdiv(rows, block_m), triton.cdiv(call.width, block_r)
+    blocks = cdiv(rows, block_m), cdiv(call.width, block_r)
     share = tiles.share(columns, blocks[0] * blocks[1], block_k)
-    shares = triton.cdiv(columns, share)
+    shares = cdiv(columns, share)
     sums = out if shares == 1 else torch.empty(shares, *out.shape, dtype=torch.float32, device=x.device)
     norm = call.norm_weight is not None and not backward
     down_bias = x if call.down_bias is None else call.down_bias
@@ -272,7 +272,7 @@ def _contract(call, x, weight, strides, stats, middle, out, *, backward: bool) -
     if shares > 1:
         block_r = min(64, tiles.padded_width(call.width))
         launch(
-            finish_kernel, (triton.cdiv(rows, 16), triton.cdiv(call.width, block_r)),
+            finish_kernel, (cdiv(rows, 16), cdiv(call.width, block_r)),
             (sums, down_bias, middle, out, rows, call.width, shares, call.scaling),
             {**finish, "DOWN_BIAS": call.down_bias is not None, "BLOCK_M": 16, "BLOCK_R": block_r},
             num_warps=4,

@@ -11,7 +11,7 @@ import triton.language as tl
 from peft_engine.kernels.lora_linear import tiles
 
 from peft_engine.activations import term_width, terms_of
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 BLOCK = 64
 
@@ -133,9 +133,9 @@ def write(space, a, b, scaling: float, out_features: int, *, split_a: bool, spli
 
 def _launch(a, b, space_out, terms_a, terms_b, out_features, scaling, *, space, split_a, split_b) -> None:
     rank, columns = a.shape
-    programs_b = triton.cdiv(out_features, BLOCK)
+    programs_b = cdiv(out_features, BLOCK)
     launch(
-        adapter_kernel, (programs_b + triton.cdiv(columns, BLOCK),),
+        adapter_kernel, (programs_b + cdiv(columns, BLOCK),),
         (
             a, b, space_out, terms_a, terms_b, out_features, columns, rank, scaling, *a.stride(), *b.stride(),
             space_out.stride(0), programs_b,

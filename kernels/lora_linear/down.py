@@ -14,7 +14,7 @@ from peft_engine.kernels.lora_linear import adapter, tiles
 from peft_engine.kernels.lora_linear.parts import kept, rows_of_tile, wide_dot
 
 from peft_engine.activations import term_width
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -120,9 +120,9 @@ def down(
     if not rows:
         return h
     block_m, block_k, warps, stages = tiles.tile("down", rows, rank, x.dtype, x.device)
-    programs = triton.cdiv(rows, block_m) + (groups if grouped else 0)
-    share = block_k * triton.cdiv(triton.cdiv(columns, tiles.shares(columns, programs, block_k)), block_k)
-    shares = triton.cdiv(columns, share)
+    programs = cdiv(rows, block_m) + (groups if grouped else 0)
+    share = block_k * cdiv(cdiv(columns, tiles.shares(columns, programs, block_k)), block_k)
+    shares = cdiv(columns, share)
     partial = torch.empty(shares, rows, rank, dtype=torch.float32, device=x.device)
     buffer = x if buffer is None else buffer
     if a.dtype != x.dtype:
@@ -147,7 +147,7 @@ def down(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch(
-        shares_kernel, (triton.cdiv(rows, 32),),
+        shares_kernel, (cdiv(rows, 32),),
         (partial, h, buffer, rows, columns, rank, shares, scaling / (1.0 - dropout_p), buffer.stride(0)),
         {"RANK": tiles.padded_rank(rank), "WIDTH": term_width(rank), "TERMS": terms, "BLOCK_M": 32},
         num_warps=4,

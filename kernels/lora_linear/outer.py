@@ -10,7 +10,7 @@ import triton.language as tl
 from peft_engine.kernels.lora_linear import tiles
 from peft_engine.kernels.lora_linear.parts import kept, wide_dot
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -101,14 +101,14 @@ def outer(
     columns = z.shape[1]
     groups = 1 if bounds is None else bounds.shape[0] - 1
     block_m, block_c, warps, stages = tiles.tile("outer", rows, rank, z.dtype, z.device)
-    splits = tiles.splits(rows, triton.cdiv(columns, block_c) * groups)
-    share = triton.cdiv(triton.cdiv(rows, splits), block_m) * block_m
-    splits = max(1, triton.cdiv(rows, share)) if share else 1
+    splits = tiles.splits(rows, cdiv(columns, block_c) * groups)
+    share = cdiv(cdiv(rows, splits), block_m) * block_m
+    splits = max(1, cdiv(rows, share)) if share else 1
     partial = torch.empty(splits, groups, rank, columns, dtype=torch.float32, device=z.device)
     shape = (columns, rank) if transposed else (rank, columns)
     out = torch.empty(shape if bounds is None else (groups, *shape), dtype=dtype, device=z.device)
     launch(
-        outer_kernel, (triton.cdiv(columns, block_c), splits, groups),
+        outer_kernel, (cdiv(columns, block_c), splits, groups),
         (
             g, z, partial, z if seed is None else seed, z if order is None else order,
             z if bounds is None else bounds, rows, columns, rank, share, groups, round(dropout_p * 2**32),
@@ -121,7 +121,7 @@ def outer(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     launch(
-        reduce_kernel, (triton.cdiv(columns, 64), groups),
+        reduce_kernel, (cdiv(columns, 64), groups),
         (partial, out, groups, columns, rank, splits, scaling / (1.0 - dropout_p)),
         {"TRANSPOSED": transposed, "RANK": tiles.padded_rank(rank), "BLOCK": 64},
         num_warps=4 if rank <= 64 else 8,

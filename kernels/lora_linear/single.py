@@ -15,7 +15,7 @@ from peft_engine.kernels.lora_linear.parts import kept, wide_dot
 from peft_engine.kernels.nf4.dequantize import scale_of
 from peft_engine.kernels.nf4.tables import absmax_code, code
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
         return y, h
     block_m, block_n, block_k, warps, stages = tiles.tile("single", rows, rank, x.dtype, x.device)
     launch(
-        forward_kernel, (triton.cdiv(out_features, block_n), triton.cdiv(rows, block_m)),
+        forward_kernel, (cdiv(out_features, block_n), cdiv(rows, block_m)),
         (
             x, *_weight(base, x), h if rank else x, b if rank else x, x if bias is None else bias, y, rows,
             columns,
@@ -169,7 +169,7 @@ def backward(dy, base, columns, a, b, scaling, dropout_p, seed):
         return dx, dh
     block_m, block_k, block_n, warps, stages = tiles.tile("single_backward", rows, rank, dy.dtype, dy.device)
     launch(
-        backward_kernel, (triton.cdiv(columns, block_k), triton.cdiv(rows, block_m)),
+        backward_kernel, (cdiv(columns, block_k), cdiv(rows, block_m)),
         (
             dy, *_weight(base, dy), dh if rank else dy, a if rank else dy, dx, dy if seed is None else seed,
             rows,

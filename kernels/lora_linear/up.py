@@ -10,7 +10,7 @@ import triton.language as tl
 from peft_engine.kernels.lora_linear import tiles
 from peft_engine.kernels.lora_linear.parts import kept, rows_of_tile
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -74,8 +74,8 @@ def up_(
     block_m, block_n, warps, _ = tiles.tile("up", h.shape[0], rank, y.dtype, y.device)
     groups, strides = (1, (0, *b.stride())) if order is None else (b.shape[0], b.stride())
     grid = (
-        triton.cdiv(columns, block_n),
-        triton.cdiv(h.shape[0], block_m) + (groups if order is not None else 0),
+        cdiv(columns, block_n),
+        cdiv(h.shape[0], block_m) + (groups if order is not None else 0),
     )
     launch(
         up_kernel, grid,

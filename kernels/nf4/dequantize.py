@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from peft_engine.kernels.nf4.tables import absmax_code, code
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 # Packed bytes of a program, which has a warp for 1024. 4096x14336 on an H200 takes 34 us with 2048, 39 with
 # 4096.
@@ -105,7 +105,7 @@ def dequantize(
         return
     nested = nested_absmax is not None
     size = next(b for b in BYTES if 2 * b <= columns or b == BYTES[-1])
-    chunks = triton.cdiv(columns, 2 * size)
+    chunks = cdiv(columns, 2 * size)
     # No fused multiply-add: the scale is rounded twice, see scale_of.
     launch(
         dequantize_kernel, (rows * chunks,),

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from peft_engine.kernels.nf4.tables import midpoints
 
+from peft_engine.kernels.launch import cdiv
+
 VALUES = 4096  # values of a program: whole blocks, whatever their size
 
 
@@ -50,7 +52,7 @@ def quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Te
     absmax = flat.new_empty(-(-n // blocksize), dtype=torch.float32)
     if n:
         blocks = VALUES // blocksize
-        quantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+        quantize_kernel[(cdiv(absmax.numel(), blocks),)](
             flat, packed, absmax, midpoints(flat.device), n,
             BLOCKSIZE=blocksize, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     unless_empty,
 )
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def gradient_of_real(call: Call, dout, lse, delta, dk, dv, scale: float) -> None
     """Fills dk and dv."""
     q, k, v = call.q, call.k, call.v
     block_n, block_m, warps, stages = tiles.tile("dkv", call)
-    programs = triton.cdiv(k.shape[2], block_n)
+    programs = cdiv(k.shape[2], block_n)
     launch(
         dkv_kernel, (programs * call.heads,),
         (
@@ -248,7 +248,7 @@ def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> No
     q, prefix_k = call.q, call.prefix_k
     copies, kv_heads, prefix, _ = prefix_k.shape
     block_n, block_m, warps, stages = tiles.tile("prefix", call)
-    programs, per_copy = triton.cdiv(prefix, block_n), q.shape[0] // copies
+    programs, per_copy = cdiv(prefix, block_n), q.shape[0] // copies
     share, shares = tiles.shares(per_copy * call.rows, programs * kv_heads, block_m)
     parts = dk, dv
     if shares > 1:
@@ -266,6 +266,6 @@ def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> No
     )  # fmt: skip
     if shares > 1:
         launch(
-            sum_kernel, (triton.cdiv(dk.numel(), 512),), (*parts, dk, dv, dk.numel(), shares), {"BLOCK": 512},
+            sum_kernel, (cdiv(dk.numel(), 512),), (*parts, dk, dv, dk.numel(), shares), {"BLOCK": 512},
             num_warps=4,
         )  # fmt: skip

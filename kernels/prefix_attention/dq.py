@@ -20,7 +20,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     unless_empty,
 )
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def dq_kernel(
 def gradient_of_queries(call: Call, dout, out, lse, delta, dq, scale: float) -> None:
     """Fills dq and delta."""
     block_m, block_n, warps, stages = tiles.tile("dq", call)
-    programs = triton.cdiv(call.rows, block_m)
+    programs = cdiv(call.rows, block_m)
     launch(
         dq_kernel, (programs * call.heads,),
         (

@@ -26,7 +26,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     sum_product,
 )
 
-from peft_engine.kernels.launch import launch
+from peft_engine.kernels.launch import cdiv, launch
 from peft_engine.ops.attention import by_token
 
 
@@ -173,7 +173,7 @@ def forward(
     call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal)
     block_m, block_n, warps, stages = tiles.tile("attend", call)
     chunk, chunks = tiles.chunks(call.rows, prefix_k.shape[2] + k.shape[2])
-    programs = triton.cdiv(call.rows, block_m)
+    programs = cdiv(call.rows, block_m)
     to, to_lse = out, lse
     if chunks > 1:
         to = torch.empty(chunks, *q.shape, dtype=torch.float32, device=q.device)

@@ -1,0 +1,128 @@
+"""The launcher: one compilation for what Triton specialises on, and the compiled kernel found again."""
+
+import pytest
+import torch
+
+from peft_engine.kernels import launch as launcher
+from peft_engine.kernels.launch import cdiv, launch
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.Tensor._make_subclass(OnGpu, tensor)
+
+
+class Kernel:
+    """Stands for a triton.jit function: notes what is compiled, and what runs of it afterwards."""
+
+    __name__ = "kernel"
+
+    def __init__(self):
+        self.arg_names = ["x", "n", "scale", "BLOCK"]
+        self.compiled: list[tuple] = []
+        self.ran: list[tuple] = []
+
+    def __getitem__(self, grid):
+        def compile_(*arguments, **constants):
+            number = len(self.compiled)
+            self.compiled.append(arguments)
+            return Compiled(self, number)
+
+        return compile_
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel, number: int):
+        self.kernel, self.number = kernel, number
+
+    def __getitem__(self, grid):
+        return lambda *raw: self.kernel.ran.append((self.number, grid, raw))
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> Kernel:
+    monkeypatch.setattr(launcher, "_compiled", {})
+    monkeypatch.setattr(launcher, "_seen", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Kernel()
+
+
+def run(kernel, x, n, scale=1.0, block=16):
+    launch(kernel, (2,), (x, n, scale), {"BLOCK": block}, num_warps=4)
+
+
+MEMORY = torch.empty(64)
+X = on_gpu(MEMORY)
+
+
+def test_what_was_launched_before_runs_compiled_with_addresses(kernel):
+    for _ in range(3):
+        run(kernel, X, 32)
+    assert len(kernel.compiled) == 1
+    assert kernel.ran == [(0, (2, 1, 1), (MEMORY.data_ptr(), 32, 1.0, 16))] * 2
+
+
+def test_values_of_one_kind_share_a_compilation(kernel):
+    for n in (32, 48, 64, 48):
+        run(kernel, X, n, scale=float(n))
+    assert len(kernel.compiled) == 1
+    assert [raw[1:3] for _, _, raw in kernel.ran] == [(48, 48.0), (64, 64.0), (48, 48.0)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"n": 1},
+        {"n": 33},
+        {"n": 2**31},
+        {"x": on_gpu(MEMORY[1:])},
+        {"x": on_gpu(MEMORY.double())},
+        {"block": 32},
+    ],
+    ids=lambda other: str(next(iter(other))),
+)
+def test_what_triton_specialises_on_is_compiled_anew(kernel, other):
+    for arguments in ({"x": X, "n": 32}, {"x": X, "n": 32} | other) * 3:
+        run(kernel, **arguments)
+    assert len(kernel.compiled) == 2
+    assert [number for number, _, _ in kernel.ran] == [0, 1] * 2
+
+
+def test_an_integer_is_not_taken_for_a_float(kernel):
+    run(kernel, X, 32, scale=1.0)
+    run(kernel, X, 32, scale=1)
+    run(kernel, X, 32, scale=1)
+    assert len(kernel.compiled) == 2 and [number for number, _, _ in kernel.ran] == [1]
+
+
+def test_two_kernels_are_two(kernel):
+    other = Kernel()
+    for each in (kernel, other, kernel, other):
+        run(each, X, 32)
+    assert (len(kernel.compiled), len(kernel.ran), len(other.compiled), len(other.ran)) == (1, 1, 1, 1)
+
+
+def test_many_lengths_leave_a_bounded_memory(kernel, monkeypatch):
+    monkeypatch.setattr(launcher, "_MOST_SEEN", 8)
+    for n in range(16, 16 * 50, 16):
+        run(kernel, X, n)
+    assert len(kernel.compiled) == 1 and len(launcher._seen) <= 8
+    assert [raw[1] for _, _, raw in kernel.ran] == list(range(32, 16 * 50, 16))
+
+
+def test_constants_come_last_and_in_their_order(kernel):
+    kernel.arg_names = ["x", "n", "BLOCK", "scale"]
+    with pytest.raises(TypeError, match="ends with the constants"):
+        run(kernel, X, 32)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "out"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (2**40 + 1, 2, 2**39 + 1)]
+)
+def test_cdiv(a, b, out):
+    assert cdiv(a, b) == out
