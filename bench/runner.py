@@ -25,6 +25,7 @@ import transformers
 
 from bench import (
     bench_bottleneck,
+    bench_dense,
     bench_domains,
     bench_generate,
     bench_linear_cross_entropy,
@@ -44,6 +45,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "dequantise": bench_nf4.dequantise,
     "qlora_layer": bench_lora_linear.qlora_layer,
     "linear_cross_entropy": bench_linear_cross_entropy.loss,
+    "dense_product": bench_dense.dense_product,
     "bottleneck": bench_bottleneck.layer,
     "prompt_embedding": bench_prompt_embedding.embedding,
     "prefix_attention": bench_prefix_attention.suite,
