@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from bench.gpu_sections import clones, rotated, rotation
 from bench.gpu_timing import Call, Section, flat
 from peft_engine import ops
 from peft_engine.activations import padded_empty, spare_width, with_spare
+from peft_engine.ops.lora_linear import flat_base
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4096, 4096), (14336, 4096), (4096, 14336))  # (N, K)
 # The rows at which a kernel is timed.
@@ -30,7 +30,6 @@ KERNELS: dict[str, tuple[int, ...]] = {
 }
 PATH_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 Tile = tuple[int, ...]
-Base = tuple[Any, ...]  # weight, absmax, nested_absmax, offset, blocksize
 
 
 def rows_of(kernel: str) -> tuple[int, ...]:
@@ -70,10 +69,6 @@ def call_of(kernel: str, shape: tuple[int, ...], rows: int, device: torch.device
     return kernel_call(kernel, *shape, rows, qs), len(qs)
 
 
-def base_of(q: ops.NF4Tensor) -> Base:
-    return q.packed, q.absmax, q.nested_absmax, q.offset, q.blocksize
-
-
 def weights(n: int, k: int, device: torch.device) -> list[ops.NF4Tensor]:
     """Copies of one weight, enough to go round the L2."""
     q = ops.nf4_quantize(torch.randn(n, k, dtype=torch.bfloat16, device=device), double_quant=True)
@@ -98,7 +93,7 @@ def kernel_call(kernel: str, n: int, k: int, rows: int, qs: list[ops.NF4Tensor])
         x, forward = padded(k if kernel == "single" else n), kernel == "single"
         run = single.forward if forward else single.backward
         end = (None, 0.0, None) if forward else (0.0, None)  # no bias, no dropout
-        return rotated([partial(run, x, base_of(q), n if forward else k, a, b, 1.0, *end) for q in qs])
+        return rotated([partial(run, x, flat_base(q), n if forward else k, a, b, 1.0, *end) for q in qs])
     x = padded(k)
     if kernel == "down":
         width = spare_width(rank, a.dtype, x.dtype)
@@ -155,9 +150,9 @@ def path_call(path: str, direction: str, n: int, k: int, rows: int, qs: list[ops
         with paths.pinned(path):
             for q in qs:
                 if direction == "forward":
-                    forward(x, *base_of(q), n, a, b, 1.0, None, 0.0, None)
+                    forward(x, *flat_base(q), n, a, b, 1.0, None, 0.0, None)
                 else:  # h None: the adapter is frozen, so dx is all
-                    backward(dy, x, *base_of(q), a, b, None, 1.0, 0.0, None, True)
+                    backward(dy, x, *flat_base(q), a, b, None, 1.0, 0.0, None, True)
 
     return call
 

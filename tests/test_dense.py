@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_engine as pe
 from peft_engine import dense, dispatch, native
@@ -31,17 +30,15 @@ def by_us(monkeypatch):
     monkeypatch.setattr(dense, "_SLOW", set(HALF))
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+@pytest.fixture
+def llama(tiny_llama):
+    """A frozen Llama with grouped heads, always the same."""
+
+    def make(dtype: torch.dtype = torch.float32):
+        torch.manual_seed(0)
+        return tiny_llama(dtype, num_key_value_heads=2).requires_grad_(False)
+
+    return make
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -119,7 +116,7 @@ def test_half_precision_without_a_product_in_torch_is_ours(by_us, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_a_model_of_half_precision_without_a_product_in_torch(by_us, dtype, monkeypatch):
+def test_a_model_of_half_precision_without_a_product_in_torch(by_us, llama, dtype, monkeypatch):
     model, want = llama(dtype), llama().double()
     report = pe.optimize(model)
     lines = {line.name: line for line in report.layers}
@@ -153,7 +150,7 @@ def test_compiles(by_onednn):
     close(x.grad, weight.double().sum(0).expand(6, -1))
 
 
-def test_rows_without_an_adapter_are_the_fused_base(by_onednn):
+def test_rows_without_an_adapter_are_the_fused_base(by_onednn, llama):
     model = llama()
     pe.optimize(model)
     base = model(IDS).logits
@@ -169,7 +166,7 @@ def test_rows_without_an_adapter_are_the_fused_base(by_onednn):
     assert torch.equal(pe.detach(model)(IDS).logits, base)
 
 
-def test_hooks_of_the_projections_run(by_onednn):
+def test_hooks_of_the_projections_run(by_onednn, llama):
     model, seen = llama(), []
     pe.optimize(model)
     layer = model.model.layers[1]
@@ -184,7 +181,7 @@ def test_hooks_of_the_projections_run(by_onednn):
     assert seen == ["o_proj", "up_proj", "any", "o_proj", "up_proj"]
 
 
-def test_explain_says_whose_product_runs(by_onednn):
+def test_explain_says_whose_product_runs(by_onednn, llama):
     model = llama()
     report = pe.optimize(model)
     lines = {line.name: line.reason for line in report.layers}

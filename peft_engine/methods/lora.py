@@ -161,12 +161,9 @@ def _forward(
     weight: torch.Tensor | NF4Tensor,
     linear: Callable[..., torch.Tensor] = F.linear,
 ) -> torch.Tensor:
-    quantized = isinstance(weight, NF4Tensor)
     active = layer.active_adapter
     if not isinstance(active, tuple):
-        if active not in layer.lora and not quantized:
-            return linear(x, weight, layer._parameters["bias"])
-        return _product(layer, x, weight, active, layer._parameters["bias"])
+        return _product(layer, x, weight, active, layer._parameters["bias"], linear)
     groups = copies.row_groups(active, x.shape[0], "active")
     # Two adapters that this layer knows nothing of are one group: the base alone.
     known: dict[str | None, list[int]] = {}
@@ -174,17 +171,14 @@ def _forward(
         known.setdefault(name if name in layer.lora or copies.has(layer, name) else None, []).extend(rows)
     if len(known) == 1:
         name = next(iter(known))
-        bias = copies.value(layer, "bias", name)
-        if name not in layer.lora and not quantized:
-            return linear(x, weight, bias)
-        return _product(layer, x, weight, name, bias)
+        return _product(layer, x, weight, name, copies.value(layer, "bias", name), linear)
     if x.is_cuda and _groups(layer, known):
         return _grouped(layer, x, weight, known)
     parts = []
     for name, rows in known.items():
         index = torch.tensor(rows, device=x.device)
         bias = copies.value(layer, "bias", name)
-        if name not in layer.lora and not quantized:
+        if name not in layer.lora and not isinstance(weight, NF4Tensor):
             # Of fewer rows torch's product has other bits than of the batch.
             parts.append(linear(x, weight, bias).index_select(0, index))
         else:
@@ -251,9 +245,16 @@ def _grouped(
 
 
 def _product(
-    layer: Any, x: torch.Tensor, weight: torch.Tensor | NF4Tensor, name: str | None, bias: torch.Tensor | None
+    layer: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor | NF4Tensor,
+    name: str | None,
+    bias: torch.Tensor | None,
+    linear: Callable[..., torch.Tensor] = F.linear,
 ) -> torch.Tensor:
     settings = None if name is None else layer.lora.get(name)
+    if settings is None and not isinstance(weight, NF4Tensor):
+        return linear(x, weight, bias)
     if settings is None:
         return lora_linear(x, weight, None, None, 1.0, bias=bias)
     p = settings.dropout if layer.training else 0.0

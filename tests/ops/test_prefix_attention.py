@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from bench.bench_prefix_attention import extra_bytes
 from peft_engine import dispatch
 from peft_engine.ops import prefix_attention as exported
 from peft_engine.ops.attention import Intervals, mask_from_intervals
@@ -263,12 +264,8 @@ def test_memory_beside_the_results_does_not_grow_with_the_batch(isa):
 
     def allocated(batch):
         tensors = [t.detach().requires_grad_() for t in case(batch, 4, 2, 64, 64, 512, 32)]
-        with torch.profiler.profile(profile_memory=True) as profile:
-            out = prefix_attention(*tensors, is_causal=True)
-            grads = torch.autograd.grad(out, tensors, out.detach())
-        results = sum(t.numel() * 4 for t in (out, *grads)) + batch * 4 * 64 * 4
-        events = profile.events()
-        return sum(e.self_cpu_memory_usage for e in events if e.self_cpu_memory_usage > 0) - results
+        lse = batch * 4 * 64 * 4
+        return extra_bytes(lambda *t: prefix_attention(*t, is_causal=True), tensors) - lse
 
     assert allocated(32) <= allocated(1) + 4096
 
