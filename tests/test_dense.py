@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_twice_as_good
 from torch.nn import functional as F
 
 import peft_engine as pe
@@ -41,22 +42,17 @@ def llama(tiny_llama):
     return make
 
 
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert got.shape == want.shape
-    if want.numel():
-        torch.testing.assert_close(got.double(), want, rtol=0.0, atol=2e-6 * want.abs().max().item())
-
-
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (17,), (3, 5), (2, 0), ()], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_product(by_onednn, shape, with_bias):
     x, weight = torch.randn(*shape, 33), torch.randn(19, 33)
     bias = torch.randn(19) if with_bias else None
-    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    close(dense.product(x, weight, bias), want)
-    close(dense.product(x, weight.t().contiguous().t(), bias), want)
+    plain = F.linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_twice_as_good(dense.product(x, weight, bias), plain, exact)
+    assert_twice_as_good(dense.product(x, weight.t().contiguous().t(), bias), plain, exact)
     if x.dim() > 1:
-        close(dense.product(x.mT.contiguous().mT, weight, bias), want)
+        assert_twice_as_good(dense.product(x.mT.contiguous().mT, weight, bias), plain, exact)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -66,7 +62,7 @@ def test_gradient_is_that_of_x_alone(by_onednn, with_bias):
     y = dense.linear(x, weight, bias)
     assert (type(y.grad_fn).__name__ == "_FrozenBackward") is by_onednn
     y.backward(dy)
-    close(x.grad, dy.double() @ weight.double())
+    assert_twice_as_good(x.grad, dy @ weight, dy.double() @ weight.double())
     with torch.no_grad():
         assert torch.equal(dense.linear(x, weight, bias), y)
 
@@ -105,19 +101,19 @@ def test_half_precision_without_a_product_in_torch_is_ours(by_us, dtype, rows):
     assert dense.library(weight.t()) == "torch" and dense.library(weight.float()) != "peft-engine"
     y = dense.linear(x, weight, bias)
     y.backward(dy)
-    # 2.1 roundings to the dtype: our product is summed in float32.
-    eps = 2.1 * torch.finfo(dtype).eps / 2
-    want = F.linear(x.detach().double(), weight.double(), bias.double()), dy.double() @ weight.double()
-    for got, exact in zip((y.detach(), x.grad), want, strict=True):
-        assert got.dtype == dtype and got.shape == exact.shape
-        torch.testing.assert_close(got.double(), exact, rtol=eps, atol=eps)
+    grad, x = x.grad, x.detach()
+    wide = x.double(), weight.double(), bias.double(), dy.double()
+    assert_twice_as_good(y.detach(), F.linear(x, weight, bias), F.linear(*wide[:3]))
+    assert_twice_as_good(grad, dy @ weight, wide[3] @ wide[1])
     with dispatch.force_backend("reference"):
         assert dense.library(weight) == "torch"
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_a_model_of_half_precision_without_a_product_in_torch(by_us, llama, dtype, monkeypatch):
-    model, want = llama(dtype), llama().double()
+    model = llama(dtype)
+    plain, exact = model(IDS).logits, model.double()(IDS).logits
+    model = llama(dtype)
     report = pe.optimize(model)
     lines = {line.name: line for line in report.layers}
     projection = lines["model.layers.1.self_attn.v_proj"]
@@ -132,8 +128,7 @@ def test_a_model_of_half_precision_without_a_product_in_torch(by_us, llama, dtyp
     assert not calls  # torch multiplied nothing
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     pe.detach(model)
-    error = (model.eval()(IDS).logits.double() - want(IDS).logits).abs().max()
-    assert error < 40 * torch.finfo(dtype).eps
+    assert_twice_as_good(model.eval()(IDS).logits, plain, exact)
 
 
 def test_explain_tells_of_slow_products(by_us):
@@ -146,8 +141,10 @@ def test_compiles(by_onednn):
     x, weight = torch.randn(6, 24, requires_grad=True), torch.randn(40, 24)
     y = torch.compile(dense.linear, fullgraph=True, backend="aot_eager")(x, weight)
     y.sum().backward()
-    close(y.detach(), F.linear(x.detach().double(), weight.double()))
-    close(x.grad, weight.double().sum(0).expand(6, -1))
+    exact = (x.double() @ weight.double().t()).detach()
+    assert_twice_as_good(y.detach(), F.linear(x, weight).detach(), exact)
+    ones = torch.ones(6, 40)
+    assert_twice_as_good(x.grad, ones @ weight, ones.double() @ weight.double())
 
 
 def test_rows_without_an_adapter_are_the_fused_base(by_onednn, llama):
