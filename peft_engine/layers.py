@@ -20,7 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
-from peft_engine import dense
+from peft_engine import dense, dispatch
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.methods import virtual_attention
 from peft_engine.methods.lora import LoraLinear
@@ -283,16 +283,24 @@ def _attend(
 ) -> torch.Tensor:
     """Attention with the mask that transformers makes for sdpa; None is causal, and one query sees all."""
     queries = q.shape[2]
-    if queries == 1:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    if mask is None:
-        if k.shape[2] > queries:  # a static cache before its first token: the later slots are empty
-            k, v = k[:, :, :queries], v[:, :, :queries]
-        return attention(q, k, v, scale=scale)
-    intervals = kept_intervals(mask)
-    if intervals is not None:
-        return attention(q, k, v, intervals=intervals, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if queries > 1 and not _runs_plainly(q):
+        if mask is None:
+            if k.shape[2] > queries:  # a static cache before its first token: the later slots are empty
+                k, v = k[:, :, :queries], v[:, :, :queries]
+            return attention(q, k, v, scale=scale)
+        intervals = kept_intervals(mask)
+        if intervals is not None:
+            return attention(q, k, v, intervals=intervals, scale=scale)
+    causal = mask is None and queries > 1  # torch's, too, has the first query at the first key
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+
+
+def _runs_plainly(q: torch.Tensor) -> bool:
+    """Whether no kernel takes q, and the op would hold all scores: the model's own attention is torch's."""
+    if dispatch.forced() is not None:
+        return False
+    return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3])).backend == "reference"
 
 
 def _by_op(module, query, key, value, mask, *, scaling: float, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -368,15 +376,15 @@ def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[
     device = next(module.parameters()).device.type
     dtype = dtype or (tensors[0].dtype if tensors else torch.float32)
     try:
-        choice = _choice(op, device, dtype)
+        choice = _choice(op, device, dtype, getattr(module, "head_dim", 0))
     except BackendError as error:
         return op, "", str(error)
     return op, choice.backend, choice.reason
 
 
-def _choice(op: str, device: str, dtype: torch.dtype) -> Choice:
+def _choice(op: str, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     if op == "rms_norm":
         return RMS_NORM.choose(RmsNormCall(device, dtype, dtype))
     if op == "swiglu":
         return SWIGLU.choose(SwigluCall(device, dtype))
-    return ATTENTION.choose(AttentionCall(device, dtype))
+    return ATTENTION.choose(AttentionCall(device, dtype, head_dim))

@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined: it is then run on CPU tensors
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -71,6 +72,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
     finally:
         native.set_isa(before)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch) -> Iterator[None]:
+    """Ops run their Triton kernels on CPU tensors, in the mended interpreter, by the way a GPU's take."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the kernels run on it, not in the interpreter")
+    pytest.importorskip("triton", reason="triton is not installed (the `gpu` extra)")
+    from triton_interpreter import mended
+
+    for op in dispatch.OPS.values():
+        takes_all = [dataclasses.replace(entry, refuse=lambda call: None) for entry in op._entries]
+        monkeypatch.setattr(op, "_entries", takes_all)
+        monkeypatch.setattr(op, "_cache", {})
+    monkeypatch.setattr(dispatch, "_look_for_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "direct", lambda x: True)
+    with dispatch.force_backend("triton"), mended(shuffle=0):
+        yield
 
 
 @pytest.fixture

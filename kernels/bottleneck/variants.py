@@ -12,12 +12,11 @@ from peft_engine.kernels.bottleneck import fused, outer, split, tiles
 from peft_engine.kernels.bottleneck.call import Call
 
 from peft_engine.kernels.tiles import pretended
-from peft_engine.kernels.variants import ARCHS, TENSOR_CORE, Variant, launched
+from peft_engine.kernels.variants import ARCHS, NAMES, TENSOR_CORE, Variant, launched
 
 H = 4096
 WHOLE = (80, 90)
 LOADS = "LDG.E.64|LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128|UTMALDG"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 WIDE = 1024  # for the entries without a largest width
 # The least and the most that a call asks of a kernel: which tile holds the most is what matters.
 PLAIN: dict[str, Any] = {"norm": False, "biases": False, "activation": "relu"}

@@ -11,11 +11,10 @@ from peft_engine.kernels.lora_linear.outer import outer
 from peft_engine.kernels.lora_linear.up import up_
 
 from peft_engine.kernels.tiles import pretended
-from peft_engine.kernels.variants import ARCHS, TENSOR_CORE, Variant, launched
+from peft_engine.kernels.variants import ARCHS, NAMES, TENSOR_CORE, Variant, launched
 
 N, K = 4096, 4096
 WIDE = "LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NF4, DENSE = "nf4", "dense"
 
 

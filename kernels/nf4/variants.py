@@ -7,11 +7,10 @@ import torch
 from peft_engine.kernels.nf4.dequantize import dequantize
 from peft_engine.kernels.nf4.quantize import VALUES, quantize
 
-from peft_engine.kernels.variants import Variant, launched
+from peft_engine.kernels.variants import NAMES, Variant, launched
 from peft_engine.ops.nf4 import DTYPES
 
 SIDE = 4096
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def variants() -> Iterator[Variant]:

@@ -16,12 +16,11 @@ from peft_engine.kernels.prefix_attention.dq import gradient_of_queries
 from peft_engine.kernels.prefix_attention.forward import forward
 
 from peft_engine.kernels.tiles import MANY, pretended
-from peft_engine.kernels.variants import ARCHS, TENSOR_CORE, Variant, launched
+from peft_engine.kernels.variants import ARCHS, NAMES, TENSOR_CORE, Variant, launched
 from peft_engine.ops.attention import by_token
 
 WIDE = "LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128"
 WHOLE = (80, 90)
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def variants() -> Iterator[Variant]:

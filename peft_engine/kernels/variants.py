@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities, times ten
 TENSOR_CORE = "HMMA|HGMMA|UTCHMMA"  # mma.sync, wgmma and tcgen05: what a dot may become
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
+from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
 class Intervals(NamedTuple):
@@ -29,6 +29,7 @@ class AttentionCall(NamedTuple):
 
     device: str
     dtype: torch.dtype
+    head_dim: int
 
 
 ATTENTION = dispatch.Op("attention")
@@ -58,7 +59,7 @@ def attention(
     else:
         check_intervals("attention", intervals, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return ATTENTION.choose(AttentionCall(q.device.type, q.dtype)).run(q, k, v, intervals, scale)
+    return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3])).run(q, k, v, intervals, scale)
 
 
 def check_heads(who: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -225,5 +226,29 @@ def _cpu(q, k, v, intervals, scale) -> torch.Tensor:
     return _Attention.apply(q, k, v, first, last, scale)
 
 
+def _gpu(q, k, v, intervals, scale) -> torch.Tensor:
+    """torch's flash kernel where all is causal, else the Triton kernels of prefix_attention without a prefix.
+
+    torch's needs a mask in full for intervals, which takes its slow kernel, and has none of float32 with
+    grouped heads that does not hold all scores.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    flash = q.dtype != torch.float32 or not grouped
+    if intervals is None and q.shape[2] == k.shape[2] and flash:
+        return _torch(q, k, v, scale)
+    from peft_engine.ops.prefix_attention import kernels  # which imports this module
+
+    first, last = (None, None) if intervals is None else intervals
+    nothing = k.detach()[:1, :, :0]
+    return kernels(q, k, v, nothing, nothing, first, last, None, intervals is None, scale)
+
+
+def _refuse_unless_triton(call: AttentionCall) -> str | None:
+    from peft_engine.ops.prefix_attention import refuse_head_dim
+
+    return refuse_head_dim(call.head_dim) or refuse_unless_cuda(call)
+
+
+ATTENTION.register("triton", _gpu, _refuse_unless_triton)
 ATTENTION.register("cpu", _cpu, refuse_unless_cpu)
 ATTENTION.register("reference", reference)

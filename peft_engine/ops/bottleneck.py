@@ -252,12 +252,6 @@ def _backward_on_gpu(*arguments):
     return backward(*arguments)
 
 
-def _direct(x: torch.Tensor) -> bool:
-    """Whether to pass the raw op by: on a GPU, where nothing traces, its dispatcher costs 20 us a call."""
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return x.is_cuda and plain and not torch.compiler.is_compiling()
-
-
 def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
     """(..., features) as contiguous (rows, features)."""
     return None if t is None else t.reshape(-1, t.shape[-1]).contiguous()
@@ -275,7 +269,7 @@ class _Bottleneck(torch.autograd.Function):
             _rows(x),
             _rows(residual),
         )  # in here, where a view adds nothing to the graph
-        run = _forward_on_gpu if _direct(x) else torch.ops.peft_engine.bottleneck_forward
+        run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.bottleneck_forward
         y, middle, stats = run(x, residual, *parameters, activation, scaling, eps)
         # x is needed for dWd and for the norm; a frozen adapter without one keeps the middle alone.
         keep_x = norm_weight is not None or ctx.needs_input_grad[2]
@@ -294,7 +288,7 @@ class _Bottleneck(torch.autograd.Function):
             return None, dresidual, *(None,) * 9
         shape, dy = dy.shape, _rows(dy)
         shaped_x = x if x is not None else dy.new_empty(()).expand(dy.shape)  # its shape alone is read
-        run = _backward_on_gpu if _direct(dy) else torch.ops.peft_engine.bottleneck_backward
+        run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.bottleneck_backward
         grads = run(dy, shaped_x, middle, stats, *parameters, *ctx.settings, wanted)
         dx, *rest = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return None if dx is None else dx.view(shape), dresidual, *rest, None, None, None
@@ -317,7 +311,7 @@ def _kernels(
     args = (*tensors, activation, scaling, eps)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
         return _Bottleneck.apply(x, residual, *args)
-    run = _forward_on_gpu if _direct(x) else torch.ops.peft_engine.bottleneck_forward.default
+    run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.bottleneck_forward.default
     return run(_rows(x), _rows(residual), *args)[0].view(x.shape)
 
 

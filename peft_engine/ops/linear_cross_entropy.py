@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dense, dispatch, native
-from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
+from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -95,7 +95,7 @@ def reference(x, weight, labels, bias=None, ignore_index=-100, reduction="mean")
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
-# --- cpu ----------------------------------------------------------------------------------------------------
+# --- kernels ------------------------------------------------------------------------------------------------
 
 # The opaque op: everything whose size depends on the labels is inside it. `scale` multiplies each row's
 # gradient: one value a row of x, or None for 1 / labelled rows (mean=True) or 1. What is not needed comes
@@ -104,7 +104,8 @@ native.library.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, int ignore_index,"
     " Tensor? scale, bool mean, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-# The row passes in csrc/cpu/linear_cross_entropy.cpp; never traced, so they need no fake.
+# The row passes in csrc/cpu/linear_cross_entropy.cpp and kernels/linear_cross_entropy/; never traced, so they
+# need no fake.
 native.library.define(
     "cross_entropy_rows(Tensor(a!) logits, Tensor labels, Tensor scale, Tensor(b!) loss, Tensor(c!) stats,"
     " bool write_gradient) -> ()"
@@ -125,18 +126,84 @@ def _(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need
     )
 
 
-# Bytes of logits held at a time, and the rows below which a chunk does not pay: each chunk reads W once. On
-# two cores of a Sapphire Rapids, bf16, vocabulary 49152, hidden 576, the two products take 500 us a row in
-# chunks of 32 rows, 450 at 64, 270 at 128, 240 with all 512 at once.
-CHUNK_BYTES = 32 << 20
-CHUNK_ROWS = 128
-CHUNK_COLUMNS = 512
+# Triton is imported when the first tensor on a GPU asks for it.
+@torch.library.impl(native.library, "cross_entropy_rows", "CUDA")
+def _rows_on_gpu(*arguments) -> None:
+    from peft_engine.kernels.linear_cross_entropy.rows import cross_entropy_rows
+
+    cross_entropy_rows(*arguments)
 
 
-def _chunk(size: int, line_bytes: int, least: int) -> int:
-    """Rows (or columns) at a time: within CHUNK_BYTES, a sixteenth of many, all chunks about the same."""
-    most = max(1, min(CHUNK_BYTES // line_bytes, max(least, size // 16)))
-    return -(-size // -(-size // most))
+@torch.library.impl(native.library, "cross_entropy_columns", "CUDA")
+def _columns_on_gpu(*arguments) -> None:
+    from peft_engine.kernels.linear_cross_entropy.columns import cross_entropy_columns
+
+    cross_entropy_columns(*arguments)
+
+
+class Chunks(NamedTuple):
+    """Bytes of logits held at a time, and the rows and columns below which a chunk does not pay."""
+
+    nbytes: int
+    rows: int
+    columns: int
+
+    def step(self, size: int, line_bytes: int, least: int) -> int:
+        """Rows (or columns) at a time: within nbytes, a sixteenth of many, all chunks about the same."""
+        most = max(1, min(self.nbytes // line_bytes, max(least, size // 16)))
+        return -(-size // -(-size // most))
+
+
+# Each chunk reads W once. On two cores of a Sapphire Rapids, bf16, vocabulary 49152, hidden 576, the two
+# products take 500 us a row in chunks of 32 rows, 450 at 64, 270 at 128, 240 with all 512 at once. On a GPU
+# a product of 256 rows in half precision does 256 operations for each byte of W, where an H200 does 156 in
+# the time of a byte (its measured ceilings), an A100 by its data sheet 153; no chunk was timed on one.
+CHUNKS = {"cpu": Chunks(32 << 20, 128, 512), "cuda": Chunks(256 << 20, 256, 512)}
+
+
+class _Labelled(NamedTuple):
+    """The rows that are computed: their x are x[at]; their labels and their gradients' factors.
+
+    kept: of all rows, which have a label, where others are among those computed; else None.
+    """
+
+    x: torch.Tensor
+    at: torch.Tensor
+    labels: torch.Tensor
+    scale: torch.Tensor
+    kept: torch.Tensor | None = None
+
+
+def _labelled(x, labels, ignore_index: int, vocabulary: int, scale, mean: bool) -> _Labelled:
+    """The rows with a label; IndexError for one that is no entry of the vocabulary.
+
+    How many they are the host must know, and waits for it. A CUDA graph that is being captured cannot: there
+    all rows are computed, those without a label for nothing, and a label out of range gives a loss of nan.
+    """
+    kept = labels != ignore_index
+    if scale is not None:
+        scale = scale.reshape(-1).float()
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        count = kept.sum().float()
+        scale = (1.0 / count if mean else torch.ones_like(count)).expand(len(x)) if scale is None else scale
+        return _Labelled(
+            x.masked_fill(~kept[:, None], 0.0), torch.arange(len(x), device=x.device),
+            labels.masked_fill(~kept, 0), scale.masked_fill(~kept, 0.0), kept,
+        )  # fmt: skip
+    index = kept.nonzero().squeeze(1)
+    picked, rows = labels[index], index.numel()
+    if rows:
+        low, high = (int(end) for end in torch.stack(picked.aminmax()).tolist())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise IndexError(
+                f"linear_cross_entropy: label {wrong} is outside the vocabulary, 0 to {vocabulary - 1}; "
+                f"rows without a label must be ignore_index={ignore_index}"
+            )
+    if scale is None:
+        one = 1.0 / max(rows, 1) if mean else 1.0
+        return _Labelled(x, index, picked, x.new_full((rows,), one, dtype=torch.float32))
+    return _Labelled(x, index, picked, scale[index])
 
 
 def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need_db):
@@ -147,58 +214,47 @@ def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw
     dx = x.new_zeros(flat_x.shape if need_dx else (0,))
     dw = weight.new_zeros(weight.shape if need_dw else (0,))
     db = x.new_zeros(vocabulary if need_db else 0)
-    index = (flat_labels != ignore_index).nonzero().squeeze(1)
-    rows = index.numel()
-    if rows:
-        picked = flat_labels[index]
-        low, high = picked.aminmax()
-        if low < 0 or high >= vocabulary:
-            wrong = int(low) if low < 0 else int(high)
-            raise IndexError(
-                f"linear_cross_entropy: label {wrong} is outside the vocabulary, 0 to {vocabulary - 1}; "
-                f"rows without a label must be ignore_index={ignore_index}"
-            )
-        if scale is not None:
-            picked_scale = scale.reshape(-1)[index].float()
-        else:
-            picked_scale = torch.full((rows,), 1.0 / rows if mean else 1.0, dtype=torch.float32)
-        stats = torch.empty(rows, 2, dtype=torch.float32)
-        _by_rows(flat_x, weight, bias, index, picked, picked_scale, stats, loss, dx if need_dx else None)
+    rows = _labelled(flat_x, flat_labels, ignore_index, vocabulary, scale, mean)
+    if len(rows.at):
+        stats = loss.new_empty(len(rows.at), 2)
+        _by_rows(rows, weight, bias, stats, loss, dx if need_dx else None)
         if need_dw or need_db:
-            _by_columns(flat_x, weight, bias, index, picked, picked_scale, stats, dw if need_dw else None, db)
+            _by_columns(rows, weight, bias, stats, dw if need_dw else None, db)
+        if rows.kept is not None:
+            loss = loss.masked_fill(~rows.kept, 0.0)
     return loss.view(labels.shape), dx.view(x.shape) if need_dx else dx, dw, db
 
 
-def _by_rows(x, weight, bias, index, labels, scale, stats, loss, dx) -> None:
+def _by_rows(rows: _Labelled, weight, bias, stats, loss, dx) -> None:
     """Loss and dx, a chunk of rows at a time."""
-    rows = index.numel()
-    step = _chunk(rows, weight.shape[0] * x.element_size(), CHUNK_ROWS)
-    for start in range(0, rows, step):
-        chunk = slice(start, min(start + step, rows))
-        where = index[chunk]
-        part = dense.product(x[where], weight, bias)
-        chunk_loss = torch.empty(len(part), dtype=torch.float32)
-        torch.ops.peft_engine.cross_entropy_rows(
-            part, labels[chunk], scale[chunk], chunk_loss, stats[chunk], dx is not None
-        )
+    chunks, count = CHUNKS[weight.device.type], len(rows.at)
+    step = chunks.step(count, weight.shape[0] * weight.element_size(), chunks.rows)
+    for start in range(0, count, step):
+        chunk = slice(start, min(start + step, count))
+        where = rows.at[chunk]
+        part = dense.product(rows.x[where], weight, bias)
+        chunk_loss = stats.new_empty(len(part))
+        run = _rows_on_gpu if dispatch.direct(part) else torch.ops.peft_engine.cross_entropy_rows
+        run(part, rows.labels[chunk], rows.scale[chunk], chunk_loss, stats[chunk], dx is not None)
         loss[where] = chunk_loss
         if dx is not None:
             dx[where] = dense.product_back(part, weight)
         del part  # before the next chunk's is there
 
 
-def _by_columns(x, weight, bias, index, labels, scale, stats, dw, db) -> None:
+def _by_columns(rows: _Labelled, weight, bias, stats, dw, db) -> None:
     """dW and db, a range of the vocabulary at a time over all labelled rows: each entry is one sum.
 
     Summing over chunks of rows instead would need dW in float32, twice W; this costs the logits once more.
     """
-    x = x[index]
-    vocabulary = weight.shape[0]
-    step = _chunk(vocabulary, x.element_size() * len(x), CHUNK_COLUMNS)
+    vocabulary, chunks = weight.shape[0], CHUNKS[weight.device.type]
+    x = rows.x[rows.at]
+    step = chunks.step(vocabulary, x.element_size() * len(x), chunks.columns)
     for start in range(0, vocabulary, step):
         columns = slice(start, min(start + step, vocabulary))
         part = dense.product(x, weight[columns], None if bias is None else bias[columns])
-        torch.ops.peft_engine.cross_entropy_columns(part, labels, scale, stats, start)
+        run = _columns_on_gpu if dispatch.direct(part) else torch.ops.peft_engine.cross_entropy_columns
+        run(part, rows.labels, rows.scale, stats, start)
         if dw is not None:
             torch.mm(part.t(), x, out=dw[columns])
         if len(db):
@@ -207,6 +263,7 @@ def _by_columns(x, weight, bias, index, labels, scale, stats, dw, db) -> None:
 
 
 native.library.impl("linear_cross_entropy", _kernel, "CPU")
+native.library.impl("linear_cross_entropy", _kernel, "CUDA")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -262,7 +319,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dw if need_dw else None, db if need_db else None, None, None, None, None, None, None
 
 
-def _cpu(x, weight, labels, bias, ignore_index, reduction) -> torch.Tensor:
+def _kernels(x, weight, labels, bias, ignore_index, reduction) -> torch.Tensor:
     training = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
         x, weight, bias, labels, ignore_index, reduction,
@@ -272,5 +329,6 @@ def _cpu(x, weight, labels, bias, ignore_index, reduction) -> torch.Tensor:
     )  # fmt: skip
 
 
-LINEAR_CROSS_ENTROPY.register("cpu", _cpu, refuse_unless_cpu)
+LINEAR_CROSS_ENTROPY.register("triton", _kernels, refuse_unless_cuda)
+LINEAR_CROSS_ENTROPY.register("cpu", _kernels, refuse_unless_cpu)
 LINEAR_CROSS_ENTROPY.register("reference", reference)

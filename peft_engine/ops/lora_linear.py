@@ -212,19 +212,13 @@ def _backward_on_gpu(*arguments):
     return backward(*arguments)
 
 
-def _direct(x: torch.Tensor) -> bool:
-    """Whether to pass the raw op by: on a GPU, where nothing traces, its dispatcher costs 20 us a call."""
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return x.is_cuda and plain and not torch.compiler.is_compiling()
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p,
         seed,
     ):  # fmt: skip
-        run = _forward_on_gpu if _direct(x) else torch.ops.peft_engine.lora_linear_forward
+        run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.lora_linear_forward
         y, h = run(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
@@ -245,7 +239,7 @@ class _LoraLinear(torch.autograd.Function):
         # The kernels of a GPU read rows that lie apart, and use the columns that may be spare behind them.
         dy = dy if dy.is_cuda else dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
-        run = _backward_on_gpu if _direct(dy) else torch.ops.peft_engine.lora_linear_backward
+        run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.lora_linear_backward
         dx, da, db = run(
             dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p,
             seed, ctx.needs_input_grad[0],
@@ -278,7 +272,7 @@ def _kernels(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch
     # An autograd.Function costs 5 us a call, the bare op 1: a token decoded by 30 layers has 210 of them.
     if learns:
         return _LoraLinear.apply(*args)
-    if _direct(x):
+    if dispatch.direct(x):
         return _forward_on_gpu(*args)[0]
     return torch.ops.peft_engine.lora_linear_forward.default(*args)[0]
 

@@ -316,9 +316,8 @@ def _backward_on_gpu(*arguments):
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
-        out, lse = torch.ops.peft_engine.prefix_attention_forward(
-            q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale
-        )
+        run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward
+        out, lse = run(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, first, last, bias)
         ctx.settings = causal, scale
         return out
@@ -326,20 +325,19 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout):
-        grads = torch.ops.peft_engine.prefix_attention_backward(
-            dense(dout), *ctx.saved_tensors, *ctx.settings
-        )
+        run = _backward_on_gpu if dispatch.direct(dout) else torch.ops.peft_engine.prefix_attention_backward
+        grads = run(dense(dout), *ctx.saved_tensors, *ctx.settings)
         needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
         return *needed, None, None, None, None, None
 
 
-def _kernels(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale) -> torch.Tensor:
+def kernels(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale) -> torch.Tensor:
     tensors = [dense(t) for t in (q, k, v, prefix_k, prefix_v)]
+    arguments = (*tensors, first, last, bias, causal, scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _PrefixAttention.apply(*tensors, first, last, bias, causal, scale)
-    return torch.ops.peft_engine.prefix_attention_forward.default(*tensors, first, last, bias, causal, scale)[
-        0
-    ]
+        return _PrefixAttention.apply(*arguments)
+    run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward.default
+    return run(*arguments)[0]
 
 
 def refuse(call: PrefixAttentionCall) -> str | None:
@@ -354,11 +352,16 @@ def refuse(call: PrefixAttentionCall) -> str | None:
 MAX_HEAD_DIM = 256  # what the Triton kernels' tiles hold
 
 
+def refuse_head_dim(head_dim: int) -> str | None:
+    """Why the Triton kernels do not take heads of this width."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is above {MAX_HEAD_DIM}, the most its tiles hold"
+    return None
+
+
 def refuse_unless_triton(call: PrefixAttentionCall) -> str | None:
     """Why the Triton kernels do not take a call."""
-    if call.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {call.head_dim} is above {MAX_HEAD_DIM}, the most its tiles hold"
-    return refuse(call) or refuse_unless_cuda(call)
+    return refuse_head_dim(call.head_dim) or refuse(call) or refuse_unless_cuda(call)
 
 
 def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:
@@ -373,7 +376,7 @@ def _refuse_unless_cpu(call: PrefixAttentionCall) -> str | None:
 
 
 # "cuda" is "triton" with the CUDA library's kernel of few queries before it.
-PREFIX_ATTENTION.register("cuda", _kernels, _refuse_unless_decode)
-PREFIX_ATTENTION.register("triton", _kernels, refuse_unless_triton)
-PREFIX_ATTENTION.register("cpu", _kernels, _refuse_unless_cpu)
+PREFIX_ATTENTION.register("cuda", kernels, _refuse_unless_decode)
+PREFIX_ATTENTION.register("triton", kernels, refuse_unless_triton)
+PREFIX_ATTENTION.register("cpu", kernels, _refuse_unless_cpu)
 PREFIX_ATTENTION.register("reference", reference)

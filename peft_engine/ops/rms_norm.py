@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_engine import dispatch, native
-from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
+from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
 class RmsNormCall(NamedTuple):
@@ -76,10 +76,26 @@ def _(dy, x, weight, rstd, offset, need_dx, need_dw):
     return x.new_empty(x.shape if need_dx else (0,)), weight.new_empty(weight.shape if need_dw else (0,))
 
 
+# Triton is imported when the first tensor on a GPU asks for it.
+@torch.library.impl(native.library, "rms_norm_forward", "CUDA")
+def _forward_on_gpu(*arguments):
+    from peft_engine.kernels.rms_norm.forward import forward
+
+    return forward(*arguments)
+
+
+@torch.library.impl(native.library, "rms_norm_backward", "CUDA")
+def _backward_on_gpu(*arguments):
+    from peft_engine.kernels.rms_norm.backward import backward
+
+    return backward(*arguments)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, eps, offset):
-        y, rstd = torch.ops.peft_engine.rms_norm_forward(x, weight, eps, offset)
+        run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.rms_norm_forward
+        y, rstd = run(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y
@@ -89,18 +105,19 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, dy):
         x, weight, rstd = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        dx, dw = torch.ops.peft_engine.rms_norm_backward(
-            dy.contiguous(), x, weight, rstd, ctx.offset, need_dx, need_dw
-        )
+        run = _backward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.rms_norm_backward
+        dx, dw = run(dy.contiguous(), x, weight, rstd, ctx.offset, need_dx, need_dw)
         return dx if need_dx else None, dw if need_dw else None, None, None
 
 
-def _cpu(x, weight, eps, offset) -> torch.Tensor:
+def _kernels(x, weight, eps, offset) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps, offset)
-    return torch.ops.peft_engine.rms_norm_forward.default(x, weight, eps, offset)[0]
+    run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.rms_norm_forward.default
+    return run(x, weight, eps, offset)[0]
 
 
-RMS_NORM.register("cpu", _cpu, refuse_unless_cpu)
+RMS_NORM.register("triton", _kernels, refuse_unless_cuda)
+RMS_NORM.register("cpu", _kernels, refuse_unless_cpu)
 RMS_NORM.register("reference", reference)

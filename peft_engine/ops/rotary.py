@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_engine import dispatch, native
-from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
+from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
 class RotaryCall(NamedTuple):
@@ -84,20 +84,30 @@ def _(q, k, cos, sin, transposed):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+# Triton is imported when the first tensor on a GPU asks for it.
+@torch.library.impl(native.library, "rotary", "CUDA")
+def _on_gpu(q, k, cos, sin, transposed):
+    from peft_engine.kernels.rotary.rotate import rotate
+
+    return rotate(q, k, cos, sin, transposed)
+
+
 class _Rotary(torch.autograd.Function):
     """Over the (B, T, H, D) layout, in which the linears leave q and k."""
 
     @staticmethod
     def forward(ctx: Any, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return torch.ops.peft_engine.rotary(q, k, cos, sin, False)
+        run = _on_gpu if dispatch.direct(q) else torch.ops.peft_engine.rotary
+        return run(q, k, cos, sin, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq, dk):
         cos, sin = ctx.saved_tensors
         dq, dk = _dense_heads(dq), _dense_heads(dk)
-        return *torch.ops.peft_engine.rotary(dq, dk, cos, sin, True), None, None
+        run = _on_gpu if dispatch.direct(dq) else torch.ops.peft_engine.rotary
+        return *run(dq, dk, cos, sin, True), None, None
 
 
 def _dense_heads(t: torch.Tensor) -> torch.Tensor:
@@ -111,11 +121,12 @@ def rotary_by_token(
     return ROTARY.choose(RotaryCall(q.device.type, q.dtype)).run(q, k, cos, sin)
 
 
-def _cpu(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+def _kernels(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, cos, sin = _dense_heads(q), _dense_heads(k), cos.contiguous(), sin.contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rotary.apply(q, k, cos, sin)
-    return torch.ops.peft_engine.rotary.default(q, k, cos, sin, False)
+    run = _on_gpu if dispatch.direct(q) else torch.ops.peft_engine.rotary.default
+    return run(q, k, cos, sin, False)
 
 
 def _reference_by_token(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,5 +134,6 @@ def _reference_by_token(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-ROTARY.register("cpu", _cpu, refuse_unless_cpu)
+ROTARY.register("triton", _kernels, refuse_unless_cuda)
+ROTARY.register("cpu", _kernels, refuse_unless_cpu)
 ROTARY.register("reference", _reference_by_token)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu
+from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
 class SwigluCall(NamedTuple):
@@ -60,16 +60,34 @@ def _(dy, gate, up):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
+# Triton is imported when the first tensor on a GPU asks for it.
+@torch.library.impl(native.library, "swiglu_forward", "CUDA")
+def _forward_on_gpu(gate, up):
+    from peft_engine.kernels.swiglu.forward import forward
+
+    return forward(gate, up)
+
+
+@torch.library.impl(native.library, "swiglu_backward", "CUDA")
+def _backward_on_gpu(dy, gate, up):
+    from peft_engine.kernels.swiglu.backward import backward
+
+    return backward(dy, gate, up)
+
+
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate, up):
         ctx.save_for_backward(gate, up)
-        return torch.ops.peft_engine.swiglu_forward(gate, up)
+        run = _forward_on_gpu if dispatch.direct(gate) else torch.ops.peft_engine.swiglu_forward
+        return run(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy):
-        return torch.ops.peft_engine.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        run = _backward_on_gpu if dispatch.direct(gate) else torch.ops.peft_engine.swiglu_backward
+        return run(dy.contiguous(), gate, up)
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -78,14 +96,16 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _cpu(gate, up) -> torch.Tensor:
+def _kernels(gate, up) -> torch.Tensor:
     shape = gate.shape
     if len(shape) != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = (_rows(t if shape else t[None]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Swiglu.apply(gate, up).view(shape)
-    return torch.ops.peft_engine.swiglu_forward.default(gate, up).view(shape)
+    run = _forward_on_gpu if dispatch.direct(gate) else torch.ops.peft_engine.swiglu_forward.default
+    return run(gate, up).view(shape)
 
 
-SWIGLU.register("cpu", _cpu, refuse_unless_cpu)
+SWIGLU.register("triton", _kernels, refuse_unless_cuda)
+SWIGLU.register("cpu", _kernels, refuse_unless_cpu)
 SWIGLU.register("reference", reference)

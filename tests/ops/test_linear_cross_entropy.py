@@ -12,10 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_engine import dispatch, native
 from peft_engine.ops import linear_cross_entropy
 from peft_engine.ops.linear_cross_entropy import (
-    CHUNK_BYTES,
-    CHUNK_ROWS,
+    CHUNKS,
     REDUCTIONS,
-    _chunk,
     _kernel,
     reference,
 )
@@ -210,7 +208,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 @needs_cpu
-def test_chunks_stay_within_their_bytes_and_cover_all_rows():
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_chunks_stay_within_their_bytes_and_cover_all_rows(chunks):
     for rows, vocabulary, size in [
         (512, 49152, 2),
         (10_000, 49152, 2),
@@ -218,9 +217,9 @@ def test_chunks_stay_within_their_bytes_and_cover_all_rows():
         (1, 1, 2),
         (129, 49152, 2),
     ]:
-        step = _chunk(rows, vocabulary * size, CHUNK_ROWS)
-        assert 1 <= step <= max(1, CHUNK_BYTES // (vocabulary * size))
-        assert step <= max(CHUNK_ROWS, rows // 16)
+        step = chunks.step(rows, vocabulary * size, chunks.rows)
+        assert 1 <= step <= max(1, chunks.nbytes // (vocabulary * size))
+        assert step <= max(chunks.rows, rows // 16)
 
 
 @needs_cpu
@@ -231,7 +230,7 @@ def test_logits_are_never_held_as_a_whole_not_even_for_the_gradient_of_the_weigh
     traced = LargestTensor()
     with traced, torch.no_grad():
         _kernel(leaves[0], leaves[1], leaves[2], labels, -100, None, True, True, True, True)
-    assert traced.elements * 2 <= CHUNK_BYTES
+    assert traced.elements * 2 <= CHUNKS["cpu"].nbytes
     assert traced.elements < rows * vocabulary / 15
 
 

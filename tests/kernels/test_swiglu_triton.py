@@ -1,0 +1,57 @@
+"""swiglu in Triton against float64, by the rule of twice the reference's own error."""
+
+import pytest
+import torch
+from accuracy import assert_twice_as_good
+from peft_engine.kernels.swiglu.backward import backward
+from peft_engine.kernels.swiglu.forward import forward
+
+from peft_engine.ops.nf4 import DTYPES
+from peft_engine.ops.swiglu import reference
+
+# The interpreter's exp; on a GPU it is infinite without a word.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+def plain(gate, up, dy):
+    gate, up = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    y = reference(gate, up)
+    return y.detach(), *torch.autograd.grad(y, (gate, up), dy)
+
+
+def check(device, gate, up, dy, what):
+    given = [t.to(device) for t in (gate, up, dy)]
+    got = forward(*given[:2]), *backward(given[2], *given[:2])
+    same, exact = plain(gate, up, dy), plain(gate.double(), up.double(), dy.double())
+    for name, a, b, c in zip(("y", "dgate", "dup"), got, same, exact, strict=True):
+        assert_twice_as_good(a.cpu(), b, c, what=f"{name} {what}")
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled():
+    """Whatever is allocated without values holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# several programs of one row, rows that share one, tails
+@pytest.mark.parametrize("shape", [(1, 2500), (3, 17), (5, 1024), (0, 4), (2, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_and_gradients_are_within_twice_the_reference_error(device, dtype, shape):
+    for scale in (1e-6, 1.0, 30.0):
+        gate, up, dy = (torch.randn(shape).to(dtype) * s for s in (scale, 1.0, 1.0))
+        check(device, gate, up, dy, f"{shape} {dtype} {scale}")
+
+
+@pytest.mark.parametrize("columns", [17, 1500])
+def test_halves_of_one_row_are_read_in_place(device, columns):
+    gate, up = torch.randn(5, 2 * columns).chunk(2, dim=-1)
+    check(device, gate, up, torch.randn(5, columns + 3)[:, :columns], f"halves of {columns}")
+
+
+def test_far_tails_saturate(device):
+    gate = torch.tensor([[-1e4, -200.0, 0.0, 88.0, 200.0, 1e4]], device=device)
+    y = forward(gate, torch.ones_like(gate))
+    assert torch.equal(y.cpu(), torch.tensor([[0.0, 0.0, 0.0, 88.0, 200.0, 1e4]]))
+    assert forward(torch.full_like(gate, float("nan")), torch.ones_like(gate)).isnan().all()
