@@ -83,12 +83,17 @@ def as_on_a_gpu(monkeypatch) -> Iterator[None]:
     from triton_interpreter import mended
 
     for op in dispatch.OPS.values():
-        takes_all = [dataclasses.replace(entry, refuse=lambda call: None) for entry in op._entries]
-        monkeypatch.setattr(op, "_entries", takes_all)
+        entries = [
+            dataclasses.replace(entry, refuse=lambda call: None) if entry.name == "triton" else entry
+            for entry in op._entries
+            if entry.name != "cpu"
+        ]
+        monkeypatch.setattr(op, "_entries", entries)
         monkeypatch.setattr(op, "_cache", {})
+    monkeypatch.setattr(dispatch, "GPU_BACKENDS", ())  # which are otherwise passed by for CPU tensors
     monkeypatch.setattr(dispatch, "_look_for_triton", lambda: None)
     monkeypatch.setattr(dispatch, "direct", lambda x: True)
-    with dispatch.force_backend("triton"), mended(shuffle=0):
+    with mended(shuffle=0):
         yield
 
 

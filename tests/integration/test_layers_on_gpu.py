@@ -8,6 +8,7 @@ from accuracy import assert_twice_as_good
 from test_layers import check, family, make  # noqa: F401  (a fixture)
 
 import peft_engine as pe
+from peft_engine import dispatch
 from peft_engine.ops.nf4 import reference_dequantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
@@ -75,3 +76,55 @@ def test_a_qlora_step_is_within_twice_the_error_of_plain_torch(as_on_a_gpu):
     got = loss_and_gradients(model, ids, labels)
     for name, *results in zip(("loss", "gradients"), got, plain, exact, strict=True):
         assert_twice_as_good(*results, what=name)
+
+
+METHODS = {
+    "lora": pe.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    "prefix": pe.PrefixTuningConfig(num_virtual_tokens=3),
+    "prompt": pe.PromptTuningConfig(num_virtual_tokens=3),
+    "bottleneck": pe.BottleneckConfig(mh_adapter=False, output_adapter=True, reduction_factor=8),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_s_step_is_that_of_plain_torch(as_on_a_gpu, method):
+    """The kernels' own accuracy is tested elsewhere: here, that a model calls them as they want to be."""
+    model = make(hidden_size=64, num_hidden_layers=1)
+    pe.attach(model, METHODS[method])
+    pe.optimize(model)
+    ids = torch.randint(3, 61, (2, 7))
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    got = loss_and_gradients(model, ids, labels)
+    with dispatch.force_backend("reference"):
+        want = loss_and_gradients(model, ids, labels)
+    assert got[1].norm() > 0
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_generates_the_tokens_of_plain_torch(as_on_a_gpu, method):
+    model = make(hidden_size=64, num_hidden_layers=1)
+    pe.attach(model, METHODS[method])
+    pe.optimize(model)
+    ids, mask = torch.randint(3, 61, (2, 5)), torch.ones(2, 5, dtype=torch.long)
+    mask[0, :2] = 0
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "attention_mask": mask}
+    got = model.generate(ids, **settings)
+    with dispatch.force_backend("reference"):
+        assert torch.equal(got, model.generate(ids, **settings))
+
+
+def test_a_mixed_batch_s_rows_are_those_of_each_adapter_alone(as_on_a_gpu):
+    model = make(hidden_size=64, num_hidden_layers=1)
+    for name, config in METHODS.items():
+        pe.attach(model, config, name=name)
+    pe.optimize(model)
+    ids = torch.randint(3, 61, (1, 6)).expand(5, 6)
+    names = [*METHODS, None]
+    with torch.no_grad():
+        with pe.active(model, names):
+            together = model(ids).logits
+        for i, name in enumerate(names):
+            with pe.active(model, name):
+                torch.testing.assert_close(together[i], model(ids[:1]).logits[0])

@@ -1,5 +1,6 @@
 """linear_cross_entropy: the maths, backends and instruction sets by the rule of twice the error, memory."""
 
+import importlib
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from peft_engine.ops.linear_cross_entropy import (
 )
 from peft_engine.ops.nf4 import DTYPES
 
+module = importlib.import_module("peft_engine.ops.linear_cross_entropy")  # the package's name is the function's
 needs_cpu = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
 
 
@@ -189,6 +191,23 @@ def test_leading_dimensions_strides_and_another_ignore_index(backend):
     keep = (ignored != 32).sum()
     got = linear_cross_entropy(strided, twice, ignored, ignore_index=32, reduction="sum") / keep
     torch.testing.assert_close(got, loss[ignored != 32].mean())
+
+
+@needs_cpu
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_captured_graph_computes_all_rows_and_gives_the_same(monkeypatch, reduction):
+    """How many rows have a label is not known to the host then."""
+    x, weight, labels, bias = problem(40, 33, 8, torch.float32)
+    x[labels == -100] = math.nan
+    with dispatch.force_backend("cpu"):
+        want = run(linear_cross_entropy, x, weight, labels, bias, reduction)
+        monkeypatch.setattr(module, "_is_captured", lambda x: True)
+        got = run(linear_cross_entropy, x, weight, labels, bias, reduction)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        nothing = torch.full_like(labels, -100)
+        assert linear_cross_entropy(x, weight, nothing).isnan()
+        assert linear_cross_entropy(x, weight, nothing, reduction="sum") == 0
 
 
 # --- memory ----------------------------------------------------------------------------------------------
