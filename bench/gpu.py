@@ -1,4 +1,4 @@
-"""The GPU suite: what kernels.md lists to measure first, in one call of under 5 minutes; CSVs for the device.
+"""The GPU suite: what kernels.md lists to measure first, in one call of under 6 minutes; CSVs for the device.
 
 python -m bench.gpu                                 all sections into bench/results/<device>/gpu_<section>.csv
 python -m bench.gpu --section few_rows --seconds 60
@@ -25,7 +25,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from bench import gpu_bottleneck, gpu_decode, gpu_layer, gpu_prefix, gpu_sections, gpu_tables, measure
+from bench import (
+    gpu_bottleneck,
+    gpu_decode,
+    gpu_layer,
+    gpu_prefix,
+    gpu_rows,
+    gpu_sections,
+    gpu_step,
+    gpu_tables,
+    measure,
+)
 from bench.gpu_sections import Sizes
 from bench.gpu_timing import DeviceLost, Section, clock_reader
 
@@ -35,6 +45,8 @@ SECTIONS: dict[str, Callable[[Section, Sizes], None]] = {
     "dequantise": gpu_sections.dequantise,
     "few_rows": gpu_sections.few_rows,
     "linear_cross_entropy": gpu_sections.linear_cross_entropy,
+    "train_step": gpu_step.train_step,
+    "row_ops": gpu_rows.row_ops,
     "bottleneck": gpu_bottleneck.bottleneck,
     "prefix_attention": gpu_prefix.prefix_attention,
     "prefix_decode": gpu_decode.decode,
@@ -46,11 +58,13 @@ SHARES = {
     "dequantise": 10,
     "few_rows": 26,
     "linear_cross_entropy": 7,
+    "train_step": 16,
+    "row_ops": 8,
     "bottleneck": 12,
     "prefix_attention": 7,
     "prefix_decode": 7,
 }
-SECONDS = 280.0
+SECONDS = 340.0
 STUCK = 60.0  # a contender silent for as long hangs: it may compile some kernels, at seconds each
 GRACE = 45.0  # a section over its time by as much is ended: it ends by itself after a case
 LOST = 3  # exit code: the context is gone, the progress file says by what

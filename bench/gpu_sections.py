@@ -52,6 +52,11 @@ class Sizes:
     decode_batch: tuple[int, ...] = (1, 8, 32)
     decode_keys: tuple[int, ...] = (512, 2048, 8192)
     decode_prefix: tuple[int, ...] = (32, 128)
+    row_ops: tuple[int, ...] = (8192, 2048)  # rows
+    row_hidden: int = 4096
+    row_intermediate: int = 14336
+    step_layers: int = 4
+    step_tokens: tuple[tuple[int, int], ...] = ((1, 2048), (4, 2048))  # batch, tokens of each
 
 
 # --- ceilings --------------------------------------------------------------------------------------------

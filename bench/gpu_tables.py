@@ -12,6 +12,8 @@ from bench.measure import Row
 PRINTED = {
     "few_rows": ("time", "of the copy"),
     "linear_cross_entropy": ("peak over inputs", "forward and backward"),
+    "row_ops": ("forward and backward", "of the copy"),
+    "train_step": ("peak over model", "step", "rate"),
     "dequantise": ("bytes moved", "of the copy"),
     "qlora_layer": ("peak", "forward and backward", "over "),
     "bottleneck": ("forward",),

@@ -17,7 +17,9 @@ from bench import (
     gpu_layer,
     gpu_peers,
     gpu_prefix,
+    gpu_rows,
     gpu_sections,
+    gpu_step,
     gpu_tables,
     gpu_timing,
     measure,
@@ -34,6 +36,7 @@ TINY = Sizes(
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
     prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),), prefix_decode=((2, 16, 3),),
     bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,),
+    row_ops=(5,), row_hidden=64, row_intermediate=96, step_layers=1, step_tokens=((2, 8),),
     decode_heads=(4, 2, 16), decode_batch=(1, 2), decode_keys=(20,), decode_prefix=(3,),
 )  # fmt: skip
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -92,6 +95,8 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("dequantise", {peers.OURS, "bitsandbytes", gpu_sections.COPY}),
         ("few_rows", {peers.OURS, "dense bf16", "bitsandbytes"}),
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
+        ("row_ops", {peers.OURS, gpu_rows.EAGER}),
+        ("train_step", {peers.OURS, peers.PEFT_BNB, gpu_step.PEFT_BF16}),
         ("prefix_attention", {peers.OURS, gpu_prefix.TORCH, gpu_prefix.JOINED}),
         ("bottleneck", {peers.OURS, gpu_bottleneck.EAGER}),
         ("prefix_decode", {gpu_decode.CAT, gpu_decode.HELD}),

@@ -20,7 +20,9 @@ from peft_engine.ops.linear_cross_entropy import (
 )
 from peft_engine.ops.nf4 import DTYPES
 
-module = importlib.import_module("peft_engine.ops.linear_cross_entropy")  # the package's name is the function's
+module = importlib.import_module(
+    "peft_engine.ops.linear_cross_entropy"
+)  # the package's name is the function's
 needs_cpu = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
 
 
