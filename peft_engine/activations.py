@@ -46,7 +46,16 @@ def padded_empty(
     For whoever writes the input of a lora_linear, or the gradient of its output: the adapter's product then
     costs no copy. Use the tensor as any other; what lies behind its rows belongs to lora_linear.
     """
-    stride = row_stride(columns, spare_width(rank, adapter_dtype, dtype))
+    return empty_with_spare(rows, columns, spare_width(rank, adapter_dtype, dtype), dtype, device)
+
+
+def empty_with_spare(
+    rows: int, columns: int, width: int, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """padded_empty by the number of spare columns; with none of them a plain tensor."""
+    if not width:
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    stride = row_stride(columns, width)
     buffer = torch.empty(rows, stride, dtype=dtype, device=device)
     setattr(buffer.untyped_storage(), _MARK, (columns, stride))
     return buffer[:, :columns]

@@ -97,10 +97,15 @@ _forced: str | None = None
 _notes: dict[str, str] = {}
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether the GPU's kernels take x; the tests answer for it, to run them on the CPU."""
+    return x.is_cuda
+
+
 def direct(x: torch.Tensor) -> bool:
     """Whether to pass a raw op by: on a GPU, where nothing traces, its dispatcher costs 20 us a call."""
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return x.is_cuda and plain and not torch.compiler.is_compiling()
+    return on_gpu(x) and plain and not torch.compiler.is_compiling()
 
 
 def forced() -> str | None:

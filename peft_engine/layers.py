@@ -21,9 +21,10 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from peft_engine import dense, dispatch
+from peft_engine.activations import spare_width
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.methods import virtual_attention
-from peft_engine.methods.lora import LoraLinear
+from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
@@ -57,6 +58,20 @@ def is_dense(module: Any) -> bool:
     if type(module) not in (torch.nn.Linear, LoraLinear) or "forward" in module.__dict__:
         return False
     return not any(module.__dict__[hooks] for hooks in _HOOKS) and not any(_GLOBAL_HOOKS)
+
+
+def _spare(x: torch.Tensor, module: Any) -> int:
+    """The spare columns that a linear layer's one adapter uses behind rows of x's dtype; 0 off a GPU."""
+    adapters = module._modules.get("lora_A") if dispatch.direct(x) else None
+    if adapters is None:
+        return 0
+    if isinstance(module, (LoraLinear, LoraNF4Linear)):
+        name = module.active_adapter
+        a = adapters._parameters.get(name) if isinstance(name, str) else None
+    else:  # PEFT's, whose adapters are linear layers by name
+        names = [name for name in module.active_adapters if name in adapters]
+        a = adapters[names[0]].weight if len(names) == 1 else None
+    return 0 if a is None else spare_width(a.shape[0], a.dtype, x.dtype)
 
 
 # --- RMSNorm ------------------------------------------------------------------------------------------------
@@ -119,8 +134,10 @@ class _MLP:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = self._modules
-        gate, up = _project(modules["gate_proj"], x), _project(modules["up_proj"], x)
-        return _project(modules["down_proj"], swiglu(gate, up))
+        gate_proj, up_proj, down_proj = modules["gate_proj"], modules["up_proj"], modules["down_proj"]
+        gate, up = _project(gate_proj, x), _project(up_proj, x)
+        spare = _spare(gate, down_proj), _spare(gate, gate_proj), _spare(gate, up_proj)
+        return _project(down_proj, swiglu(gate, up, spare=spare))
 
 
 class LlamaMLP(_MLP, llama.LlamaMLP):
@@ -156,7 +173,8 @@ class Phi3MLP(phi3.Phi3MLP):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = _project(self.gate_up_proj, hidden_states).chunk(2, dim=-1)
-        return _project(self.down_proj, swiglu(gate, up))
+        # The gradients of the halves are joined in new memory: room behind them would be lost.
+        return _project(self.down_proj, swiglu(gate, up, spare=(_spare(gate, self.down_proj), 0, 0)))
 
 
 # --- attention ----------------------------------------------------------------------------------------------

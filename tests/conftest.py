@@ -92,7 +92,7 @@ def as_on_a_gpu(monkeypatch) -> Iterator[None]:
         monkeypatch.setattr(op, "_cache", {})
     monkeypatch.setattr(dispatch, "GPU_BACKENDS", ())  # which are otherwise passed by for CPU tensors
     monkeypatch.setattr(dispatch, "_look_for_triton", lambda: None)
-    monkeypatch.setattr(dispatch, "direct", lambda x: True)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     with mended(shuffle=0):
         yield
 

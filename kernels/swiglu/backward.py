@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from peft_engine.kernels.swiglu.forward import BLOCK, WARPS, place, sizes
 
+from peft_engine.activations import empty_with_spare
 from peft_engine.kernels.launch import cdiv, launch
 
 
@@ -24,9 +25,14 @@ def backward_kernel(
     tl.store(dup + row * stride_du + n, (d * g * s).to(dup.dtype.element_ty), there)
 
 
-def backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """dgate and dup (rows, N), of tensors whose last dimension is dense; the raw op swiglu_backward."""
-    dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+def backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, spare: tuple[int, int] = (0, 0)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dgate and dup (rows, N), of tensors whose last dimension is dense; the raw op swiglu_backward.
+
+    spare: columns of room behind the rows of dgate and of dup.
+    """
+    dgate, dup = (empty_with_spare(*gate.shape, width, gate.dtype, gate.device) for width in spare)
     if dy.numel():
         rows, columns, strides = sizes(dy, gate, up, dgate, dup)
         chunks = cdiv(columns, BLOCK)

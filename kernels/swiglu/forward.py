@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from peft_engine.activations import empty_with_spare
 from peft_engine.kernels.launch import cdiv, launch
 
 BLOCK, WARPS = 1024, 4  # elements of a program: 16 bytes of half precision a thread. Not timed on a GPU.
@@ -37,9 +38,12 @@ def sizes(*tensors: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
     return rows, columns, tuple(t.stride(0) for t in tensors)
 
 
-def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """y (rows, N) of gate and up, whose last dimension is dense; the raw op swiglu_forward."""
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def forward(gate: torch.Tensor, up: torch.Tensor, spare: int = 0) -> torch.Tensor:
+    """y (rows, N) of gate and up, whose last dimension is dense; the raw op swiglu_forward.
+
+    spare: columns of room behind the rows of y.
+    """
+    y = empty_with_spare(*gate.shape, spare, gate.dtype, gate.device)
     if y.numel():
         rows, columns, strides = sizes(gate, up, y)
         chunks = cdiv(columns, BLOCK)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_engine import dispatch
 from peft_engine.methods import copies
 from peft_engine.methods.bottleneck_config import BottleneckConfig
 from peft_engine.methods.bottleneck_sites import Site
@@ -148,7 +149,7 @@ def _sums_alike(h: torch.Tensor) -> bool:
     """Whether a row's bits do not depend on how many rows there are. On a GPU the path does: there an adapter
     runs over the whole batch, and gives its rows of it.
     """
-    return not h.is_cuda
+    return not dispatch.on_gpu(h)
 
 
 class Bottlenecks(nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from peft_engine import dispatch
 from peft_engine.methods import copies, peft_config
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_groups import lora_groups, sort_rows
@@ -172,7 +173,7 @@ def _forward(
     if len(known) == 1:
         name = next(iter(known))
         return _product(layer, x, weight, name, copies.value(layer, "bias", name), linear)
-    if x.is_cuda and _groups(layer, known):
+    if dispatch.on_gpu(x) and _groups(layer, known):
         return _grouped(layer, x, weight, known)
     parts = []
     for name, rows in known.items():

@@ -124,15 +124,16 @@ def _(
     return dx, x.new_empty(lora_a.shape, dtype=lora_a.dtype), x.new_empty(lora_b.shape, dtype=lora_b.dtype)
 
 
+# Triton is imported when the first tensor on a GPU asks for it.
 @torch.library.impl(native.library, "lora_groups_forward", "CUDA")
-def _(*arguments):
+def _forward_on_gpu(*arguments):
     from peft_engine.kernels.lora_groups.groups import forward
 
     return forward(*arguments)
 
 
 @torch.library.impl(native.library, "lora_groups_backward", "CUDA")
-def _(*arguments):
+def _backward_on_gpu(*arguments):
     from peft_engine.kernels.lora_groups.groups import backward
 
     return backward(*arguments)
@@ -143,7 +144,8 @@ class _LoraGroups(torch.autograd.Function):
     def forward(
         ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, order, bounds, bias
     ):  # fmt: skip
-        y, h = torch.ops.peft_engine.lora_groups_forward(
+        run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.lora_groups_forward
+        y, h = run(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, order, bounds, bias
         )
         ctx.save_for_backward(x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds)
@@ -156,7 +158,8 @@ class _LoraGroups(torch.autograd.Function):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds = ctx.saved_tensors
         blocksize, bias_dtype = ctx.settings
         need = ctx.needs_input_grad
-        dx, da, db = torch.ops.peft_engine.lora_groups_backward(
+        run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.lora_groups_backward
+        dx, da, db = run(
             dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, order, bounds, need[0]
         )
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias_dtype) if need[11] else None

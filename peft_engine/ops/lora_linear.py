@@ -237,7 +237,7 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
         blocksize, scaling, p, x_shape, bias_dtype = ctx.settings
         # The kernels of a GPU read rows that lie apart, and use the columns that may be spare behind them.
-        dy = dy if dy.is_cuda else dy.contiguous()
+        dy = dy if dispatch.on_gpu(dy) else dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
         run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.lora_linear_backward
         dx, da, db = run(
@@ -260,7 +260,7 @@ def flat_base(weight: torch.Tensor | NF4Tensor) -> tuple[Any, ...]:
 
 
 def _kernels(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch.Tensor:
-    if not x.is_cuda:
+    if not dispatch.on_gpu(x):
         x = x.contiguous()
         if lora_a is not None:
             lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()

@@ -25,10 +25,15 @@ class SwigluCall(NamedTuple):
 SWIGLU = dispatch.Op("swiglu")
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+NO_ROOM = (0, 0, 0)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, *, spare: tuple[int, int, int] = NO_ROOM) -> torch.Tensor:
     """silu(gate) * up, of their common shape and dtype (float32, bfloat16 or float16).
 
     Both may be strided; halves of one wider last dimension (Phi-3's gate_up) are read in place.
+    spare: the columns of room that the GPU's kernels leave behind the rows of the result, and of the
+    gradients of gate and of up, for the adapters of the layers that are given these (activations.py).
     """
     dtype, device = gate.dtype, gate.device
     if gate.shape != up.shape or dtype != up.dtype or device != up.device:
@@ -38,10 +43,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         )
     if dtype not in DTYPES:
         raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {dtype}")
-    return SWIGLU.choose(SwigluCall(device.type, dtype)).run(gate, up)
+    return SWIGLU.choose(SwigluCall(device.type, dtype)).run(gate, up, spare)
 
 
-def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def reference(gate: torch.Tensor, up: torch.Tensor, spare: tuple[int, int, int] = NO_ROOM) -> torch.Tensor:
     """swiglu in plain torch."""
     return F.silu(gate) * up
 
@@ -62,32 +67,35 @@ def _(dy, gate, up):
 
 # Triton is imported when the first tensor on a GPU asks for it.
 @torch.library.impl(native.library, "swiglu_forward", "CUDA")
-def _forward_on_gpu(gate, up):
+def _forward_on_gpu(gate, up, spare=0):
     from peft_engine.kernels.swiglu.forward import forward
 
-    return forward(gate, up)
+    return forward(gate, up, spare)
 
 
 @torch.library.impl(native.library, "swiglu_backward", "CUDA")
-def _backward_on_gpu(dy, gate, up):
+def _backward_on_gpu(dy, gate, up, spare=(0, 0)):
     from peft_engine.kernels.swiglu.backward import backward
 
-    return backward(dy, gate, up)
+    return backward(dy, gate, up, spare)
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate, up):
+    def forward(ctx: Any, gate, up, spare):
         ctx.save_for_backward(gate, up)
-        run = _forward_on_gpu if dispatch.direct(gate) else torch.ops.peft_engine.swiglu_forward
-        return run(gate, up)
+        ctx.spare = spare[1:]
+        if dispatch.direct(gate):
+            return _forward_on_gpu(gate, up, spare[0])
+        return torch.ops.peft_engine.swiglu_forward(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy):
         gate, up = ctx.saved_tensors
-        run = _backward_on_gpu if dispatch.direct(gate) else torch.ops.peft_engine.swiglu_backward
-        return run(dy.contiguous(), gate, up)
+        if dispatch.direct(gate):
+            return *_backward_on_gpu(dy.contiguous(), gate, up, ctx.spare), None
+        return *torch.ops.peft_engine.swiglu_backward(dy.contiguous(), gate, up), None
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -96,14 +104,15 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _kernels(gate, up) -> torch.Tensor:
+def _kernels(gate, up, spare) -> torch.Tensor:
     shape = gate.shape
     if len(shape) != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = (_rows(t if shape else t[None]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Swiglu.apply(gate, up).view(shape)
-    run = _forward_on_gpu if dispatch.direct(gate) else torch.ops.peft_engine.swiglu_forward.default
-    return run(gate, up).view(shape)
+        return _Swiglu.apply(gate, up, spare).view(shape)
+    if dispatch.direct(gate):
+        return _forward_on_gpu(gate, up, spare[0]).view(shape)
+    return torch.ops.peft_engine.swiglu_forward.default(gate, up).view(shape)
 
 
 SWIGLU.register("triton", _kernels, refuse_unless_cuda)

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from accuracy import assert_twice_as_good
+from peft_engine.kernels.lora_linear import workspace
 from test_layers import check, family, make  # noqa: F401  (a fixture)
 
 import peft_engine as pe
 from peft_engine import dispatch
+from peft_engine.activations import spare_width, with_spare
 from peft_engine.ops.nf4 import reference_dequantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
@@ -76,6 +78,33 @@ def test_a_qlora_step_is_within_twice_the_error_of_plain_torch(as_on_a_gpu):
     got = loss_and_gradients(model, ids, labels)
     for name, *results in zip(("loss", "gradients"), got, plain, exact, strict=True):
         assert_twice_as_good(*results, what=name)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_mlp_leaves_room_for_the_adapters_of_its_layers(as_on_a_gpu, monkeypatch, peft):
+    """swiglu's result and gradients are what down_proj, gate_proj and up_proj are given: no copy."""
+    model = make("Llama", torch.bfloat16, hidden_size=64, intermediate_size=128)
+    settings = {"r": 5, "target_modules": ["gate_proj", "up_proj", "down_proj"], "lora_alpha": 8}
+    if peft:
+        library = pytest.importorskip("peft")
+        config = library.LoraConfig(**settings)
+        model = library.get_peft_model(model, config, autocast_adapter_dtype=True)
+    else:
+        pe.attach(model, pe.LoraConfig(**settings))
+    pe.optimize(model)
+    found = []
+
+    def widened(x, a, *arguments):
+        found.append((tuple(a.shape), with_spare(x, spare_width(5, a.dtype, x.dtype)) is not None))
+        return before(x, a, *arguments)
+
+    before = workspace.widened
+    monkeypatch.setattr(workspace, "widened", widened)
+    monkeypatch.setattr(workspace, "augments", lambda *arguments: True)  # of so few rows it would not
+    model(torch.randint(3, 61, (2, 9))).logits.float().sum().backward()
+    # down_proj's x in both layers; the gradients of gate and up in the second: the first's x learns nothing
+    assert [shape for shape, room in found if room] == [(5, 128)] * 4
+    assert len(found) == 10  # the norm's rows and the gradient of the residual have no room
 
 
 METHODS = {

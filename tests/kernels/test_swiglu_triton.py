@@ -6,6 +6,7 @@ from accuracy import assert_twice_as_good
 from peft_engine.kernels.swiglu.backward import backward
 from peft_engine.kernels.swiglu.forward import forward
 
+from peft_engine.activations import with_spare
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.swiglu import reference
 
@@ -55,3 +56,14 @@ def test_far_tails_saturate(device):
     y = forward(gate, torch.ones_like(gate))
     assert torch.equal(y.cpu(), torch.tensor([[0.0, 0.0, 0.0, 88.0, 200.0, 1e4]]))
     assert forward(torch.full_like(gate, float("nan")), torch.ones_like(gate)).isnan().all()
+
+
+@pytest.mark.parametrize("columns", [17, 1500])
+def test_room_behind_the_rows_is_left_and_not_written(device, columns):
+    gate, up, dy = (torch.randn(5, columns, device=device) for _ in range(3))
+    plain_y, plain_grads = forward(gate, up), backward(dy, gate, up)
+    y, (dgate, dup) = forward(gate, up, 24), backward(dy, gate, up, (24, 8))
+    for got, want, width in ((y, plain_y, 24), (dgate, plain_grads[0], 24), (dup, plain_grads[1], 8)):
+        assert torch.equal(got, want)
+        wide = with_spare(got, width)
+        assert wide.shape == (5, columns + width) and wide[:, columns:].isnan().all()
