@@ -39,24 +39,14 @@ inline Terms split(const Source& s, bool threads, uint16_t* buffer) {
   return out;
 }
 
-// Columns the adapter adds to a contraction.
-template <bool kPairs>
-inline int64_t wide_rank(int64_t rank) {
-  return kPairs ? 3 * rank : rank;
-}
+// On the tile unit the adapter is more columns of the contraction, in terms; else floats, multiplied as such.
 
 // Rows of an (n, rank) matrix times `factor` as those columns: [v1 | v2 | v1] beside [w1 | w1 | w2] of the other operand.
-template <bool kPairs>
 inline void widen_rows(const void* data, Type type, int64_t row0, int64_t row1, int64_t rank, float factor, bool first,
-                       void* out) {
+                       uint16_t* out) {
   const Source s = dense(data, type, row1, rank);
   for (int64_t n = row0; n < row1; ++n) {
-    if constexpr (!kPairs) {
-      for (int64_t r = 0; r < rank; ++r)
-        static_cast<float*>(out)[n * rank + r] = load_one(data, type, n * rank + r) * factor;
-      continue;
-    }
-    uint16_t* to = static_cast<uint16_t*>(out) + n * 3 * rank;
+    uint16_t* to = out + n * 3 * rank;
     uint16_t* const parts[2] = {to, to + (first ? 1 : 2) * rank};
     bf16_terms(s.m, n * rank, rank, factor, 2, parts);
     memcpy(to + (first ? 2 : 1) * rank, to, static_cast<size_t>(rank) * 2);
@@ -64,9 +54,7 @@ inline void widen_rows(const void* data, Type type, int64_t row0, int64_t row1, 
 }
 
 // (rank, cols) as more rows of the contraction: [w1 ; w1 ; w2].
-template <bool kPairs>
 inline Source widen_columns(const Source& a, bool threads, uint16_t* to) {
-  if constexpr (!kPairs) return a;
   const int64_t n = a.m.rows * a.m.cols;
   in_parallel(a.m.rows, threads, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * a.m.cols, count = (end - begin) * a.m.cols;
@@ -75,6 +63,15 @@ inline Source widen_columns(const Source& a, bool threads, uint16_t* to) {
     memcpy(to + n + at, to + at, static_cast<size_t>(count) * 2);
   });
   return dense(to, Type::bf16, 3 * a.m.rows, a.m.cols);
+}
+
+// Values [begin, end) of a dense matrix times `factor`.
+inline void scaled_floats(const void* data, Type type, int64_t begin, int64_t end, float factor, float* out) {
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    const auto* from = static_cast<const typename T::Value*>(data);
+    for (int64_t i = begin; i < end; i += kWidth) store<F32>(out + i, load<T>(from + i, end - i) * factor, end - i);
+  });
 }
 
 // The transpose of a (rows, cols) matrix of floats.
@@ -97,5 +94,3 @@ inline Dropout dropout_of(const Adapter& adapter) {
 
 // A count of 16-bit values up to a whole number of cache lines.
 constexpr int64_t aligned(int64_t n) { return (n + 31) / 32 * 32; }
-
-constexpr Type kWord[2] = {Type::f32, Type::bf16};

@@ -7,6 +7,7 @@
 #include "cpu/panels.inl"
 #include "cpu/product.inl"
 #include "cpu/adapter.inl"
+#include "cpu/outer.inl"
 #include "cpu/few_rows.inl"
 
 // The adapter's h = x A^T for a few rows, in floats, and what it and the bias add to y.
@@ -68,7 +69,8 @@ inline void forward_one_tile(const LoraLinearForward& f, int64_t threads) {
   const Plan plan(f.w.rows, 1, worth ? threads : 1, 4, false);
   in_parallel(plan.tasks(), worth, [&](int64_t begin, int64_t end) {
     const TileUnit unit;
-    for (int64_t task = begin; task < end; ++task) run_task<true, true>(plan, task, &base, 1, 0, Dropout(), y);
+    for (int64_t task = begin; task < end; ++task)
+      run_task<true, Panel::rows_left>(plan, task, &base, 1, 0, Dropout(), y);
   });
 }
 #endif
@@ -121,10 +123,14 @@ inline void forward_few_rows(const LoraLinearForward& f) {
   });
 }
 
+// The tile unit takes the weight as its left operand, whose rows need no shuffling. Else the activations are left, as they
+// lie, and the weight is turned, once for kChunkRows rows of x.
 template <bool kPairs>
 inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t most_tiles) {
-  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank, wide = wide_rank<kPairs>(rank);
-  const bool interleaved = can_interleave<kPairs>(f.w), worth = f.rows * n * k >= kWorthThreads;
+  constexpr bool kUnit = kTileUnit<kPairs>;
+  constexpr Panel kPanel = kUnit ? Panel::rows_left : Panel::rows_right;
+  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank;
+  const bool interleaved = kUnit && can_interleave<kPairs>(f.w), worth = f.rows * n * k >= kWorthThreads;
   if (!worth) threads = 1;
   const Dropout dropout = dropout_of(f.adapter);
   Source x = dense(f.x, f.type, f.rows, k), dropped = x;
@@ -136,13 +142,17 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   if (rank > 0) {
     a = split<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth,
                       scratch<uint16_t>(Slot::adapter, 3 * rank * k));
-    uint16_t* wide_b = scratch<uint16_t>(Slot::transposed, aligned(3 * rank * n) + 3 * rank * kChunkRows);
-    wide_h = wide_b + aligned(3 * rank * n);
+    uint16_t* b = scratch<uint16_t>(Slot::transposed, aligned(3 * rank * n) + 3 * rank * kChunkRows);
     in_parallel(n, worth, [&](int64_t begin, int64_t end) {
-      widen_rows<kPairs>(f.adapter.b, f.adapter.type, begin, end, rank, f.adapter.scaling, false, wide_b);
+      if (kUnit) widen_rows(f.adapter.b, f.adapter.type, begin, end, rank, f.adapter.scaling, false, b);
+      else
+        scaled_floats(f.adapter.b, f.adapter.type, begin * rank, end * rank, f.adapter.scaling,
+                      reinterpret_cast<float*>(b));
     });
-    product[1].w = dense(wide_b, kWord[kPairs], n, wide);
-    product[1].steps = steps_for<kPairs>(wide, false);
+    wide_h = b + aligned(3 * rank * n);
+    product[1].floats = !kUnit;
+    product[1].w = kUnit ? dense(b, Type::bf16, n, 3 * rank) : dense(b, Type::f32, n, rank);
+    product[1].steps = kUnit ? steps_for<true>(3 * rank, false) : (rank + 15) / 16;
   }
   product[0].w.m = f.w;
   product[0].interleaved = interleaved;
@@ -157,13 +167,13 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   y.type = f.type;
   y.rows = f.rows;
   y.cols = n;
-  y.transposed = true;
+  y.transposed = kUnit;
   y.extra.bias = f.bias;
   y.extra.bias_type = f.bias_type;
   h.data = f.h;
   h.rows = f.rows;
   h.cols = rank;
-  h.transposed = true;
+  h.transposed = kUnit;
   h.scale = dropout.scale;
 
   for (int64_t row0 = 0; row0 < f.rows; row0 += kChunkRows) {
@@ -175,35 +185,73 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
     product[0].act[0] = act;
     product[1].act[0] = act_h;
     for (int t = 0; t < a.count; ++t) down[t].act[0] = act_dropped;
+    const auto lay_out = [&](const Source& s, int64_t begin, int64_t end, uint32_t* to) {
+      to += begin * x_words;
+      if constexpr (kUnit)
+        right_panel_of_rows<kPairs>(s, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps, to);
+      else left_panel<kPairs>(s, false, row0 + 16 * begin, end - begin, 0, product[0].steps, to);
+    };
     in_parallel(tiles, worth, [&](int64_t begin, int64_t end) {
       const TileUnit unit;
-      right_panel_of_rows<kPairs>(x, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps,
-                                  act + begin * x_words);
+      lay_out(x, begin, end, act);
       if (rank == 0) return;
-      if (dropout.on)
-        right_panel_of_rows<kPairs>(dropped, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps,
-                                    act_dropped + begin * x_words);
-      product_task<kPairs, true>(down, a.count, 0, (rank + 15) / 16, begin, end, row0, kBlockSteps, dropout, h);
-      const int64_t last = 16 * end < rows ? 16 * end : rows;
-      widen_rows<kPairs>(f.h + row0 * rank, Type::f32, 16 * begin, last, rank, 1.0f, true, wide_h);
-      right_panel_of_rows<kPairs>(dense(wide_h, kWord[kPairs], rows, wide), false, 16 * begin, end - begin, 0,
-                                  product[1].steps, act_h + begin * h_words);
+      if (dropout.on) lay_out(dropped, begin, end, act_dropped);
+      product_task<kPairs, kPanel>(down, a.count, 0, (rank + 15) / 16, begin, end, row0, kBlockSteps, dropout, h);
+      uint32_t* to = act_h + begin * h_words;
+      if constexpr (kUnit) {
+        const int64_t last = 16 * end < rows ? 16 * end : rows;
+        widen_rows(f.h + row0 * rank, Type::f32, 16 * begin, last, rank, 1.0f, true, wide_h);
+        right_panel_of_rows<true>(dense(wide_h, Type::bf16, rows, 3 * rank), false, 16 * begin, end - begin, 0,
+                                  product[1].steps, to);
+      } else {
+        left_panel<false>(dense(f.h, Type::f32, f.rows, rank), false, row0 + 16 * begin, end - begin, 0,
+                          product[1].steps, to);
+      }
     });
     const Plan plan(n, tiles, threads, most_tiles, false);
     in_parallel(plan.tasks(), worth, [&](int64_t begin, int64_t end) {
       const TileUnit unit;
       for (int64_t task = begin; task < end; ++task)
-        run_task<kPairs, true>(plan, task, product, rank > 0 ? 2 : 1, row0, dropout, y);
+        run_task<kPairs, kPanel>(plan, task, product, rank > 0 ? 2 : 1, row0, dropout, y);
     });
   }
 }
 
+// dA = dh^T drop(x) and dB = s dy^T h.
 template <bool kPairs>
 inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64_t threads, int64_t most_tiles) {
-  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank, steps = steps_for<kPairs>(f.rows, false),
-                tiles = (rank + 15) / 16;
+  constexpr bool kUnit = kTileUnit<kPairs>;
+  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank, tiles = (rank + 15) / 16;
   const Dropout dropout = dropout_of(f.adapter);
-  const int64_t words = tiles * steps * kTile;
+  Source x = dense(f.x, f.type, f.rows, k), dy = dense(f.dy, f.type, f.rows, n);
+  x.dropout = dropout;
+  Out da, db;
+  da.data = f.da;
+  db.data = f.db;
+  da.type = db.type = f.adapter.type;
+  da.rows = rank;
+  da.cols = k;
+  da.scale = dropout.scale;
+  db.rows = n;
+  db.cols = rank;
+  db.transposed = true;
+  db.scale = f.adapter.scaling;
+  const bool worth = rank * f.rows * (n + k) >= kWorthThreads;
+  if (!worth) threads = 1;
+  if constexpr (!kUnit) {
+    const int64_t size = 16 * tiles * f.rows, x_tiles = (k + 15) / 16, all = x_tiles + (n + 15) / 16;
+    float* blocks = scratch<float>(Slot::activations, 2 * size);
+    const float* of_x = in_blocks_of_16(dh, f.rows, rank, blocks);
+    const float* of_dy = in_blocks_of_16(f.h, f.rows, rank, blocks + size);
+    // By fours, which share cache lines of half precision, and the hashes of a dropout.
+    in_parallel((all + 3) / 4, worth, [&](int64_t begin, int64_t end) {
+      const int64_t first = 4 * begin, last = 4 * end < all ? 4 * end : all;
+      if (first < x_tiles) outer_columns(of_x, rank, x, first, last < x_tiles ? last : x_tiles, da);
+      if (last > x_tiles) outer_columns(of_dy, rank, dy, first > x_tiles ? first - x_tiles : 0, last - x_tiles, db);
+    });
+    return;
+  }
+  const int64_t steps = steps_for<kPairs>(f.rows, false), words = tiles * steps * kTile;
   uint32_t* act = scratch<uint32_t>(Slot::activations, 6 * words);
   Segment segments[2];
   for (int which = 0; which < 2; ++which) {
@@ -219,35 +267,22 @@ inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64
       s.act[i] = to;
     }
   }
-  segments[0].w = dense(f.x, f.type, f.rows, k);
-  segments[0].w.dropout = dropout;
-  segments[1].w = dense(f.dy, f.type, f.rows, n);
-  Out da, db;
-  da.data = f.da;
-  db.data = f.db;
-  da.type = db.type = f.adapter.type;
-  da.rows = rank;
-  da.cols = k;
-  da.scale = dropout.scale;
-  db.rows = n;
-  db.cols = rank;
-  db.transposed = true;
-  db.scale = f.adapter.scaling;
-  const bool worth = rank * f.rows * (n + k) >= kWorthThreads;
-  if (!worth) threads = 1;
+  segments[0].w = x;
+  segments[1].w = dy;
   const Plan a_plan(k, tiles, threads, most_tiles, true), b_plan(n, tiles, threads, most_tiles, true);
   in_parallel(a_plan.tasks() + b_plan.tasks(), worth, [&](int64_t begin, int64_t end) {
     const TileUnit unit;
     for (int64_t task = begin; task < end; ++task) {
-      if (task < a_plan.tasks()) run_task<kPairs, false>(a_plan, task, &segments[0], 1, 0, dropout, da);
-      else run_task<kPairs, false>(b_plan, task - a_plan.tasks(), &segments[1], 1, 0, dropout, db);
+      if (task < a_plan.tasks()) run_task<kPairs, Panel::columns_right>(a_plan, task, &segments[0], 1, 0, dropout, da);
+      else run_task<kPairs, Panel::columns_right>(b_plan, task - a_plan.tasks(), &segments[1], 1, 0, dropout, db);
     }
   });
 }
 
 template <bool kPairs>
 inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_t most_tiles) {
-  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank, wide = wide_rank<kPairs>(rank);
+  constexpr bool kUnit = kTileUnit<kPairs>;
+  const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank;
   const bool worth = f.rows * n * (f.dx == nullptr ? rank : k) >= kWorthThreads;
   const int64_t all_threads = threads;
   if (!worth) threads = 1;
@@ -267,9 +302,10 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
         scratch<uint16_t>(Slot::few_rows, aligned(3 * rank * k) + 3 * rank * kChunkRows + 2 * rank * f.rows);
     wide_dh = wide_a + aligned(3 * rank * k);
     dh = reinterpret_cast<float*>(wide_dh + 3 * rank * kChunkRows);  // 512 rows keep the alignment
-    if (f.dx != nullptr)
-      product[0].w = widen_columns<kPairs>(dense(f.adapter.a, f.adapter.type, rank, k), worth, wide_a);
-    product[0].steps = steps_for<kPairs>(wide, false);
+    const Source a = dense(f.adapter.a, f.adapter.type, rank, k);
+    if (f.dx != nullptr) product[0].w = kUnit ? widen_columns(a, worth, wide_a) : a;
+    product[0].floats = !kUnit;
+    product[0].steps = kUnit ? steps_for<true>(3 * rank, false) : (rank + 15) / 16;
     product[0].then_mask = dropout.on;
   }
   product[1].w.m = f.w;
@@ -300,19 +336,26 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
       const TileUnit unit;
       left_panel<kPairs>(dy, false, row0 + 16 * begin, end - begin, 0, product[1].steps, act + begin * y_words);
       if (rank == 0) return;
-      product_task<kPairs, false>(up, b.count, 0, (rank + 15) / 16, begin, end, row0, kBlockSteps, dropout, to_dh);
+      product_task<kPairs, Panel::columns_right>(up, b.count, 0, (rank + 15) / 16, begin, end, row0, kBlockSteps,
+                                                 dropout, to_dh);
       if (f.dx == nullptr) return;
-      const int64_t last = 16 * end < rows ? 16 * end : rows;
-      widen_rows<kPairs>(dh + row0 * rank, Type::f32, 16 * begin, last, rank, 1.0f, true, wide_dh);
-      left_panel<kPairs>(dense(wide_dh, kWord[kPairs], rows, wide), false, 16 * begin, end - begin, 0, product[0].steps,
-                         act_h + begin * h_words);
+      uint32_t* to = act_h + begin * h_words;
+      if constexpr (kUnit) {
+        const int64_t last = 16 * end < rows ? 16 * end : rows;
+        widen_rows(dh + row0 * rank, Type::f32, 16 * begin, last, rank, 1.0f, true, wide_dh);
+        left_panel<true>(dense(wide_dh, Type::bf16, rows, 3 * rank), false, 16 * begin, end - begin, 0,
+                         product[0].steps, to);
+      } else {
+        left_panel<false>(dense(dh, Type::f32, f.rows, rank), false, row0 + 16 * begin, end - begin, 0,
+                          product[0].steps, to);
+      }
     });
     if (f.dx == nullptr) continue;
     const Plan plan(k, tiles, threads, most_tiles, true);
     in_parallel(plan.tasks(), worth, [&](int64_t begin, int64_t end) {
       const TileUnit unit;
       for (int64_t task = begin; task < end; ++task)
-        run_task<kPairs, false>(plan, task, product + first, 2 - first, row0, dropout, dx);
+        run_task<kPairs, Panel::columns_right>(plan, task, product + first, 2 - first, row0, dropout, dx);
     });
   }
   if (f.da != nullptr) backward_adapter<kPairs>(f, dh, all_threads, most_tiles);

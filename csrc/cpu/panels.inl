@@ -236,8 +236,14 @@ inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t 
         }
         continue;
       }
+      const bool natural = s.m.type == Type::nf4 && s.m.cols % 64 == 0 && row < s.m.rows;
       for (int64_t step = 0; step < steps; step += interleaved ? 4 : 2) {
         __m512i v[4];
+        if (natural && col + step * 32 < s.m.cols) {
+          decode64_half<false>(s.m, row * s.m.cols + col + step * 32, &v[0], &v[1]);
+          for (int q = 0; q < 2; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+          continue;
+        }
         read64_bf16(s, row, col + step * 32, &v[0], &v[1]);
         if (interleaved) {
           read64_bf16(s, row, col + step * 32 + 64, &v[2], &v[3]);
@@ -252,7 +258,7 @@ inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t 
     float v[64];
     for (int64_t step = copy_sixteens(s, row, col, steps, to, kTile); step < steps; step += 4) {
       read64(s, row, col + step * 16, v);
-      for (int q = 0; q < 4; ++q) memcpy(to + (step + q) * kTile, v + 16 * q, 64);
+      for (int q = 0; q < 4 && step + q < steps; ++q) memcpy(to + (step + q) * kTile, v + 16 * q, 64);
     }
   }
 }

@@ -12,6 +12,7 @@ struct Segment {
   int acts = 1;
   bool interleaved = false;
   int64_t steps = 0;
+  bool floats = false;     // in a product of pairs: this one is of floats
   bool then_mask = false;  // after this segment, the sum is masked (and scaled) by the task's dropout
 };
 
@@ -160,43 +161,64 @@ inline void nf4_product_direct(const Matrix& w, int64_t panel0, int64_t panel_ti
 }
 #endif
 
+// Where a panel of the weight stands in the tile products.
+enum class Panel {
+  rows_left,      // y^T = W x^T, the contraction along the weight's rows
+  rows_right,     // y = x W^T, the same
+  columns_right,  // dx = dy W, the contraction down its columns
+};
+
+// Whether products of pairs run on the tile unit.
+template <bool kPairs>
+constexpr bool kTileUnit = PE_LEVEL >= 4 && kPairs;
+
+// c += a segment's product for weight tiles [panel0, panel0 + panel_tiles) and activation tiles [act0, act0 + acts).
+template <bool kPairs, Panel kPanel>
+inline void add_segment(const Segment& s, int64_t panel0, int64_t panel_tiles, int64_t act0, int64_t acts,
+                        int64_t block_steps, float* c) {
+  const int64_t act_stride = s.steps * kTile;
+#if PE_LEVEL >= 4
+  if (kPairs && kPanel == Panel::rows_left && s.interleaved && s.acts == 1 && s.w.m.type == Type::nf4 &&
+      acts * panel_tiles <= kMostDirect) {
+    nf4_product_direct(s.w.m, panel0, panel_tiles, acts, s.act[0] + act0 * act_stride, act_stride, c);
+    return;
+  }
+#endif
+  const int64_t filled = kPanel == Panel::columns_right ? (panel_tiles + 3) / 4 * 4 : panel_tiles;
+  uint32_t* panel = scratch<uint32_t>(Slot::panel, filled * block_steps * kTile);
+  for (int64_t step0 = 0; step0 < s.steps; step0 += block_steps) {
+    const int64_t steps = s.steps - step0 < block_steps ? s.steps - step0 : block_steps, stride = steps * kTile;
+    if constexpr (kPanel == Panel::rows_left)
+      left_panel<kPairs>(s.w, s.interleaved, panel0 * 16, panel_tiles, step0, steps, panel);
+    else if constexpr (kPanel == Panel::rows_right)
+      right_panel_of_rows<kPairs>(s.w, s.interleaved, panel0 * 16, panel_tiles, step0, steps, panel);
+    else right_panel<kPairs>(s.w, panel0 * 16, filled, step0, steps, panel);
+    for (int k = 0; k < s.acts; ++k) {
+      for (int64_t t = 0; t < acts; t += 2) {
+        const int64_t pair = acts - t < 2 ? 1 : 2;
+        const uint32_t* act = s.act[k] + (act0 + t) * act_stride + step0 * kTile;
+        if constexpr (kPanel == Panel::rows_left)
+          multiply<kPairs, true>(panel, stride, panel_tiles, act, act_stride, pair, steps, c + t * kTile, acts * kTile);
+        else
+          multiply<kPairs, false>(act, act_stride, pair, panel, stride, panel_tiles, steps, c + t * panel_tiles * kTile,
+                                  panel_tiles * kTile);
+      }
+    }
+  }
+}
+
 // Weight tiles [panel0, panel0 + panel_tiles) against activation tiles [act0, act1), whose first row in `out` is act_row0.
-// kPanelLeft: y^T = W x^T, the contraction along the weight's rows. Else: dx = dy W, the contraction down its columns.
-template <bool kPairs, bool kPanelLeft>
+template <bool kPairs, Panel kPanel>
 inline void product_task(const Segment* segments, int count, int64_t panel0, int64_t panel_tiles, int64_t act0,
                          int64_t act1, int64_t act_row0, int64_t block_steps, const Dropout& dropout, const Out& out) {
-  const int64_t acts = act1 - act0, filled = kPanelLeft ? panel_tiles : (panel_tiles + 3) / 4 * 4;
+  const int64_t acts = act1 - act0;
   if (acts <= 0 || panel_tiles <= 0) return;
   float* c = scratch<float>(Slot::accumulators, panel_tiles * acts * kTile);
-  uint32_t* panel = scratch<uint32_t>(Slot::panel, filled * block_steps * kTile);
   memset(c, 0, static_cast<size_t>(panel_tiles * acts * kTile) * sizeof(float));
   for (int i = 0; i < count; ++i) {
     const Segment& s = segments[i];
-    const int64_t act_stride = s.steps * kTile;
-#if PE_LEVEL >= 4
-    if (kPanelLeft && i == 0 && s.interleaved && s.acts == 1 && s.w.m.type == Type::nf4 &&
-        acts * panel_tiles <= kMostDirect) {
-      nf4_product_direct(s.w.m, panel0, panel_tiles, acts, s.act[0] + act0 * act_stride, act_stride, c);
-      continue;
-    }
-#endif
-    for (int64_t step0 = 0; step0 < s.steps; step0 += block_steps) {
-      const int64_t steps = s.steps - step0 < block_steps ? s.steps - step0 : block_steps;
-      if constexpr (kPanelLeft) left_panel<kPairs>(s.w, s.interleaved, panel0 * 16, panel_tiles, step0, steps, panel);
-      else right_panel<kPairs>(s.w, panel0 * 16, filled, step0, steps, panel);
-      for (int k = 0; k < s.acts; ++k) {
-        for (int64_t t = 0; t < acts; t += 2) {
-          const int64_t pair = acts - t < 2 ? 1 : 2;
-          const uint32_t* act = s.act[k] + (act0 + t) * act_stride + step0 * kTile;
-          if constexpr (kPanelLeft)
-            multiply<kPairs, true>(panel, steps * kTile, panel_tiles, act, act_stride, pair, steps, c + t * kTile,
-                                   acts * kTile);
-          else
-            multiply<kPairs, false>(act, act_stride, pair, panel, steps * kTile, panel_tiles, steps,
-                                    c + t * panel_tiles * kTile, panel_tiles * kTile);
-        }
-      }
-    }
+    if (kPairs && s.floats) add_segment<false, kPanel>(s, panel0, panel_tiles, act0, acts, block_steps, c);
+    else add_segment<kPairs, kPanel>(s, panel0, panel_tiles, act0, acts, block_steps, c);
     if (s.then_mask) {
       for (int64_t t = 0; t < acts; ++t)
         for (int64_t p = 0; p < panel_tiles; ++p)
@@ -206,7 +228,7 @@ inline void product_task(const Segment* segments, int count, int64_t panel0, int
   for (int64_t t = 0; t < acts; ++t) {
     for (int64_t p = 0; p < panel_tiles; ++p) {
       const int64_t act_row = act_row0 + (act0 + t) * 16, panel_row = (panel0 + p) * 16;
-      if constexpr (kPanelLeft) store_tile(out, c + (p * acts + t) * kTile, panel_row, act_row);
+      if constexpr (kPanel == Panel::rows_left) store_tile(out, c + (p * acts + t) * kTile, panel_row, act_row);
       else store_tile(out, c + (t * panel_tiles + p) * kTile, act_row, panel_row);
     }
   }
@@ -218,7 +240,7 @@ constexpr int64_t kChunkRows = 512;
 // How a product is cut into tasks for the threads: panels of the weight, and groups of activation tiles where the panels
 // alone are not shared out evenly.
 struct Plan {
-  int64_t panel_tiles, panels, groups, group_tiles, block_steps;
+  int64_t panel_tiles = 0, panels = 0, groups = 0, group_tiles = 0, block_steps = 0;
   int64_t all_panel_tiles, all_act_tiles;
 
   Plan(int64_t weight_rows, int64_t act_tiles, int64_t threads, int64_t most_tiles, bool in_fours) {
@@ -231,31 +253,54 @@ struct Plan {
 #else
     const int64_t most = few ? 4 : most_tiles, unit = in_fours ? 4 : 2;
 #endif
-    panels = (all_panel_tiles + most - 1) / most;
-    if (panels >= threads) panels = (panels + threads - 1) / threads * threads;
-    else if (all_panel_tiles >= threads * unit) panels = threads;
-    panel_tiles = ((all_panel_tiles + panels - 1) / panels + unit - 1) / unit * unit;
-    panels = (all_panel_tiles + panel_tiles - 1) / panel_tiles;
-    // Few panels seldom fill all threads: then as many groups as leave at most an eighth of their time idle.
-    groups = 1;
-    for (int64_t more = 1; more <= act_tiles / 2 && more <= threads; ++more) {
-      const int64_t tasks = panels * more, slots = (tasks + threads - 1) / threads * threads;
-      groups = more;
-      if (8 * (slots - tasks) <= slots) break;
+    const int64_t least = (all_panel_tiles + most - 1) / most;
+    int64_t rounded = least;
+    if (least >= threads) rounded = (least + threads - 1) / threads * threads;
+    else if (all_panel_tiles >= threads * unit) rounded = threads;
+    // A number of panels that the threads share evenly, and the least; with as many groups as leave the busiest thread at
+    // most a sixteenth more than its part.
+    Plan best = *this;
+    int64_t best_work = -1;
+    for (const int64_t count : {rounded, least}) {
+      panel_tiles = ((all_panel_tiles + count - 1) / count + unit - 1) / unit * unit;
+      panels = panel_tiles == 0 ? 0 : (all_panel_tiles + panel_tiles - 1) / panel_tiles;
+      for (int64_t more = 1; more == 1 || (more <= act_tiles / 2 && more <= threads); ++more) {
+        group_tiles = ((act_tiles + more - 1) / more + 1) / 2 * 2;
+        groups = group_tiles == 0 ? 0 : (act_tiles + group_tiles - 1) / group_tiles;
+        const int64_t work = busiest(threads);
+        if (best_work < 0 || work < best_work) {
+          best = *this;
+          best_work = work;
+        }
+        if (16 * work * threads <= 17 * all_panel_tiles * act_tiles) break;
+      }
+      if (16 * best_work * threads <= 17 * all_panel_tiles * act_tiles) break;
     }
-    group_tiles = ((act_tiles + groups - 1) / groups + 1) / 2 * 2;
-    groups = group_tiles == 0 ? 0 : (act_tiles + group_tiles - 1) / group_tiles;
+    *this = best;
     block_steps = few ? 32 : kBlockSteps;
   }
   int64_t tasks() const { return panels * groups; }
+
+  // The work of the thread that has most, in products of two tiles; each has as many tasks, one after another.
+  int64_t busiest(int64_t threads) const {
+    const int64_t each = (tasks() + threads - 1) / threads;
+    int64_t most = 0, work = 0;
+    for (int64_t task = 0; task < tasks(); ++task) {
+      if (task % each == 0) work = 0;
+      const int64_t p = all_panel_tiles - task % panels * panel_tiles, a = all_act_tiles - task / panels * group_tiles;
+      work += (p < panel_tiles ? p : panel_tiles) * (a < group_tiles ? a : group_tiles);
+      most = work > most ? work : most;
+    }
+    return most;
+  }
 };
 
-template <bool kPairs, bool kPanelLeft>
+template <bool kPairs, Panel kPanel>
 inline void run_task(const Plan& plan, int64_t task, const Segment* segments, int count, int64_t act_row0,
                      const Dropout& dropout, const Out& out) {
   const int64_t p0 = task % plan.panels * plan.panel_tiles, a0 = task / plan.panels * plan.group_tiles;
   const int64_t p_left = plan.all_panel_tiles - p0, a_left = plan.all_act_tiles - a0;
-  product_task<kPairs, kPanelLeft>(segments, count, p0, p_left < plan.panel_tiles ? p_left : plan.panel_tiles, a0,
-                                   a0 + (a_left < plan.group_tiles ? a_left : plan.group_tiles), act_row0,
-                                   plan.block_steps, dropout, out);
+  product_task<kPairs, kPanel>(segments, count, p0, p_left < plan.panel_tiles ? p_left : plan.panel_tiles, a0,
+                               a0 + (a_left < plan.group_tiles ? a_left : plan.group_tiles), act_row0, plan.block_steps,
+                               dropout, out);
 }
