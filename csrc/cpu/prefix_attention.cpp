@@ -12,6 +12,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -27,6 +28,7 @@ namespace {
 
 using pe::Heads4;
 using pe::PrefixAttentionArgs;
+using pe::Segment;
 using pe::Slot;
 using torch::stable::Tensor;
 
@@ -76,6 +78,34 @@ void pack_shared(PrefixAttentionArgs& x, bool backward) {
     for (int64_t g = begin; g < end; ++g) PE_CALL(prefix_attention_pack)(x, g, backward, packed, scratch(x));
   });
   x.packed = packed;
+}
+
+// The segments of every row of the batch; together they own every query and every key.
+std::vector<Segment> segments(const PrefixAttentionArgs& x) {
+  std::vector<Segment> out;
+  std::vector<int64_t> from(x.queries + 1);  // the first key that any query from t on sees
+  for (int64_t b = 0; b < x.batch; ++b) {
+    if (x.first == nullptr) {
+      out.push_back({b, 0, x.queries, 0, x.keys});
+      continue;
+    }
+    from[x.queries] = x.keys;
+    for (int64_t t = x.queries - 1; t >= 0; --t)
+      from[t] = x.first_key(b, t) < x.last_key(b, t) ? std::min(from[t + 1], x.first_key(b, t)) : from[t + 1];
+    Segment s{b, 0, 0, 0, 0};
+    for (int64_t t = 0; t < x.queries; ++t) {
+      if (s.k1 > s.k0 && s.k1 <= from[t]) {
+        s.q1 = t;
+        out.push_back(s);
+        s = {b, t, t, s.k1, s.k1};
+      }
+      if (x.first_key(b, t) < x.last_key(b, t)) s.k1 = std::max(s.k1, x.last_key(b, t));
+    }
+    s.q1 = x.queries;
+    s.k1 = x.keys;
+    out.push_back(s);
+  }
+  return out;
 }
 
 // Few queries: a task is a head, or, where there are too few of them for the threads, one part of its keys.
@@ -133,6 +163,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr()), x.dout = heads4(dout);
   x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
   x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);
+  if (x.prefix == 0) {
+    const std::vector<Segment> all = segments(x);
+    torch::stable::parallel_for(0, static_cast<int64_t>(all.size()) * x.kv_heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        PE_CALL(prefix_attention_backward_segment)(x, all[i / x.kv_heads], i % x.kv_heads, scratch(x));
+    });
+    return {dq, dk, dv, dprefix_k, dprefix_v};
+  }
   pack_shared(x, true);
   const int64_t most = x.shared ? std::max<int64_t>(1, kSums / x.kv_heads) : x.batch;
   const int64_t each = std::max<int64_t>(1, (x.batch + most - 1) / std::max<int64_t>(1, most));

@@ -3,9 +3,22 @@
 
 #include <cstdint>
 
-#include "cpu/attention.h"
+#include "nf4.h"
 
 namespace pe {
+
+// A (B, H, T, D) tensor by its strides; the last is 1.
+struct Heads4 {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+};
+
+// Queries q0 .. q1 of row b see keys of k0 .. k1 only, and no other query does: one document of a packed row.
+struct Segment {
+  int64_t b, q0, q1, k0, k1;
+};
+
+inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 struct PrefixAttentionArgs {
   Type type, prefix_type, bias_type;

@@ -4,16 +4,17 @@
     dv = P^T dout      dP = dout v^T      dS = P (dP - sum(P dP)) scale      dq = dS k      dk = dS^T q
 
 Intervals are what decoders use: causal, documents packed in a row, left or right padding, sliding windows, a
-cache. A query whose interval is empty gives zeros. Saved for the backward: q, k, v; blocks of S are computed
-again. S and P are never held as a whole, and keys that no query of a block sees cost nothing.
+cache. A query whose interval is empty gives zeros. It is prefix_attention without a prefix, and runs by that
+op's kernels. Saved for the backward: q, k, v, out and the log-sum-exp of S; blocks of S are computed again.
+S and P are never held as a whole, and keys that no query of a block sees cost nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from peft_engine import dispatch, native
+from peft_engine import dispatch
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
@@ -146,44 +147,10 @@ def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tenso
     return (p @ v).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-native.library.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? last, float scale) -> Tensor"
-)
-native.library.define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? first, Tensor? last,"
-    " float scale) -> (Tensor, Tensor, Tensor)"
-)
-
-
 def by_token(t: torch.Tensor) -> torch.Tensor:
     """An empty (B, H, T, D) of t's shape, a view of (B, T, H, D): the layout the next linear reads."""
     b, h, n, d = t.shape
     return t.new_empty(b, n, h, d).transpose(1, 2)
-
-
-@torch.library.register_fake("peft_engine::attention_forward")
-def _(q, k, v, first, last, scale):
-    return by_token(q)
-
-
-@torch.library.register_fake("peft_engine::attention_backward")
-def _(dout, q, k, v, first, last, scale):
-    return by_token(q), by_token(k), by_token(v)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q, k, v, first, last, scale):
-        ctx.save_for_backward(q, k, v, first, last)
-        ctx.scale = scale
-        return _forward(q, k, v, first, last, scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout):
-        q, k, v, first, last = ctx.saved_tensors
-        grads = torch.ops.peft_engine.attention_backward(dense(dout), q, k, v, first, last, ctx.scale)
-        return *grads, None, None, None
 
 
 def dense(t: torch.Tensor) -> torch.Tensor:
@@ -191,56 +158,21 @@ def dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-# Longer causal rows in half precision are torch's, forward and backward. CPU times of one thread on Sapphire
-# Rapids (AMX), bf16, 9 query and 3 key heads of 64; forward + backward in ms, torch's then ours:
-#     16 x 32 tokens   0.5 + 9.6    1.0 + 2.0
-#     4 x 128 tokens   0.7 + 10.8   1.8 + 3.8
-#     1 x 512 tokens   1.6 + 10.0   5.0 + 10.7
-LONGEST = 384
+def _kernels(q, k, v, intervals, scale) -> torch.Tensor:
+    """The kernels of prefix_attention, without a prefix; on a GPU torch's flash kernel where all is causal.
 
-
-def _by_torch(q, k, first) -> bool:
-    """Causal in half precision: torch's forward is the faster at every length."""
-    return first is None and 0 < q.shape[2] == k.shape[2] and q.dtype != torch.float32 and q.numel() > 0
-
-
-def _torch(q, k, v, scale) -> torch.Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-
-
-def _forward(q, k, v, first, last, scale) -> torch.Tensor:
-    if _by_torch(q, k, first):
-        return _torch(q, k, v, scale)
-    return torch.ops.peft_engine.attention_forward.default(q, k, v, first, last, scale)
-
-
-def _cpu(q, k, v, intervals, scale) -> torch.Tensor:
-    first, last = (None, None) if intervals is None else intervals
-    q, k, v = dense(q), dense(k), dense(v)
-    if not torch.is_grad_enabled() or not (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _forward(q, k, v, first, last, scale)
-    # While torch.compile traces, the length is not looked at: each side of it would be a compilation.
-    if _by_torch(q, k, first) and (torch.compiler.is_compiling() or k.shape[2] > LONGEST):
-        return _torch(q, k, v, scale)
-    return _Attention.apply(q, k, v, first, last, scale)
-
-
-def _gpu(q, k, v, intervals, scale) -> torch.Tensor:
-    """torch's flash kernel where all is causal, else the Triton kernels of prefix_attention without a prefix.
-
-    torch's needs a mask in full for intervals, which takes its slow kernel, and has none of float32 with
-    grouped heads that does not hold all scores.
+    That has no intervals but by a mask in full, which takes torch's slow kernel, and of float32 with grouped
+    heads none that does not hold all scores.
     """
     grouped = q.shape[1] != k.shape[1]
-    flash = q.dtype != torch.float32 or not grouped
-    if intervals is None and q.shape[2] == k.shape[2] and flash:
-        return _torch(q, k, v, scale)
+    flash = dispatch.on_gpu(q) and (q.dtype != torch.float32 or not grouped)
+    if flash and intervals is None and q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     from peft_engine.ops.prefix_attention import kernels  # which imports this module
 
     first, last = (None, None) if intervals is None else intervals
-    nothing = k.detach()[:1, :, :0]
-    return kernels(q, k, v, nothing, nothing, first, last, None, intervals is None, scale)
+    prefix_k, prefix_v = k.detach()[:1, :, :0], v.detach()[:1, :, :0]
+    return kernels(q, k, v, prefix_k, prefix_v, first, last, None, intervals is None, scale)
 
 
 def _refuse_unless_triton(call: AttentionCall) -> str | None:
@@ -249,6 +181,6 @@ def _refuse_unless_triton(call: AttentionCall) -> str | None:
     return refuse_head_dim(call.head_dim) or refuse_unless_cuda(call)
 
 
-ATTENTION.register("triton", _gpu, _refuse_unless_triton)
-ATTENTION.register("cpu", _cpu, refuse_unless_cpu)
+ATTENTION.register("triton", _kernels, _refuse_unless_triton)
+ATTENTION.register("cpu", _kernels, refuse_unless_cpu)
 ATTENTION.register("reference", reference)
