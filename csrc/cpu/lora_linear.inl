@@ -123,14 +123,11 @@ inline void forward_few_rows(const LoraLinearForward& f) {
   });
 }
 
-// The tile unit takes the weight as its left operand, whose rows need no shuffling. Else the activations are left, as they
-// lie, and the weight is turned, once for kChunkRows rows of x.
-template <bool kPairs>
+template <bool kPairs, Panel kPanel>
 inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t most_tiles) {
-  constexpr bool kUnit = kTileUnit<kPairs>;
-  constexpr Panel kPanel = kUnit ? Panel::rows_left : Panel::rows_right;
+  constexpr bool kUnit = kTileUnit<kPairs>, kActsRight = kPanel == Panel::rows_left;
   const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank;
-  const bool interleaved = kUnit && can_interleave<kPairs>(f.w), worth = f.rows * n * k >= kWorthThreads;
+  const bool interleaved = can_interleave<kPairs>(f.w), worth = f.rows * n * k >= kWorthThreads;
   if (!worth) threads = 1;
   const Dropout dropout = dropout_of(f.adapter);
   Source x = dense(f.x, f.type, f.rows, k), dropped = x;
@@ -167,13 +164,13 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   y.type = f.type;
   y.rows = f.rows;
   y.cols = n;
-  y.transposed = kUnit;
+  y.transposed = kActsRight;
   y.extra.bias = f.bias;
   y.extra.bias_type = f.bias_type;
   h.data = f.h;
   h.rows = f.rows;
   h.cols = rank;
-  h.transposed = kUnit;
+  h.transposed = kActsRight;
   h.scale = dropout.scale;
 
   for (int64_t row0 = 0; row0 < f.rows; row0 += kChunkRows) {
@@ -187,9 +184,9 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
     for (int t = 0; t < a.count; ++t) down[t].act[0] = act_dropped;
     const auto lay_out = [&](const Source& s, int64_t begin, int64_t end, uint32_t* to) {
       to += begin * x_words;
-      if constexpr (kUnit)
+      if constexpr (kActsRight)
         right_panel_of_rows<kPairs>(s, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps, to);
-      else left_panel<kPairs>(s, false, row0 + 16 * begin, end - begin, 0, product[0].steps, to);
+      else left_panel<kPairs>(s, interleaved, row0 + 16 * begin, end - begin, 0, product[0].steps, to);
     };
     in_parallel(tiles, worth, [&](int64_t begin, int64_t end) {
       const TileUnit unit;
@@ -204,8 +201,10 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
         right_panel_of_rows<true>(dense(wide_h, Type::bf16, rows, 3 * rank), false, 16 * begin, end - begin, 0,
                                   product[1].steps, to);
       } else {
-        left_panel<false>(dense(f.h, Type::f32, f.rows, rank), false, row0 + 16 * begin, end - begin, 0,
-                          product[1].steps, to);
+        const Source of_h = dense(f.h, Type::f32, f.rows, rank);
+        if constexpr (kActsRight)
+          right_panel_of_rows<false>(of_h, false, row0 + 16 * begin, end - begin, 0, product[1].steps, to);
+        else left_panel<false>(of_h, false, row0 + 16 * begin, end - begin, 0, product[1].steps, to);
       }
     });
     const Plan plan(n, tiles, threads, most_tiles, false);
@@ -215,6 +214,18 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
         run_task<kPairs, kPanel>(plan, task, product, rank > 0 ? 2 : 1, row0, dropout, y);
     });
   }
+}
+
+// One operand of the tile products is turned: the activations, and the result with them, or the weight, which costs the
+// less the more rows there are. The sums are the same to the bit. The tile unit reads a weight's rows as they are.
+template <bool kPairs>
+inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t most_tiles) {
+  const int64_t steps = steps_for<kPairs>(f.w.cols, false), panels = (f.w.rows + 15) / 16, rows = f.rows;
+  const int64_t acts = ((rows < kChunkRows ? rows : kChunkRows) + 15) / 16;
+  // In tiles turned; one of the result takes half as long again, with its rows' stores.
+  const bool weight = !kTileUnit<kPairs> && 2 * panels * steps < acts * (2 * steps + 3 * panels);
+  if (weight) forward_panels<kPairs, Panel::rows_right>(f, threads, most_tiles);
+  else forward_panels<kPairs, Panel::rows_left>(f, threads, most_tiles);
 }
 
 // dA = dh^T drop(x) and dB = s dy^T h.

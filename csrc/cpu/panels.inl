@@ -161,18 +161,25 @@ inline void read64_bf16(const Source& s, int64_t row, int64_t col, __m512i* firs
   *second = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(v + 48), _mm512_loadu_ps(v + 32));
 }
 
-// 128 natural bf16 values in four registers to the interleaved order.
-PE_INLINE void interleave128(__m512i v[4]) {
-  __m512i out[4];
-  constexpr int kShift[4] = {16, 0, 48, 32};  // index q of a word is value 1, 0, 3, 2 of its four
-  for (int q = 0; q < 4; ++q) {
-    __m128i part[4];
-    for (int i = 0; i < 4; ++i)
-      part[i] = _mm512_cvtepi64_epi16(_mm512_srli_epi64(v[i], static_cast<unsigned>(kShift[q])));
-    out[q] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(part[1], part[0])),
-                                _mm256_set_m128i(part[3], part[2]), 1);
+// Every fourth of 64 values, from the f-th on and from the s-th on: where they lie in two registers.
+PE_INLINE __m512i fourths(int f, int s) {
+  alignas(64) uint16_t at[32];
+  for (int i = 0; i < 16; ++i) {
+    at[i] = static_cast<uint16_t>(4 * i + f);
+    at[16 + i] = static_cast<uint16_t>(4 * i + s);
   }
-  for (int q = 0; q < 4; ++q) v[q] = out[q];
+  return _mm512_load_si512(at);
+}
+
+// 128 natural bf16 values in four registers to the interleaved order: index q of a word is value 1, 0, 3, 2 of its four.
+PE_INLINE void interleave128(__m512i v[4]) {
+  const __m512i first = fourths(1, 0), second = fourths(3, 2);
+  const __m512i a = _mm512_permutex2var_epi16(v[0], first, v[1]), b = _mm512_permutex2var_epi16(v[2], first, v[3]);
+  const __m512i c = _mm512_permutex2var_epi16(v[0], second, v[1]), d = _mm512_permutex2var_epi16(v[2], second, v[3]);
+  v[0] = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1);
+  v[1] = _mm512_shuffle_i64x2(a, b, 0xEE);
+  v[2] = _mm512_inserti64x4(c, _mm512_castsi512_si256(d), 1);
+  v[3] = _mm512_shuffle_i64x2(c, d, 0xEE);
 }
 
 // 128 NF4 values, interleaved, as bf16; the second 64 are zeros when only one block is left.
@@ -198,10 +205,11 @@ PE_INLINE void decode128(const uint8_t* packed, const float* scale, bool whole, 
 template <bool kPairs>
 constexpr int kStep = kPairs ? 32 : 16;  // values of the contraction in a step
 
-// Steps for `n` values. Interleaved operands take 128 at a time, the others 64.
+// Steps for `n` values, taken 64 at a time. Interleaved are 128 together: of 64 that are left the tile unit takes 128 too,
+// half of them zeros, the others take them as they lie.
 template <bool kPairs>
 inline int64_t steps_for(int64_t n, bool interleaved) {
-  const int64_t whole = interleaved ? 128 : 64;
+  const int64_t whole = interleaved && PE_LEVEL >= 4 ? 128 : 64;
   return (n + whole - 1) / whole * whole / kStep<kPairs>;
 }
 
@@ -210,47 +218,77 @@ inline bool can_interleave(const Matrix& w) {
   return kPairs && w.type == Type::nf4 && w.cols % 64 == 0;
 }
 
+#if PE_LEVEL >= 3
+// A dense row is read in pieces of a block, and each begins where no processor looks ahead by itself.
+constexpr int64_t kLeftRowsAhead = 2;
+
+// A row of a left operand of pairs, from `col` on; its steps are kTile words apart.
+template <bool kInterleaved>
+inline void left_row(const Source& s, int64_t row, int64_t col, int64_t steps, uint32_t* to) {
+  if (!kInterleaved && s.m.type == Type::bf16 && as_it_lies(s) && row < s.m.rows && col + steps * 32 <= s.m.cols) {
+    const uint16_t* from = static_cast<const uint16_t*>(s.m.data) + row * s.m.cols + col;
+    const uint16_t* ahead = from + kLeftRowsAhead * s.m.cols;
+    for (int64_t step = 0; step < steps; ++step) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + step * 32), _MM_HINT_T0);
+      _mm512_storeu_si512(to + step * kTile, _mm512_loadu_si512(from + step * 32));
+    }
+    return;
+  }
+  for (int64_t step = 0; step < steps; step += kInterleaved ? 4 : 2) {
+    __m512i v[4];
+    read64_bf16(s, row, col + step * 32, &v[0], &v[1]);
+    if (kInterleaved && steps - step >= 4) {
+      read64_bf16(s, row, col + step * 32 + 64, &v[2], &v[3]);
+      interleave128(v);
+      for (int q = 2; q < 4; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+    }
+    for (int q = 0; q < 2; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+  }
+}
+
+// `count` rows of an NF4 matrix, interleaved, 16 words apart.
+inline void left_rows_of_nf4(const Matrix& w, int64_t row, int64_t count, int64_t col, int64_t steps, uint32_t* to) {
+  float scale[kMaxSteps / 2 + 16];
+  const int64_t blocks = (w.cols - col < steps * 32 ? w.cols - col : steps * 32) / 64;
+  for (int64_t end = row + count; row < end; ++row, to += 16) {
+    const int64_t i = row * w.cols + col;
+    read_scales(w, i, blocks, scale);
+    const uint8_t* packed = static_cast<const uint8_t*>(w.data) + (i >> 1);
+    int64_t step = 0;
+    for (; step + 4 <= steps; step += 4) {
+      const int64_t left = blocks - step / 2;
+      __m512i v[4];
+      if (left <= 0) v[0] = v[1] = v[2] = v[3] = _mm512_setzero_si512();
+      else decode128(packed + step * 16, scale + step / 2, left > 1, v);
+      for (int q = 0; q < 4; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+    }
+    if (step == steps) continue;
+    __m512i first, second;
+    decode64_half<false>(w, i + step * 32, &first, &second);
+    _mm512_storeu_si512(to + step * kTile, first);
+    _mm512_storeu_si512(to + (step + 1) * kTile, second);
+  }
+}
+#endif
+
 // Left operand: rows [row0, row0 + 16 tiles) and steps [step0, step0 + steps) of a matrix, the contraction along its rows.
 template <bool kPairs>
 inline void left_panel(const Source& s, bool interleaved, int64_t row0, int64_t tiles, int64_t step0, int64_t steps,
                        uint32_t* out) {
-  const int64_t stride = steps * kTile;
+  const int64_t stride = steps * kTile, col = step0 * kStep<kPairs>;
   for (int64_t r = 0; r < tiles * 16; ++r) {
     const int64_t row = row0 + r;
     uint32_t* to = out + (r / 16) * stride + (r % 16) * 16;
-    int64_t col = step0 * kStep<kPairs>;
 #if PE_LEVEL >= 3
     if constexpr (kPairs) {
       if (interleaved && s.m.type == Type::nf4 && row < s.m.rows) {
-        float scale[kMaxSteps / 2 + 16];
-        const int64_t i = row * s.m.cols + col;
-        const int64_t blocks = (s.m.cols - col < steps * 32 ? s.m.cols - col : steps * 32) / 64;
-        read_scales(s.m, i, blocks, scale);
-        const uint8_t* packed = static_cast<const uint8_t*>(s.m.data) + (i >> 1);
-        for (int64_t step = 0; step < steps; step += 4) {
-          const int64_t left = blocks - step / 2;
-          __m512i v[4];
-          if (left <= 0) v[0] = v[1] = v[2] = v[3] = _mm512_setzero_si512();
-          else decode128(packed + step * 16, scale + step / 2, left > 1, v);
-          for (int q = 0; q < 4; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
-        }
-        continue;
-      }
-      const bool natural = s.m.type == Type::nf4 && s.m.cols % 64 == 0 && row < s.m.rows;
-      for (int64_t step = 0; step < steps; step += interleaved ? 4 : 2) {
-        __m512i v[4];
-        if (natural && col + step * 32 < s.m.cols) {
-          decode64_half<false>(s.m, row * s.m.cols + col + step * 32, &v[0], &v[1]);
-          for (int q = 0; q < 2; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
-          continue;
-        }
-        read64_bf16(s, row, col + step * 32, &v[0], &v[1]);
-        if (interleaved) {
-          read64_bf16(s, row, col + step * 32 + 64, &v[2], &v[3]);
-          interleave128(v);
-          for (int q = 2; q < 4; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
-        }
-        for (int q = 0; q < 2; ++q) _mm512_storeu_si512(to + (step + q) * kTile, v[q]);
+        const int64_t left = s.m.rows - row, count = left < 16 - r % 16 ? left : 16 - r % 16;
+        left_rows_of_nf4(s.m, row, count, col, steps, to);
+        r += count - 1;
+      } else if (interleaved) {
+        left_row<true>(s, row, col, steps, to);
+      } else {
+        left_row<false>(s, row, col, steps, to);
       }
       continue;
     }

@@ -329,3 +329,23 @@ def test_threads_do_not_change_the_result(isa):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nf4", (True, False), ids=("nf4", "dense"))
+def test_a_row_has_the_same_bits_among_many_rows_and_few(isa, dtype, nf4):
+    """From MANY_ROWS (methods/lora.py) on, whichever operand is turned; of 192 columns 64 are a tail."""
+    x = torch.randn(600, 192).to(dtype)
+    weight, a, b = torch.randn(96, 192).to(dtype), torch.randn(5, 192), torch.randn(96, 5)
+    weight = nf4_quantize(weight, double_quant=True) if nf4 else weight
+    dy = torch.randn(600, 96).to(dtype)
+
+    def run(rows):
+        part = x[:rows].clone().requires_grad_()
+        y = lora_linear(part, weight, a, b, 0.5)
+        return y.detach(), torch.autograd.grad(y, part, dy[:rows])[0]
+
+    y, dx = run(600)
+    for rows in (17, 40, 130, 512):
+        some_y, some_dx = run(rows)
+        assert torch.equal(some_y, y[:rows]) and torch.equal(some_dx, dx[:rows]), rows
