@@ -112,6 +112,59 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, int64_
 }
 #endif
 
+#if PE_LEVEL == 3
+// The same with dot instructions, for rows of bf16, interleaved, zeros beyond K: of a block's 16 values, rounded to bf16 as
+// a dense weight's are, a lookup takes 32 at once. Slower where the tile unit is: there the instruction runs at half rate.
+template <int kRows, int kWeightRows>
+inline void few_rows_nf4_pairs(const uint16_t* x, int64_t stride, const Matrix& w, int64_t n, const Extra& extra,
+                               Type type, void* y) {
+  constexpr int kSums = kRows * kWeightRows <= 2   ? 4
+                        : kRows * kWeightRows <= 4 ? 2
+                                                   : 1;  // each waits for the one before
+  const int64_t blocks = w.cols / 64;
+  float* scales = scratch<float>(Slot::few_rows, kWeightRows * (blocks + 16));
+  const uint8_t* packed[kWeightRows];
+  __m512 sum[kWeightRows][kRows][kSums];
+  for (int i = 0; i < kWeightRows; ++i) {
+    const int64_t at = (n + i) * w.cols;
+    packed[i] = static_cast<const uint8_t*>(w.data) + (at >> 1);
+    read_scales(w, at, blocks, scales + i * (blocks + 16));
+    for (int m = 0; m < kRows; ++m)
+      for (int q = 0; q < kSums; ++q) sum[i][m][q] = _mm512_setzero_ps();
+  }
+  int64_t ahead = kWeightRows * w.cols / 2;  // the rows after these
+  while (ahead < 2048) ahead *= 2;
+  for (int64_t b = 0; b < blocks; b += 2) {
+    __m512i v[kWeightRows][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < kWeightRows; ++i) {
+      const uint8_t* from = packed[i] + b * 32;
+      _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
+      decode128(from, scales + i * (blocks + 16) + b, b + 1 < blocks, v[i]);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const __m512i at = _mm512_loadu_si512(x + m * stride + b * 64 + 32 * q);
+#pragma GCC unroll 4
+        for (int i = 0; i < kWeightRows; ++i)
+          sum[i][m][q % kSums] = _mm512_dpbf16_ps(sum[i][m][q % kSums], (__m512bh)v[i][q], (__m512bh)at);
+      }
+    }
+  }
+  for (int i = 0; i < kWeightRows; ++i) {
+    float add[kRows];
+    extras(extra, n + i, kRows, add);
+    for (int m = 0; m < kRows; ++m) {
+      __m512 total = sum[i][m][0];
+      for (int q = 1; q < kSums; ++q) total = _mm512_add_ps(total, sum[i][m][q]);
+      store_one(y, type, m * w.rows + n + i, _mm512_reduce_add_ps(total) + add[m]);
+    }
+  }
+}
+#endif
+
 #if PE_LEVEL >= 3
 // x: rows of bf16, each `stride` values long, zeros beyond K; the weight anything that is read as bf16.
 template <int kRows>
@@ -167,23 +220,27 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
 }
 
 // The most rows for which this is faster than panels: of NF4 looked up in registers more than of what goes through floats
-// in memory. us on two threads of a Zen 4, here / by panels, 576x1536 and 2048x2048: NF4 in float32, 12 rows 181 / 231
-// and 692 / 1216; NF4 in bf16, 6 rows 137 / 121 and 383 / 465, 8 rows 157 / 121 and 475 / 444; dense bf16, 4 rows 97 / 124
-// and 349 / 858, 8 rows 188 / 121 and 666 / 841; dense float32, 4 rows 127 / 268 and 1177 / 1484, 12 rows 344 / 236. AMX,
-// 4096x4096 dense bf16 with r=16, ms: 4 rows 0.84 / 1.09, 5 rows 1.10 / 1.08.
+// in memory. us on two threads of a Zen 4, here / by panels: NF4 in float32, 12 rows of 576x1536 and 2048x2048 181 / 231 and
+// 692 / 1216; NF4 in bf16, 8 rows of 576x576, 576x1536 and 4096x4096 46 / 49, 76 / 132 and 1150 / 2300, 12 rows 64 / 49,
+// 109 / 133 and 1680 / 2300; dense bf16 of 576x1536 and 2048x2048, 4 rows 97 / 124 and 349 / 858, 8 rows 188 / 121 and
+// 666 / 841; dense float32, 4 rows 127 / 268 and 1177 / 1484, 12 rows 344 / 236. AMX, 4096x4096 dense bf16 with r=16, ms: 4
+// rows 0.84 / 1.09, 5 rows 1.10 / 1.08.
 template <bool kPairs>
 inline int64_t most_few_rows(const Matrix& w) {
 #if PE_LEVEL >= 2
-  if (in_blocks(w) && !(kPairs && PE_LEVEL >= 4)) return kPairs ? 6 : 12;
+  if (in_blocks(w) && !(kPairs && PE_LEVEL >= 4)) return kPairs && w.rows * w.cols < (1 << 19) ? 8 : 12;
 #endif
   return 4;
 }
 
 // How few_rows takes x.
-enum class Take { floats, by_shift, bf16 };
+enum class Take { floats, by_shift, bf16, interleaved };
 
 template <bool kPairs>
 inline Take few_rows_take(const Matrix& w) {
+#if PE_LEVEL == 3
+  if (kPairs && in_blocks(w)) return Take::interleaved;
+#endif
 #if PE_LEVEL >= 2
   if (in_blocks(w)) return Take::by_shift;
 #endif
@@ -203,6 +260,15 @@ inline void few_rows(const void* x, int64_t stride, Take take, const Source& w, 
       for (; n + 4 <= n1; n += 4) few_rows_nf4<kRows, 4>(from, stride, w.m, n, extra, type, y);
     for (; n + 2 <= n1; n += 2) few_rows_nf4<kRows, 2>(from, stride, w.m, n, extra, type, y);
     for (; n < n1; ++n) few_rows_nf4<kRows, 1>(from, stride, w.m, n, extra, type, y);
+    return;
+  }
+#endif
+#if PE_LEVEL == 3
+  if (take == Take::interleaved) {
+    const uint16_t* pairs = static_cast<const uint16_t*>(x);
+    int64_t n = n0;
+    for (; n + 2 <= n1; n += 2) few_rows_nf4_pairs<kRows, 2>(pairs, stride, w.m, n, extra, type, y);
+    for (; n < n1; ++n) few_rows_nf4_pairs<kRows, 1>(pairs, stride, w.m, n, extra, type, y);
     return;
   }
 #endif

@@ -88,10 +88,11 @@ inline void forward_few_rows(const LoraLinearForward& f) {
     for (int64_t c = 0; c < padded; c += 128) {
       const int64_t at = m * padded + c;
 #if PE_LEVEL >= 3
-      if (take == Take::bf16) {
+      if (take == Take::bf16 || take == Take::interleaved) {
         __m512i v[4];
         read64_bf16(x, m, c, &v[0], &v[1]);
         read64_bf16(x, m, c + 64, &v[2], &v[3]);
+        if (take == Take::interleaved) interleave128(v);
         for (int q = 0; q < 4; ++q) _mm512_storeu_si512(static_cast<uint16_t*>(activations) + at + 32 * q, v[q]);
         continue;
       }
@@ -108,8 +109,8 @@ inline void forward_few_rows(const LoraLinearForward& f) {
     }
   }
   constexpr int kWeightRows = 8;
-  const int64_t word = take == Take::bf16 ? 2 : 4;
-  in_parallel(f.w.rows, f.w.rows * k >= kWorthThreads, [&](int64_t begin, int64_t end) {
+  const int64_t word = take == Take::bf16 || take == Take::interleaved ? 2 : 4;
+  in_parallel(f.w.rows, rows * f.w.rows * k >= kWorthThreads, [&](int64_t begin, int64_t end) {
     // The weight's rows a few at a time, so that the second four rows of x find them in the L1 cache.
     for (int64_t n = begin; n < end; n += kWeightRows) {
       for (int m = 0; m < rows; m += kRowsAtOnce) {
