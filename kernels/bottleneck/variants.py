@@ -12,10 +12,9 @@ from peft_engine.kernels.bottleneck import fused, outer, split, tiles
 from peft_engine.kernels.bottleneck.call import Call
 
 from peft_engine.kernels.tiles import pretended
-from peft_engine.kernels.variants import ARCHS, NAMES, TENSOR_CORE, Variant, launched
+from peft_engine.kernels.variants import ARCHS, FEW_ARCHS, NAMES, TENSOR_CORE, Variant, launched
 
 H = 4096
-WHOLE = (80, 90)
 LOADS = "LDG.E.64|LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128|UTMALDG"
 WIDE = 1024  # for the entries without a largest width
 # The least and the most that a call asks of a kernel: which tile holds the most is what matters.
@@ -38,10 +37,10 @@ def variants() -> Iterator[Variant]:
                 for place, (_, width, *_) in enumerate(tiles.entries(kernel, arch)):
                     width = min(width, WIDE)
                     yield from _named(kernel, arch, half, half, width, FULL)
-                    if place == 0 and arch in WHOLE:
+                    if place == 0 and arch in FEW_ARCHS:
                         yield from _named(kernel, arch, half, whole, width, FULL)
                         yield from _named(kernel, arch, whole, whole, width, PLAIN)
-            if arch not in WHOLE:
+            if arch not in FEW_ARCHS:
                 continue
             # float16 compiles to bfloat16's code but for its products with float32
             yield from _named("contract", arch, torch.float16, whole, WIDE, PLAIN)

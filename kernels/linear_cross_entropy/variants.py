@@ -7,7 +7,7 @@ import torch
 from peft_engine.kernels.linear_cross_entropy.columns import cross_entropy_columns
 from peft_engine.kernels.linear_cross_entropy.rows import cross_entropy_rows
 
-from peft_engine.kernels.variants import NAMES, Variant, launched
+from peft_engine.kernels.variants import ARCHS, FEW_ARCHS, NAMES, Variant, launched
 from peft_engine.ops.nf4 import DTYPES
 
 VOCABULARY = 128_256
@@ -29,8 +29,9 @@ def _named(dtype: torch.dtype, vocabulary: int, *, wide: bool = True) -> Iterato
         "losses and gradient": lambda: cross_entropy_rows(logits, labels, scale, scale, stats, True),
         "columns": lambda: cross_entropy_columns(logits, labels, scale, stats, 512),
     }
+    archs = ARCHS if dtype == torch.bfloat16 and wide else FEW_ARCHS
     for what, call in calls.items():
         wants = WIDE if what == "losses" else (*WIDE, "STG.E.64|STG.E.128")
         for variant in launched(call):
             name = f"{NAMES[dtype]}, vocabulary {vocabulary}, {what}"
-            yield dataclasses.replace(variant, name=name, wants=wants if wide else ())
+            yield dataclasses.replace(variant, name=name, archs=archs, wants=wants if wide else ())

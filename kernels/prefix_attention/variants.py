@@ -16,11 +16,10 @@ from peft_engine.kernels.prefix_attention.dq import gradient_of_queries
 from peft_engine.kernels.prefix_attention.forward import forward
 
 from peft_engine.kernels.tiles import MANY, pretended
-from peft_engine.kernels.variants import ARCHS, NAMES, TENSOR_CORE, Variant, launched
+from peft_engine.kernels.variants import ARCHS, FEW_ARCHS, NAMES, TENSOR_CORE, Variant, launched
 from peft_engine.ops.attention import by_token
 
 WIDE = "LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128"
-WHOLE = (80, 90)
 
 
 def variants() -> Iterator[Variant]:
@@ -30,13 +29,13 @@ def variants() -> Iterator[Variant]:
                 for rows, head_dim, *_ in tiles.entries(kernel, arch):
                     # float16 compiles to bfloat16's code but for the products' types: one entry shows it
                     for dtype in tuple(NAMES) if (rows, head_dim) == (MANY, 64) else tuple(NAMES)[:2]:
-                        if arch not in WHOLE and dtype != torch.bfloat16:
+                        if arch not in FEW_ARCHS and dtype != torch.bfloat16:
                             continue
                         call = launch_of(kernel, rows, head_dim, dtype)
                         name = f"{NAMES[dtype]}, head_dim {head_dim}"
                         name += ", bias" * ("bias" in kernel) + f", {rows} rows" * (rows < MANY)
                         yield from _named(call, name, arch, dtype)
-            if arch in WHOLE:
+            if arch in FEW_ARCHS:
                 yield from _others(arch)
 
 

@@ -7,7 +7,7 @@ import torch
 from peft_engine.kernels.swiglu.backward import backward
 from peft_engine.kernels.swiglu.forward import forward
 
-from peft_engine.kernels.variants import NAMES, Variant, launched
+from peft_engine.kernels.variants import ARCHS, FEW_ARCHS, NAMES, Variant, launched
 from peft_engine.ops.nf4 import DTYPES
 
 WIDE = ("LDG.E.64|LDG.E.128", "STG.E.64|STG.E.128")
@@ -26,6 +26,7 @@ def _named(
 ) -> Iterator[Variant]:
     gate = torch.empty(rows, columns + gap, dtype=dtype, device="meta")[:, :columns]
     name = f"{NAMES[dtype]}, {columns} columns{', rows apart' if gap else ''}{rest}"
+    archs = ARCHS if dtype == torch.bfloat16 and columns == 14336 else FEW_ARCHS
     for call in (lambda: forward(gate, gate), lambda: backward(gate, gate, gate)):
         for variant in launched(call):
-            yield dataclasses.replace(variant, name=name, wants=WIDE if wide else ())
+            yield dataclasses.replace(variant, name=name, archs=archs, wants=WIDE if wide else ())

@@ -17,6 +17,7 @@ import torch
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities, times ten
+FEW_ARCHS = (80, 90)  # for variants beside a kernel's main one
 TENSOR_CORE = "HMMA|HGMMA|UTCHMMA"  # mma.sync, wgmma and tcgen05: what a dot may become
 
 
