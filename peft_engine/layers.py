@@ -28,7 +28,7 @@ from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
-from peft_engine.ops.swiglu import SWIGLU, SwigluCall, swiglu
+from peft_engine.ops.swiglu import NO_ROOM, SWIGLU, SwigluCall, swiglu
 
 # --- the projections inside ---------------------------------------------------------------------------------
 
@@ -60,9 +60,9 @@ def is_dense(module: Any) -> bool:
     return not any(module.__dict__[hooks] for hooks in _HOOKS) and not any(_GLOBAL_HOOKS)
 
 
-def _spare(x: torch.Tensor, module: Any) -> int:
-    """The spare columns that a linear layer's one adapter uses behind rows of x's dtype; 0 off a GPU."""
-    adapters = module._modules.get("lora_A") if dispatch.direct(x) else None
+def _spare(module: Any, dtype: torch.dtype) -> int:
+    """The spare columns that a linear layer's one adapter uses behind rows of a dtype."""
+    adapters = module._modules.get("lora_A")
     if adapters is None:
         return 0
     if isinstance(module, (LoraLinear, LoraNF4Linear)):
@@ -71,7 +71,7 @@ def _spare(x: torch.Tensor, module: Any) -> int:
     else:  # PEFT's, whose adapters are linear layers by name
         names = [name for name in module.active_adapters if name in adapters]
         a = adapters[names[0]].weight if len(names) == 1 else None
-    return 0 if a is None else spare_width(a.shape[0], a.dtype, x.dtype)
+    return 0 if a is None else spare_width(a.shape[0], a.dtype, dtype)
 
 
 # --- RMSNorm ------------------------------------------------------------------------------------------------
@@ -136,7 +136,10 @@ class _MLP:
         modules = self._modules
         gate_proj, up_proj, down_proj = modules["gate_proj"], modules["up_proj"], modules["down_proj"]
         gate, up = _project(gate_proj, x), _project(up_proj, x)
-        spare = _spare(gate, down_proj), _spare(gate, gate_proj), _spare(gate, up_proj)
+        spare = NO_ROOM
+        if dispatch.direct(gate):  # elsewhere none is left
+            down, of_gate, of_up = (_spare(m, gate.dtype) for m in (down_proj, gate_proj, up_proj))
+            spare = down, of_gate, of_up
         return _project(down_proj, swiglu(gate, up, spare=spare))
 
 
@@ -174,7 +177,8 @@ class Phi3MLP(phi3.Phi3MLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = _project(self.gate_up_proj, hidden_states).chunk(2, dim=-1)
         # The gradients of the halves are joined in new memory: room behind them would be lost.
-        return _project(self.down_proj, swiglu(gate, up, spare=(_spare(gate, self.down_proj), 0, 0)))
+        down = _spare(self.down_proj, gate.dtype) if dispatch.direct(gate) else 0
+        return _project(self.down_proj, swiglu(gate, up, spare=(down, 0, 0)))
 
 
 # --- attention ----------------------------------------------------------------------------------------------

@@ -33,17 +33,6 @@ inline Words load_words(const uint32_t* p) {
   return out;
 }
 
-// sum + a b, rounded once where the instruction set does so (floats are not contracted by the compiler).
-PE_INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
-#if PE_LEVEL >= 2
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif PE_LEVEL == 1
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
-#else
-  return a * b + sum;
-#endif
-}
-
 template <int W>
 PE_INLINE Floats multiply_words(Words a, Words b, Floats sum) {
   if constexpr (W == 1) return multiply_add((Floats)a, (Floats)b, sum);

@@ -83,12 +83,13 @@ inline void forward_few_rows(const LoraLinearForward& f) {
   w.m = f.w;
   const Extra extra = extra_of_few_rows(f);
   const Take take = few_rows_take<kPairs>(f.w);
+  const bool pairs = take == Take::bf16 || take == Take::interleaved;
   void* activations = scratch<float>(Slot::activations, rows * padded);
   for (int m = 0; m < rows; ++m) {
     for (int64_t c = 0; c < padded; c += 128) {
       const int64_t at = m * padded + c;
 #if PE_LEVEL >= 3
-      if (take == Take::bf16 || take == Take::interleaved) {
+      if (pairs) {
         __m512i v[4];
         read64_bf16(x, m, c, &v[0], &v[1]);
         read64_bf16(x, m, c + 64, &v[2], &v[3]);
@@ -109,7 +110,7 @@ inline void forward_few_rows(const LoraLinearForward& f) {
     }
   }
   constexpr int kWeightRows = 8;
-  const int64_t word = take == Take::bf16 || take == Take::interleaved ? 2 : 4;
+  const int64_t word = pairs ? 2 : 4;
   in_parallel(f.w.rows, rows * f.w.rows * k >= kWorthThreads, [&](int64_t begin, int64_t end) {
     // The weight's rows a few at a time, so that the second four rows of x find them in the L1 cache.
     for (int64_t n = begin; n < end; n += kWeightRows) {

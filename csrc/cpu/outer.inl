@@ -1,16 +1,5 @@
 // The adapter's weight gradients: sums over the rows of a product of two rows. Included once per instruction set.
 
-// acc + a * b in one rounding, where there is an instruction for it.
-inline Floats multiply_add(Floats a, Floats b, Floats acc) {
-#if PE_LEVEL >= 2
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc);
-#elif PE_LEVEL == 1
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc);
-#else
-  return a * b + acc;
-#endif
-}
-
 // Rows whose products are summed before they join the result: short sums lose less to rounding.
 constexpr int64_t kOuterRows = 64;
 // Ranks at a time: as many sums as registers hold.

@@ -43,6 +43,17 @@ inline void with_type(Type type, const Body& body) {
 
 inline Floats all(float v) { return Floats{} + v; }
 
+// sum + a b, rounded once where the instruction set does so (floats are not contracted by the compiler).
+PE_INLINE Floats multiply_add(Floats a, Floats b, Floats sum) {
+#if PE_LEVEL >= 2
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif PE_LEVEL == 1
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return a * b + sum;
+#endif
+}
+
 template <class T>
 inline Floats load(const typename T::Value* p) {
   if constexpr (T::type == Type::f32) {

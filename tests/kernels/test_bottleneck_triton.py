@@ -21,6 +21,7 @@ from peft_engine.ops.nf4 import DTYPES
 op = importlib.import_module("peft_engine.ops.bottleneck")  # the package's name is the function's
 EPS = 1e-5
 NAMES = ("y", "dx", "ddown", "ddown_bias", "dup", "dup_bias", "dnorm", "dnorm_bias", "dresidual")
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
 def ours(x, residual, parameters, dy, activation, scaling):
@@ -83,14 +84,6 @@ def case(device, rows, features, width, dtype, activation="relu", scaling=1.7, *
 
 # rows, features, width: tails of every tile, several of each, widths that are no power of two
 SHAPES = [(1, 64, 16), (5, 200, 3), (67, 136, 24), (35, 97, 64)]
-
-
-@pytest.fixture(autouse=True)
-def _nan_filled():
-    """Whatever is allocated without values holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("path", tiles.PATHS)

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from peft_engine.ops.nf4 import DTYPES
 
 # The interpreter's; a GPU's are without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value encountered")
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value encountered"),
+]
 
 op = importlib.import_module("peft_engine.ops.linear_cross_entropy")  # the package's name is the function's
 
@@ -39,14 +42,6 @@ def plain(logits, labels, scale, dtype):
     loss = F.cross_entropy(wide, labels, reduction="none")
     (gradient,) = torch.autograd.grad(loss, leaf, scale.to(loss.dtype))
     return loss.detach(), gradient, gradient
-
-
-@pytest.fixture(autouse=True)
-def _nan_filled():
-    """Whatever is allocated without values holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # fewer logits than a turn of the loop takes, several turns, tails

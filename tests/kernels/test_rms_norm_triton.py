@@ -15,6 +15,7 @@ from peft_engine.ops.rms_norm import reference
 EPS = 1e-6
 # rows, columns: a row of one, rows that share a program, tails, shares of rows for dw
 SHAPES = ((1, 1), (7, 17), (70, 64), (3, 300), (2, 4096), (600, 65))
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
 def plain(x, weight, dy, offset):
@@ -42,14 +43,6 @@ def check(device, rows, columns, dtype, weight_dtype, scale=1.0, offset=0.0):
     )
     for name, a, b, c, t in zip(("y", "dx", "dw"), got, same, exact, terms, strict=True):
         assert_twice_as_good(a.cpu(), b, c, t, f"{name} {rows}x{columns} {dtype} {weight_dtype} {scale}")
-
-
-@pytest.fixture(autouse=True)
-def _nan_filled():
-    """Whatever is allocated without values holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("rows,columns", SHAPES)

@@ -10,6 +10,7 @@ from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.rotary import reference
 
 NAMES = ("q", "k", "dq", "dk")
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
 def plain(q, k, cos, sin, dq, dk):
@@ -34,14 +35,6 @@ def angles(batch, tokens, rotated, dtype):
     """cos and sin whose halves differ, so that a kernel that mixes them up is found."""
     phase = torch.randn(batch, tokens, rotated)
     return phase.cos().to(dtype), phase.sin().to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def _nan_filled():
-    """Whatever is allocated without values holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # heads that are no power of two, one token, parts of a head, nothing turned
