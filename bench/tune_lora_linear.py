@@ -99,10 +99,8 @@ def kernel_call(kernel: str, n: int, k: int, rows: int, qs: list[ops.NF4Tensor])
         width = spare_width(rank, a.dtype, x.dtype)
         return lambda: down(x, a, 1.0, buffer=with_spare(x, width), terms=3)
     h = torch.randn(rows, rank, device=device)
-    if kernel == "up":
-        y = padded(n)
-        return lambda: up_(y, h, b, 1.0)
-    return lambda: outer(h, x, torch.float32)
+    y = padded(n)
+    return (lambda: up_(y, h, b, 1.0)) if kernel == "up" else lambda: outer(h, x, h, y, torch.float32)
 
 
 # --- paths -----------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ and writes wherever a pointer leads; it runs programs one after another, so a ra
 is ml_dtypes' numpy type, rounded after each operation as a GPU does it. Each tensor given to a kernel lies in
 an address range of its own, 2^44 bytes from the next, so a pointer that leaves its tensor is found wherever
 it leads. Two programs of one launch that touch an element, one of them writing, without an atomic, are found
-whatever their order.
+whatever their order, unless the first released what it did by an atomic and the second acquired it by one on
+the same address. An atomic is one thread's: it releases what lies before the program's last barrier.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from triton.runtime import interpreter
 SPACE = 44  # bits of the address range of one argument
 MANY = -1  # read by several programs
 ATOMIC = -2  # written by atomics
+RELEASES, ACQUIRES = ("RELEASE", "ACQUIRE_RELEASE"), ("ACQUIRE", "ACQUIRE_RELEASE")
 
 
 class OutOfBounds(IndexError):
@@ -40,18 +42,53 @@ class _Argument:
     real: int  # address of the first element
     nbytes: int  # up to the end of the last element
     storage: int
-    writer: np.ndarray  # by byte of the storage: the program (from 1) that wrote it, 0 for none
+    writer: np.ndarray  # by byte of the storage: the epoch (from 1) that wrote it, 0 for none
     reader: np.ndarray
 
 
 class _Memory:
-    """The tensors of one launch, and who touched them."""
+    """The tensors of one launch, and who touched them.
+
+    An epoch is what a program does from one barrier to the next. What an epoch touched is `known` to a
+    program, so that it may touch it too, when the epoch is its own or was acquired.
+    """
 
     def __init__(self, kernel: str):
         self.kernel = kernel
         self.arguments: list[_Argument] = []
         self.touched: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.program = 0
+        self.epoch = 0
+        self.known = np.zeros(1024, bool)  # by epoch; MANY and ATOMIC, at its end, never are
+        self.mine: list[int] = []  # the epochs that are known
+        self.released: dict[int, set[int]] = {}  # by the address of an atomic
+
+    def start(self, program: int) -> None:
+        """The next program; nothing of the others is known to it."""
+        self.program = program
+        self.known[self.mine] = False
+        self.mine = []
+        self.known[0] = True
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Ends an epoch."""
+        self.epoch += 1
+        if self.epoch >= self.known.size - 2:
+            self.known = np.concatenate([self.known[:-2], np.zeros_like(self.known)])
+        self._know([self.epoch])
+
+    def _know(self, epochs: Sequence[int]) -> None:
+        self.mine += [epoch for epoch in epochs if not self.known[epoch]]
+        self.known[epochs] = True
+
+    def synchronise(self, addresses: np.ndarray, mask: np.ndarray, sem: str) -> None:
+        """An atomic on these addresses: what was released there becomes known, and what is known released."""
+        for address in addresses[np.broadcast_to(mask, addresses.shape)].reshape(-1).tolist():
+            if sem in ACQUIRES:
+                self._know(sorted(self.released.get(address, ())))
+            if sem in RELEASES:
+                self.released.setdefault(address, set()).update(e for e in self.mine if e != self.epoch)
 
     def address_of(self, name: str, tensor: torch.Tensor) -> int:
         """The address under which the kernel sees the tensor."""
@@ -107,20 +144,19 @@ class _Memory:
         for byte in range(0, size, max(1, size // 2)):
             at = start + byte
             writer, reader = a.writer[at], a.reader[at]
-            mine = self.program
             if atomic:
                 clash = (writer != 0) & (writer != ATOMIC) | (reader != 0)
                 a.writer[at] = ATOMIC
             elif what == "writes":
-                clash = (writer != 0) & (writer != mine) | (reader != 0) & (reader != mine)
-                a.writer[at] = mine
+                clash = ~self.known[writer] | ~self.known[reader]
+                a.writer[at] = self.epoch
             else:
-                clash = (writer != 0) & (writer != mine)
-                a.reader[at] = np.where((reader == 0) | (reader == mine), mine, MANY)
+                clash = ~self.known[writer]
+                a.reader[at] = np.where(self.known[reader], self.epoch, MANY)
             if clash.any():
                 raise Race(
-                    f"{self.kernel}: program {mine - 1} {what} {a.name} at byte {start[clash][0] + byte} of "
-                    "its storage, which another program of the launch touches too"
+                    f"{self.kernel}: program {self.program - 1} {what} {a.name} at byte "
+                    f"{start[clash][0] + byte} of its storage, which another program of the launch touches"
                 )
 
 
@@ -168,7 +204,8 @@ class _Executor(interpreter.GridExecutor):
             )
             if _shuffle is not None:
                 _shuffle.shuffle(programs)
-            for memory.program, index in enumerate(programs, start=1):
+            for program, index in enumerate(programs, start=1):
+                memory.start(program)
                 interpreter.interpreter_builder.set_grid_idx(*index)
                 self.fn(**arguments)
         except interpreter.InterpreterError as error:
@@ -218,14 +255,20 @@ class _Builder(interpreter.InterpreterBuilder):
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
         itemsize = _np_dtype(ptr.get_element_ty()).itemsize
         real = _memory.real(ptr.data, mask.data, itemsize, "writes", atomic=True)
+        _memory.synchronise(real, mask.data, sem.name)
         return super().create_atomic_rmw(
             rmwOp, interpreter.TensorHandle(real, ptr.dtype), val, mask, sem, scope
         )
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         itemsize = _np_dtype(ptr.get_element_ty()).itemsize
-        real = _memory.real(ptr.data, np.ones(ptr.data.shape, bool), itemsize, "writes", atomic=True)
+        everywhere = np.ones(ptr.data.shape, bool)
+        real = _memory.real(ptr.data, everywhere, itemsize, "writes", atomic=True)
+        _memory.synchronise(real, everywhere, sem.name)
         return super().create_atomic_cas(interpreter.TensorHandle(real, ptr.dtype), cmp, val, sem, scope)
+
+    def create_barrier(self):
+        _memory.barrier()
 
     def cast_impl(self, src, dst_type):
         return interpreter.TensorHandle(src.data.astype(_np_dtype(dst_type)), dst_type.scalar)

@@ -31,5 +31,5 @@ def backward(
     dh = down(flat, lora_b.transpose(1, 2), 1.0, order=order, bounds=bounds)
     if need_dx:
         up_(dx.view(-1, x.shape[-1]), dh, lora_a.transpose(1, 2), 1.0, order=order, bounds=bounds)
-    da = outer(dh, alone.rows_of(x), lora_a.dtype, order=order, bounds=bounds)
-    return dx, da, outer(h, flat, lora_b.dtype, transposed=True, order=order, bounds=bounds)
+    da, db = outer(dh, alone.rows_of(x), h, flat, lora_a.dtype, order=order, bounds=bounds)
+    return dx, da, db

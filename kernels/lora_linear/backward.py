@@ -37,5 +37,7 @@ def backward(
         return dx, torch.empty_like(lora_a), torch.empty_like(lora_b)
     if dh is None:
         dh = down(flat, lora_b.t(), scaling)
-    da = outer(dh, rows_of(x), lora_a.dtype, dropout_p=dropout_p, seed=seed)
-    return dx, da, outer(h, flat, lora_b.dtype, scaling=scaling, transposed=True)
+    da, db = outer(
+        dh, rows_of(x), h, flat, lora_a.dtype, scaling=scaling, dropout_p=dropout_p, seed=seed
+    )  # fmt: skip
+    return dx, da, db

@@ -1,34 +1,42 @@
 """h = s drop(x) A^T, in float32: the product down to the rank, of the forward and (as s dy B) of the
 backward.
 
-Floor: bytes, x read once. The contraction is split so that a few thousand rows fill the GPU; a second kernel
-adds the shares in order. A float32 A beside half-precision x comes in terms of x's dtype (adapter.py), so
-that the loop is loads and products alone. For the workspace path h is also written behind x in its terms
-(workspace.py), and x is copied in the same pass where it has no room behind it.
+Floor: bytes, x read once. The contraction is split so that a few thousand rows fill the GPU; of a tile's
+programs the one that arrives last adds their shares in order. A float32 A beside half-precision x comes in
+terms of x's dtype (adapter.py), so that the loop is loads and products alone. For the workspace path h is
+also written behind x in its terms (workspace.py), and x is copied in the same pass where it has no room
+behind it.
 """
 
 import torch
 import triton
 import triton.language as tl
 from peft_engine.kernels.lora_linear import adapter, tiles
-from peft_engine.kernels.lora_linear.parts import kept, rows_of_tile, wide_dot
+from peft_engine.kernels.lora_linear.parts import (
+    arrives_last,
+    kept,
+    rows_of_tile,
+    sum_of_shares,
+    wide_dot,
+)
 
 from peft_engine.activations import term_width
 from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.scratch import arrivals
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def down_kernel(
-    x, a, partial, buffer, seed, order, bounds, rows, columns, groups, rank, share, threshold,
-    stride_xm, stride_at, stride_ag, stride_ar, stride_ak, stride_bm,
-    RANK: tl.constexpr, TERMS: tl.constexpr, STEP: tl.constexpr, COPY: tl.constexpr, DROPOUT: tl.constexpr,
-    GROUPED: tl.constexpr,
+    x, a, partial, arrivals, h, buffer, seed, order, bounds, rows, columns, groups, rank, share, scaling,
+    threshold, stride_xm, stride_at, stride_ag, stride_ar, stride_ak, stride_bm,
+    RANK: tl.constexpr, TERMS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, BEHIND: tl.constexpr,
+    COPY: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, m, r] = sum over the columns k of share s of drop(x)[m, k] a[r, k]; of sorted rows if
-    GROUPED.
+    """h[m, r] = scaling * sum over the columns k of drop(x)[m, k] a[r, k]; of sorted rows if GROUPED.
 
-    With three TERMS, a is the sum of a[0], a[1] / STEP and a[2] / STEP^2.
+    With three TERMS, a is the sum of a[0], a[1] / STEP and a[2] / STEP^2. BEHIND: so many terms of h are
+    written behind the buffer's columns, each WIDTH wide.
     """
     split = tl.program_id(1)
     if GROUPED:
@@ -62,35 +70,22 @@ def down_kernel(
             third = tl.dot(tile, tl.load(at + 2 * stride_at, both, other=0), third)
     if TERMS == 3:
         acc += (second + third / STEP) / STEP
-    at = partial + (split.to(tl.int64) * rows + place)[:, None] * rank + r[None, :]
-    tl.store(at, acc, inside[:, None] & (r < rank)[None, :])
-
-
-@triton.jit
-def shares_kernel(
-    partial, h, buffer, rows, columns, rank, shares, scaling, stride_bm,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """h[m, r] = scaling * sum_s partial[s, m, r], in order, and its terms behind the buffer's rows."""
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    r = tl.arange(0, RANK)
-    inside = row < rows
     stored = inside[:, None] & (r < rank)[None, :]
-    at = row[:, None] * rank + r[None, :]
-    sum = tl.zeros((BLOCK_M, RANK), tl.float32)
-    for s in range(shares):
-        sum += tl.load(partial + tl.cast(s, tl.int64) * rows * rank + at, stored, other=0.0)
-    sum *= scaling
-    tl.store(h + at, sum, stored)
-    if TERMS > 0:
-        behind = buffer + row[:, None] * stride_bm + columns + r[None, :]
-        stored = inside[:, None] & (r < WIDTH)[None, :]
-        first = sum.to(buffer.dtype.element_ty)
-        tl.store(behind, first, stored)
-        if TERMS == 3:
-            second = (sum - first.to(tl.float32)).to(buffer.dtype.element_ty)
-            tl.store(behind + WIDTH, second, stored)
-            tl.store(behind + 2 * WIDTH, first, stored)
+    at = place.to(tl.int64)[:, None] * rank + r[None, :]
+    size = tl.cast(rows, tl.int64) * rank
+    tl.store(partial + split * size + at, acc, stored)
+    if arrives_last(arrivals + tl.program_id(0)):
+        sum = sum_of_shares(partial, size, at, stored, BLOCK_M, RANK) * scaling
+        tl.store(h + at, sum, stored)
+        if BEHIND > 0:
+            behind = buffer + row[:, None] * stride_bm + columns + r[None, :]
+            stored = inside[:, None] & (r < WIDTH)[None, :]
+            first = sum.to(buffer.dtype.element_ty)
+            tl.store(behind, first, stored)
+            if BEHIND == 3:
+                rest = (sum - first.to(tl.float32)).to(buffer.dtype.element_ty)
+                tl.store(behind + WIDTH, rest, stored)
+                tl.store(behind + 2 * WIDTH, first, stored)
 
 
 def down(
@@ -132,24 +127,18 @@ def down(
     launch(
         down_kernel, (programs, shares),
         (
-            x, a, partial, buffer, x if seed is None else seed, order if grouped else x,
-            bounds if grouped else x,
-            rows, columns, groups, rank, share, round(dropout_p * 2**32), x.stride(0),
-            a.stride(0) if split is not None else 0, *(a.stride()[-3:] if grouped else (0, *a.stride()[-2:])),
-            buffer.stride(0),
+            x, a, partial, arrivals("down", programs, x), h, buffer, x if seed is None else seed,
+            order if grouped else x, bounds if grouped else x,
+            rows, columns, groups, rank, share, scaling / (1.0 - dropout_p), round(dropout_p * 2**32),
+            x.stride(0), a.stride(0) if split is not None else 0,
+            *(a.stride()[-3:] if grouped else (0, *a.stride()[-2:])), buffer.stride(0),
         ),
         {
             "RANK": tiles.padded_rank(rank), "TERMS": 1 if split is None else 3,
-            "STEP": adapter.step_of(x.dtype),
+            "STEP": adapter.step_of(x.dtype), "WIDTH": term_width(rank), "BEHIND": terms,
             "COPY": copy, "DROPOUT": dropout_p > 0.0, "GROUPED": grouped,
             "BLOCK_M": block_m, "BLOCK_K": block_k,
         },
         num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    launch(
-        shares_kernel, (cdiv(rows, 32),),
-        (partial, h, buffer, rows, columns, rank, shares, scaling / (1.0 - dropout_p), buffer.stride(0)),
-        {"RANK": tiles.padded_rank(rank), "WIDTH": term_width(rank), "TERMS": terms, "BLOCK_M": 32},
-        num_warps=4,
     )  # fmt: skip
     return h

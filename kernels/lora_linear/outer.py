@@ -1,26 +1,32 @@
-"""dA = g^T drop(z) and dB = (g^T z)^T, skinny products over the rows, split over them, in a fixed order.
+"""dA = dh^T drop(x) and dB = s dy^T h, skinny products over the rows, split over them, both in one launch.
 
-Floor: bytes, z read once. Each program sums its share of the rows for BLOCK_C columns of z into a float32
-partial; a second kernel adds the partials in order, so the result is the same in every run.
+Floor: bytes, x and dy read once. Each program sums its share of the rows for BLOCK_C columns of x or dy into
+a float32 partial; of a tile's programs the one that arrives last adds them in order, so the result is the
+same in every run.
 """
 
 import torch
 import triton
 import triton.language as tl
 from peft_engine.kernels.lora_linear import tiles
-from peft_engine.kernels.lora_linear.parts import kept, wide_dot
+from peft_engine.kernels.lora_linear.parts import arrives_last, kept, sum_of_shares, wide_dot
 
 from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.scratch import arrivals
 
 
-@triton.jit(do_not_specialize=["threshold"])
-def outer_kernel(
-    g, z, partial, seed, order, bounds, rows, columns, rank, share, groups, threshold, stride_zm,
-    RANK: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+@triton.jit
+def outer_tile(
+    g, z, out, partial, width, arrivals, tile, seed, order, bounds, rows, columns, rank, share, groups,
+    scaling, threshold, stride_zm,
+    RANK: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, group, r, c] = sum over the rows m of share s of g[m, r] drop(z)[m, c]."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """out[group, r, c] = scaling * sum over the rows m of g[m, r] drop(z)[m, c], for a tile of c.
+
+    TRANSPOSED writes out[group, c, r]. partial is (shares, groups, rank, width).
+    """
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     group = tl.program_id(2)
     if GROUPED:
@@ -47,72 +53,88 @@ def outer_kernel(
             (r < rank)[:, None] & inside[None, :],
             other=0.0,
         )
-        tile = tl.load(z + row[:, None] * stride_zm + c[None, :], inside[:, None] & there[None, :], other=0)
+        values = tl.load(z + row[:, None] * stride_zm + c[None, :], inside[:, None] & there[None, :], other=0)
         if DROPOUT:
-            tile = tl.where(kept(seed, row, c, threshold), tile, 0.0)
-        acc = wide_dot(left, tile, acc)
-    at = partial + (split * groups + group).to(tl.int64) * rank * columns
-    tl.store(
-        at + r[:, None].to(tl.int64) * columns + c[None, :], acc, (r < rank)[:, None] & there[None, :]
-    )  # fmt: skip
+            values = tl.where(kept(seed, row, c, threshold), values, 0.0)
+        acc = wide_dot(left, values, acc)
+    stored = (r < rank)[:, None] & there[None, :]
+    at = (group.to(tl.int64) * rank + r[:, None]) * width + c[None, :]
+    size = tl.cast(groups, tl.int64) * rank * width
+    tl.store(partial + split * size + at, acc, stored)
+    if arrives_last(arrivals + group * tl.num_programs(0) + tl.program_id(0)):
+        sum = (sum_of_shares(partial, size, at, stored, RANK, BLOCK_C) * scaling).to(out.dtype.element_ty)
+        out += group.to(tl.int64) * rank * columns
+        if TRANSPOSED:
+            to = out + c[:, None].to(tl.int64) * rank + r[None, :]
+            tl.store(to, tl.trans(sum), tl.trans(stored))
+        else:
+            tl.store(out + r[:, None].to(tl.int64) * columns + c[None, :], sum, stored)
 
 
-@triton.jit
-def reduce_kernel(
-    partial, out, groups, columns, rank, splits, scaling,
-    TRANSPOSED: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["threshold"])
+def outer_kernel(
+    dh, x, da, h, dy, db, partial, arrivals, seed, order, bounds, rows, columns_a, columns_b, rank, share,
+    groups, tiles_a, scaling_a, scaling_b, threshold, stride_xm, stride_dym,
+    RANK: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[g, r, c] = scaling * sum_s partial[s, g, r, c], in order; TRANSPOSED writes out[g, c, r]."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.arange(0, RANK)
-    group = tl.program_id(1).to(tl.int64)
-    stored = (r < rank)[:, None] & (c < columns)[None, :]
-    size = tl.cast(rank, tl.int64) * columns
-    at = r[:, None].to(tl.int64) * columns + c[None, :]
-    sum = tl.zeros((RANK, BLOCK), tl.float32)
-    for s in range(splits):
-        sum += tl.load(partial + (tl.cast(s, tl.int64) * groups + group) * size + at, stored, other=0.0)
-    sum = (sum * scaling).to(out.dtype.element_ty)
-    if TRANSPOSED:
-        to = out + group * size + c[:, None].to(tl.int64) * rank + r[None, :]
-        tl.store(to, tl.trans(sum), tl.trans(stored))
+    """dA by the first tiles_a tiles, dB by the others."""
+    tile = tl.program_id(0)
+    width = columns_a + columns_b
+    if tile < tiles_a:
+        outer_tile(
+            dh, x, da, partial, width, arrivals, tile, seed, order, bounds, rows, columns_a, rank, share,
+            groups, scaling_a, threshold, stride_xm, RANK, False, DROPOUT, GROUPED, BLOCK_M, BLOCK_C,
+        )  # fmt: skip
     else:
-        tl.store(out + group * size + at, sum, stored)
+        outer_tile(
+            h, dy, db, partial + columns_a, width, arrivals, tile - tiles_a, seed, order, bounds, rows,
+            columns_b, rank, share, groups, scaling_b, threshold, stride_dym, RANK, True, False, GROUPED,
+            BLOCK_M, BLOCK_C,
+        )  # fmt: skip
 
 
 def outer(
-    g: torch.Tensor,
-    z: torch.Tensor,
+    dh: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    dy: torch.Tensor,
     dtype: torch.dtype,
     *,
     scaling: float = 1.0,
-    transposed: bool = False,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """scaling g^T drop(z), (R, C), or transposed (C, R), for g (M, R) float32 and z (M, C) with columns
-    together.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dA = dh^T drop(x) (R, K) and dB = scaling dy^T h (N, R), for dh and h (M, R) float32, x (M, K) and
+    dy (M, N) with columns together.
 
-    With order and bounds, of each adapter's rows: (G, R, C) or (G, C, R); g is in sorted order, z is not.
+    With order and bounds, of each adapter's rows: (G, R, K) and (G, N, R); dh and h are in sorted order, x
+    and dy are not.
     """
-    rows, rank = g.shape
-    columns = z.shape[1]
+    rows, rank = h.shape
+    columns_a, columns_b = x.shape[1], dy.shape[1]
     groups = 1 if bounds is None else bounds.shape[0] - 1
-    block_m, block_c, warps, stages = tiles.tile("outer", rows, rank, z.dtype, z.device)
-    splits = tiles.splits(rows, cdiv(columns, block_c) * groups)
+    block_m, block_c, warps, stages = tiles.tile("outer", rows, rank, x.dtype, x.device)
+    tiles_a = cdiv(columns_a, block_c)
+    both = tiles_a + cdiv(columns_b, block_c)
+    splits = tiles.splits(rows, both * groups)
     share = cdiv(cdiv(rows, splits), block_m) * block_m
     splits = max(1, cdiv(rows, share)) if share else 1
-    partial = torch.empty(splits, groups, rank, columns, dtype=torch.float32, device=z.device)
-    shape = (columns, rank) if transposed else (rank, columns)
-    out = torch.empty(shape if bounds is None else (groups, *shape), dtype=dtype, device=z.device)
+    partial = torch.empty(
+        splits, groups, rank, columns_a + columns_b, dtype=torch.float32, device=x.device
+    )  # fmt: skip
+    many = () if bounds is None else (groups,)
+    da = torch.empty(*many, rank, columns_a, dtype=dtype, device=x.device)
+    db = torch.empty(*many, columns_b, rank, dtype=dtype, device=x.device)
     launch(
-        outer_kernel, (cdiv(columns, block_c), splits, groups),
+        outer_kernel, (both, splits, groups),
         (
-            g, z, partial, z if seed is None else seed, z if order is None else order,
-            z if bounds is None else bounds, rows, columns, rank, share, groups, round(dropout_p * 2**32),
-            z.stride(0),
+            dh, x, da, h, dy, db, partial, arrivals("outer", both * groups, x), x if seed is None else seed,
+            x if order is None else order, x if bounds is None else bounds, rows, columns_a, columns_b, rank,
+            share, groups, tiles_a, 1.0 / (1.0 - dropout_p), scaling, round(dropout_p * 2**32), x.stride(0),
+            dy.stride(0),
         ),
         {
             "RANK": tiles.padded_rank(rank), "DROPOUT": dropout_p > 0.0, "GROUPED": order is not None,
@@ -120,10 +142,4 @@ def outer(
         },
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    launch(
-        reduce_kernel, (cdiv(columns, 64), groups),
-        (partial, out, groups, columns, rank, splits, scaling / (1.0 - dropout_p)),
-        {"TRANSPOSED": transposed, "RANK": tiles.padded_rank(rank), "BLOCK": 64},
-        num_warps=4 if rank <= 64 else 8,
-    )  # fmt: skip
-    return out
+    return da, db

@@ -1,4 +1,6 @@
-"""What the kernels of lora_linear share: the products of mixed precision, the dropout mask, sorted rows."""
+"""What the kernels of lora_linear share: the products of mixed precision, the dropout mask, sorted rows, sums
+of the shares that programs leave.
+"""
 
 import triton
 import triton.language as tl
@@ -69,3 +71,25 @@ def rows_of_tile(order, bounds, tile, groups, BLOCK_M: tl.constexpr):
     inside = place < last
     row = tl.load(order + place, inside, other=0)
     return group, place, row, inside
+
+
+@triton.jit
+def arrives_last(arrivals):
+    """Whether this program, whose share is stored, is the last of those along axis 1 of the grid.
+
+    Then the shares of the others can be read, and the counter is 0 again.
+    """
+    tl.debug_barrier()  # the atomic is one thread's, and releases what the others stored before the barrier
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(1) - 1
+    if last:
+        tl.atomic_xchg(arrivals, 0, sem="relaxed")
+    return last
+
+
+@triton.jit
+def sum_of_shares(partial, size, at, stored, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over axis 1 of the grid of partial[s * size + at], in order."""
+    sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for s in range(tl.num_programs(1)):
+        sum += tl.load(partial + s * size + at, stored, other=0.0, cache_modifier=".cg")
+    return sum

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft_engine.kernels.lora_linear import adapter, single, tiles, workspace
+from peft_engine.kernels.lora_linear import fill, single, tiles
 from peft_engine.kernels.lora_linear.down import down
 from peft_engine.kernels.lora_linear.outer import outer
 from peft_engine.kernels.lora_linear.up import up_
@@ -40,7 +40,7 @@ def _entry(kernel: str, dtypes, rows: int, rank: int, arch: int) -> Iterator[Var
         calls: dict[str, Callable[[], Any]] = {
             "down": lambda x=x, a=a: down(x, a, 1.0),
             "up": lambda dy=dy, h=h, b=b: up_(dy, h, b, 1.0),
-            "outer": lambda x=x, h=h: outer(h, x, torch.float32),
+            "outer": lambda x=x, h=h, dy=dy: outer(h, x, h, dy, torch.float32),
             "single": lambda x=x, a=a, b=b: single.forward(x, _base(NF4), N, a, b, 1.0, None, 0.0, None),
             "single_backward": lambda dy=dy, a=a, b=b: single.backward(
                 dy, _base(NF4), K, a, b, 1.0, 0.0, None
@@ -66,7 +66,7 @@ def _others(arch: int) -> Iterator[Variant]:
         "dropout": lambda: (
             down(x, a, 1.0, dropout_p=0.1, seed=seed),
             up_(dy, h, b, 1.0, dropout_p=0.1, seed=seed),
-            outer(h, x, torch.float32, dropout_p=0.1, seed=seed),
+            outer(h, x, h, dy, torch.float32, dropout_p=0.1, seed=seed),
             single.forward(x, _base(NF4), N, a, b, 1.0, None, 0.1, seed),
             single.backward(dy, _base(NF4), K, a, b, 1.0, 0.1, seed),
         ),
@@ -85,12 +85,14 @@ def _others(arch: int) -> Iterator[Variant]:
         "sorted rows": lambda: (
             down(x, many_a, 1.0, order=order, bounds=bounds),
             up_(dy, h, many_b, 1.0, order=order, bounds=bounds),
-            outer(h, x, torch.float32, order=order, bounds=bounds),
+            outer(h, x, h, dy, torch.float32, order=order, bounds=bounds),
         ),
-        "dB": lambda: outer(h, dy, torch.float32, transposed=True),
-        "the workspace": lambda: adapter.write(
-            workspace.fill(_base(NF4), N, K, x, 48), a, b, 2.0, N, split_a=True, split_b=True
+        "the workspace": lambda: fill.forward(_base(NF4), N, a, b, 2.0, x, 48),
+        "the backward's workspace": lambda: fill.backward(_base(NF4), N, a, b, 2.0, x, 48),
+        "the workspace, 576 columns, rank 128": lambda: fill.backward(
+            _base(NF4, 576), N, _meta(128, 576), _meta(N, 128), 2.0, x, 384
         ),
+        "the workspace, dense weight": lambda: fill.forward(_base(DENSE), N, a, b, 2.0, x, 48),
     }
     for name, call in calls.items():
         yield from _named(call, f"bf16, {name}", arch)
@@ -99,8 +101,6 @@ def _others(arch: int) -> Iterator[Variant]:
 def _named(call: Callable[[], Any], name: str, arch: int) -> Iterator[Variant]:
     for variant in launched(call):
         kernel = variant.kernel.__name__
-        if kernel == "dequantize_kernel":  # compiled with nf4's, but for the stride
-            name = f"{name}, rows apart"
         dot = kernel in ("down_kernel", "up_kernel", "outer_kernel", "forward_kernel", "backward_kernel")
         yield dataclasses.replace(
             variant,
@@ -117,12 +117,12 @@ def _weights(variant: Variant) -> int | None:
     return constants["BLOCK_N"] * constants["BLOCK_K"] if constants.get("NF4") else None
 
 
-def _base(kind: str) -> tuple[Any, ...]:
+def _base(kind: str, columns: int = K) -> tuple[Any, ...]:
     if kind == DENSE:
-        return _meta(N, K, torch.bfloat16), None, None, None, 0
-    blocks = N * K // 64
+        return _meta(N, columns, torch.bfloat16), None, None, None, 0
+    blocks = N * columns // 64
     return (
-        _meta(N * K // 2, 1, dtype=torch.uint8),
+        _meta(N * columns // 2, 1, dtype=torch.uint8),
         _meta(blocks, dtype=torch.uint8),
         _meta(blocks // 256),
         _meta(1),

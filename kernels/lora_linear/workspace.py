@@ -1,39 +1,23 @@
 """The training path: the weight dequantised beside the adapter, so that one library product does both.
 
-The workspace is [[W, s B], [A, 0]], rows and columns of the adapter in terms (below). With h = drop(x) A^T in
-spare columns behind x and dh = s dy B behind dy,
+With h = drop(x) A^T in spare columns behind x and dh = s dy B behind dy,
 
     y = [x | h] [W | s B]^T                dx = [dy | dh] [W ; A]
 
-are one product each, and the adapter costs no pass over x, y or dy beyond those that form h and dh. Terms:
-half precision h and B would lose what a float32 adapter keeps, so h = h1 + h2, s B = w1 + w2 in x's dtype and
-[h1 | h2 | h1] [w1 | w1 | w2]^T = h1 w1 + h2 w1 + h1 w2; an adapter of x's own dtype has one term.
+are one product each, and the adapter costs no pass over x, y or dy beyond those that form h and dh. The
+workspace, [W | s B] or [W ; A], is asked for in every call: torch's allocator hands the same memory from
+layer to layer, and on each stream and in each graph its own, which a buffer kept here would have to imitate.
+Terms: half precision h and B would lose what a float32 adapter keeps, so h = h1 + h2, s B = w1 + w2 in x's
+dtype and [h1 | h2 | h1] [w1 | w1 | w2]^T = h1 w1 + h2 w1 + h1 w2; an adapter of x's own dtype has one term.
 """
 
 import torch
-from peft_engine.kernels.lora_linear import adapter
+from peft_engine.kernels.lora_linear import fill
 from peft_engine.kernels.lora_linear.down import down
 from peft_engine.kernels.lora_linear.up import up_
-from peft_engine.kernels.nf4.dequantize import dequantize
 from torch.nn import functional as F
 
 from peft_engine.activations import row_stride, spare_width, with_spare
-
-
-def fill(base, out_features: int, columns: int, like: torch.Tensor, width: int = 0) -> torch.Tensor:
-    """The workspace with a weight in it and room for an adapter, as a matrix whose rows are aligned.
-
-    It is asked for in every call: torch's allocator hands the same memory from layer to layer, and on each
-    stream and in each graph its own, which a buffer kept here would have to imitate.
-    """
-    weight, absmax, nested, offset, blocksize = base
-    space = like.new_empty(out_features + width, row_stride(columns, width))
-    whole = space[:out_features, :columns]
-    if absmax is None:
-        whole.copy_(weight)
-    else:
-        dequantize(weight, absmax, nested, offset, blocksize, whole)
-    return space
 
 
 def widened(
@@ -60,44 +44,35 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
     """
     columns = x.shape[1]
     if a is None:
-        y = F.linear(x, whole(base, out_features, columns, x), bias)
+        y = F.linear(x, fill.weight(base, out_features, columns, x), bias)
         return y, x.new_empty(0, 0, dtype=torch.float32)
     if not augments(x, base, out_features, columns, a):
         h = down(x, a, 1.0, dropout_p=dropout_p, seed=seed)
-        y = F.linear(x, whole(base, out_features, columns, x), bias)
+        y = F.linear(x, fill.weight(base, out_features, columns, x), bias)
         up_(y, h, b, scaling)
         return y, h
     width = spare_width(a.shape[0], a.dtype, x.dtype)
-    space = fill(base, out_features, columns, x, width)
-    split, _ = adapter.write(space, a, b, scaling, out_features, split_a=True, split_b=False)
+    both, split = fill.forward(base, out_features, a, b, scaling, x, width)
     buffer, h = widened(x, a, split, 1.0, dropout_p, seed, width)
-    return F.linear(buffer, space[:out_features, : buffer.shape[1]], bias), h
+    return F.linear(buffer, both, bias), h
 
 
 def backward(dy, base, columns, a, b, scaling, dropout_p, seed):
     """dx (M, K) and dh (M, R) float32, scaled, for dy (M, N)."""
     out_features = dy.shape[1]
     if a is None:
-        return dy @ whole(base, out_features, columns, dy), None
+        return dy @ fill.weight(base, out_features, columns, dy), None
     if dropout_p > 0.0 or not augments(dy, base, columns, out_features, a):
         # What the forward dropped gets no gradient through the adapter, and all of it through the base.
         dh = down(dy, b.t(), scaling)
-        dx = dy @ whole(base, out_features, columns, dy)
+        dx = dy @ fill.weight(base, out_features, columns, dy)
         up_(dx, dh, a.t(), 1.0, dropout_p=dropout_p, seed=seed)
         return dx, dh
     width = spare_width(a.shape[0], a.dtype, dy.dtype)
-    space = fill(base, out_features, columns, dy, width)
-    _, split = adapter.write(space, a, b, scaling, out_features, split_a=False, split_b=True)
+    both, split = fill.backward(base, out_features, a, b, scaling, dy, width)
     # the terms are of scaling * B^T already
     buffer, dh = widened(dy, b.t(), split, scaling if split is None else 1.0, 0.0, None, width)
-    return buffer @ space[:, :columns], dh
-
-
-def whole(base, out_features: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """The weight alone, (N, K): the dense one itself, or NF4 dequantised."""
-    if base[1] is None:
-        return base[0]
-    return fill(base, out_features, columns, like)[:, :columns]
+    return buffer @ both, dh
 
 
 def augments(x, base, gives: int, takes: int, a) -> bool:

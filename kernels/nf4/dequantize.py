@@ -44,8 +44,8 @@ def codes_of_bytes(packed, table):
 
 
 @triton.jit
-def dequantize_kernel(
-    packed, absmax, nested_absmax, offset, code, absmax_code, out, columns, chunks, stride,
+def dequantize_part(
+    program, packed, absmax, nested_absmax, offset, code, absmax_code, out, columns, chunks, stride,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out[r, c] = code[index[r, c]] * scale of its block, one rounding; a program takes BYTES bytes of a row.
@@ -54,8 +54,8 @@ def dequantize_kernel(
     """
     SHARE: tl.constexpr = BLOCKSIZE // 2 if BLOCKSIZE // 2 < BYTES else BYTES  # bytes under one scale
     SCALES: tl.constexpr = BYTES // SHARE
-    row_of = (tl.program_id(0) // chunks).to(tl.int64)
-    first = (tl.program_id(0) % chunks).to(tl.int64) * BYTES  # of the row's bytes
+    row_of = (program // chunks).to(tl.int64)
+    first = (program % chunks).to(tl.int64) * BYTES  # of the row's bytes
     left = columns - 2 * first
     packed += row_of * columns // 2 + first
     out += row_of * stride + 2 * first
@@ -74,6 +74,23 @@ def dequantize_kernel(
         byte = row[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
         values = codes_of_bytes(tl.load(packed + byte, 2 * byte < left, other=0), table) * scale[:, None]
         tl.store(out + i, values.to(out.dtype.element_ty), i < left)
+
+
+@triton.jit
+def dequantize_kernel(
+    packed, absmax, nested_absmax, offset, code, absmax_code, out, columns, chunks, stride,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BYTES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """out = the weight, rows `stride` apart."""
+    dequantize_part(
+        tl.program_id(0), packed, absmax, nested_absmax, offset, code, absmax_code, out, columns, chunks,
+        stride, BLOCKSIZE, NESTED, BYTES, WHOLE,
+    )  # fmt: skip
+
+
+def bytes_of_program(columns: int) -> int:
+    """The packed bytes of a row that a program takes."""
+    return next((b for b in BYTES if 2 * b <= columns), BYTES[-1])
 
 
 def dequantize(
@@ -104,7 +121,7 @@ def dequantize(
         out.copy_(whole)
         return
     nested = nested_absmax is not None
-    size = next(b for b in BYTES if 2 * b <= columns or b == BYTES[-1])
+    size = bytes_of_program(columns)
     chunks = cdiv(columns, 2 * size)
     # No fused multiply-add: the scale is rounded twice, see scale_of.
     launch(

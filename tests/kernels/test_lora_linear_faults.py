@@ -49,12 +49,20 @@ FAULTS = [
     ("single", "sum * inverse_keep", "sum", WRONG),
     ("single", "tl.trans(kept(seed, m, k, threshold))", "tl.trans(kept(seed, m, k + 1, threshold))", WRONG),
     ("single", "acc += tl.load(bias", "acc -= tl.load(bias", WRONG),
-    ("down", "sum *= scaling", "sum *= scaling * 1.01", WRONG),
-    ("down", "(split.to(tl.int64) * rows + place)", "place.to(tl.int64)", Race),
+    ("down", "stored, BLOCK_M, RANK) * scaling", "stored, BLOCK_M, RANK) * scaling * 1.01", WRONG),
+    ("down", "tl.store(partial + split * size + at,", "tl.store(partial + at,", Race),
     # terms of A, or of h, dropped or taken twice; shares not added
     ("down", "acc += (second + third / STEP) / STEP", "acc += second / STEP", WRONG),
-    ("down", "behind + WIDTH, second", "behind + WIDTH, first", WRONG),
-    ("down", "for s in range(shares)", "for s in range(1)", WRONG),
+    ("down", "behind + WIDTH, rest", "behind + WIDTH, first", WRONG),
+    ("down", "arrives_last(arrivals + tl.program_id(0))", "arrives_last(arrivals)", (WRONG, Race)),
+    # the shares' protocol: who adds them, what it may read by then, the counter left for the next launch
+    ("parts", "tl.num_programs(1) - 1", "tl.num_programs(1) - 2", Race),
+    ("parts", "    tl.debug_barrier()", "    pass", Race),
+    ("parts", 'sem="acq_rel"', 'sem="acquire"', Race),
+    ("parts", 'sem="acq_rel"', 'sem="release"', Race),
+    ("parts", "tl.atomic_xchg(arrivals, 0, ", "tl.atomic_xchg(arrivals, 1, ", (WRONG, Race)),
+    ("parts", "for s in range(tl.num_programs(1))", "for s in range(1)", WRONG),
+    ("parts", "partial + s * size + at", "partial + at", WRONG),
     ("down", "there = k < columns", "there = k < columns + 1", OutOfBounds),
     ("down", "tile = tl.where(kept(seed, row, k, threshold), tile, 0.0)", "tile = tile", WRONG),
     # the base dropped
@@ -68,13 +76,21 @@ FAULTS = [
     ("up", "sum = tl.where(kept(seed, row, n, threshold), sum, 0.0)", "sum = sum", WRONG),
     ("outer", "last = tl.minimum(rows, first + share)", "last = first + share", OutOfBounds),
     ("outer", "last = tl.minimum(rows, first + share)", "last = tl.minimum(rows, first + share - 1)", WRONG),
-    ("outer", "(split * groups + group)", "(group)", Race),
-    # dB written as dA is
+    ("outer", "tl.store(partial + split * size + at,", "tl.store(partial + at,", Race),
+    # dB over dA's shares, or counted with them; written as dA is
+    ("outer", "partial + columns_a, width", "partial, width", Race),
+    ("outer", "+ group * tl.num_programs(0) + tl.program_id(0)", "+ group + tile", (WRONG, Race)),
     ("outer", "+ c[:, None].to(tl.int64) * rank + r[None, :]", "+ r[None, :] * columns + c[:, None]", WRONG),
-    ("adapter", "tl.store(behind + 2 * WIDTH, unscaled", "tl.store(behind + 2 * WIDTH, first", WRONG),
+    ("outer", "groups, scaling_a, threshold", "groups, scaling_b, threshold", WRONG),
     ("adapter", "terms_of_value(value * scaling,", "terms_of_value(value,", WRONG),
-    ("adapter", "stored = (n < out_features)[:, None]", "stored = (n >= 0)[:, None]", (Race, OutOfBounds)),
-    ("adapter", "tl.store(behind + WIDTH, first", "tl.store(behind + WIDTH - 1, first", (Race, WRONG)),
+    ("adapter", "tl.store(at + 2 * size, third", "tl.store(at + size, third", WRONG),
+    ("fill", "tl.store(at + 2 * WIDTH, rest", "tl.store(at + 2 * WIDTH, first", WRONG),
+    ("fill", "terms_of_value(value * scaling,", "terms_of_value(value,", WRONG),
+    ("fill", "stored = (n < out_features)[:, None]", "stored = (n >= 0)[:, None]", (Race, OutOfBounds)),
+    ("fill", "tl.store(at + WIDTH, first", "tl.store(at + WIDTH - 1, first", (Race, WRONG)),
+    ("fill", "(out_features + r[:, None])", "r[:, None]", (Race, WRONG)),
+    ("fill", "program - programs, packed", "program, packed", (OutOfBounds, WRONG)),
+    ("fill", "k = (program - programs_b) * BLOCK + i", "k = program * BLOCK + i", WRONG),
     ("workspace", "scaling if split is None else 1.0", "scaling", WRONG),
     # another dropout mask; a term dropped
     ("parts", "key[:, None] +", "key[:, None] + 1 +", WRONG),
@@ -87,8 +103,10 @@ USERS = {
     "up": [("workspace", "up_")],
     "outer": [("backward", "outer")],
     "workspace": [("forward", "workspace"), ("backward", "workspace")],
-    "adapter": [("workspace", "adapter"), ("down", "adapter")],
+    "fill": [("workspace", "fill")],
+    "adapter": [("fill", "write_terms"), ("down", "adapter")],
     "parts": [(user, name) for user in ("single", "down", "outer") for name in ("kept", "wide_dot")]
+    + [(user, name) for user in ("down", "outer") for name in ("arrives_last", "sum_of_shares")]
     + [("up", "kept")],
 }
 
@@ -105,7 +123,7 @@ def install(monkeypatch, tmp_path, file, old, new, users):
 def run_linear():
     for path in ("single", "workspace"):
         with paths.pinned(path):
-            for rows, k, n, rank, p in ((21, 576, 50, 16, 0.0), (300, 64, 70, 12, 0.4)):
+            for rows, k, n, rank, p in ((70, 576, 50, 16, 0.0), (300, 64, 70, 12, 0.4)):
                 for padded in (True, False):
                     linear_test.case(
                         "cpu", rows, k, n, rank, torch.bfloat16, p=p, padded=padded,

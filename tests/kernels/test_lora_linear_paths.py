@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft_engine.kernels.lora_linear import paths, tiles, workspace
+from peft_engine.kernels.lora_linear import fill, paths, tiles
 from peft_engine.kernels.lora_linear.backward import backward
 from peft_engine.kernels.lora_linear.forward import forward
 
@@ -22,16 +22,24 @@ def call(device, rows=5, k=128, n=48, rank=4, dtype=torch.float32):
     return x, dy, (q.packed, q.absmax, q.nested_absmax, q.offset, q.blocksize), a, b
 
 
-def full(*arguments, **keywords):
-    raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.fixture
+def no_room(monkeypatch):
+    """Call it, and a workspace no longer fits."""
+
+    def full(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return lambda: [monkeypatch.setattr(fill, name, full) for name in ("forward", "backward", "weight")]
 
 
-def test_without_memory_for_the_workspace_the_single_kernel_runs_and_explain_says_so(device, monkeypatch):
+def test_without_memory_for_the_workspace_the_single_kernel_runs_and_explain_says_so(
+    device, monkeypatch, no_room
+):
     x, dy, base, a, b = call(device)
     want, h = forward(x, *base, 48, a, b, 0.5, None, 0.0, None)
     wanted = backward(dy, x, *base, a, b, h, 0.5, 0.0, None, True)
     monkeypatch.setattr(dispatch, "_notes", {})
-    monkeypatch.setattr(workspace, "fill", full)
+    no_room()
     monkeypatch.setattr(paths, "SINGLE_ROWS", 0)
     y, h = forward(x, *base, 48, a, b, 0.5, None, 0.0, None)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
@@ -40,9 +48,9 @@ def test_without_memory_for_the_workspace_the_single_kernel_runs_and_explain_say
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_memory_and_another_path_the_error_says_what_would_help(device, monkeypatch):
+def test_without_memory_and_another_path_the_error_says_what_would_help(device, no_room):
     x, _, base, a, b = call(device, k=100)
-    monkeypatch.setattr(workspace, "fill", full)
+    no_room()
     with pytest.raises(
         torch.OutOfMemoryError, match=r"100 input columns are no multiple of 64.*; free memory"
     ):
