@@ -44,23 +44,52 @@ inline void by_shift128(const float* from, float* to) {
 // Without it the compiler reads the value from memory at each use, and the loads take as long as the arithmetic.
 PE_INLINE void keep_in_register(__m512& v) { asm("" : "+v"(v)); }
 
+// The sums of four vectors' lanes, in an order that does not depend on how many are asked for.
+inline __m128 sums_of_lanes(const __m512* v, int count) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512 from = v[i < count ? i : 0];
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(from), _mm512_extractf32x8_ps(from, 1));
+  }
+  const __m256 fours = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1));
+}
+
+// Adds the adapter and the bias to the lanes' sums, and writes rows n .. n + kWeightRows of y.
+template <int kRows, int kWeightRows>
+inline void finish(__m512 (&total)[kWeightRows][kRows], const Matrix& w, int64_t n, const Extra& extra, Type type,
+                   void* y) {
+  for (int64_t r = 0; r < extra.rank; r += 16) {
+    const int count = static_cast<int>(extra.rank - r < 16 ? extra.rank - r : 16);
+    for (int i = 0; i < kWeightRows; ++i) {
+      const __m512 up = load_vector(extra.b.data, extra.b.type, (n + i) * extra.rank + r, count);
+      for (int m = 0; m < kRows; ++m)
+        total[i][m] = _mm512_fmadd_ps(up, _mm512_loadu_ps(extra.h + m * extra.stride + r), total[i][m]);
+    }
+  }
+  float bias[4] = {};
+  if (extra.bias != nullptr)
+    for (int i = 0; i < kWeightRows; ++i) bias[i] = load_one(extra.bias, extra.bias_type, n + i);
+  for (int m = 0; m < kRows; ++m) {
+    __m512 of_row[kWeightRows];
+    for (int i = 0; i < kWeightRows; ++i) of_row[i] = total[i][m];
+    float sum[4];
+    _mm_storeu_ps(sum, _mm_add_ps(sums_of_lanes(of_row, kWeightRows), _mm_loadu_ps(bias)));
+    for (int i = 0; i < kWeightRows; ++i) store_one(y, type, m * w.rows + n + i, sum[i]);
+  }
+}
+
 // Rows n .. n + kWeightRows of W, a multiple of 64 wide, for kRows rows of x: floats, each `stride` long, by_shift128.
 // y = sum over blocks of absmax * (sum of code * x), so a weight costs one lookup, one shift and kRows multiplications,
 // and is not rounded to x's dtype on the way.
 template <int kRows, int kWeightRows>
-inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, int64_t n, const Extra& extra, Type type,
-                         void* y) {
+inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, const float* scales, int64_t n,
+                         const Extra& extra, Type type, void* y) {
   const int64_t blocks = w.cols / 64;
-  float* scales = scratch<float>(Slot::few_rows, kWeightRows * (blocks + 16));
-  const uint8_t* packed[kWeightRows];
+  const uint8_t* packed = static_cast<const uint8_t*>(w.data) + ((n * w.cols) >> 1);
   __m512 total[kWeightRows][kRows];
-  for (int i = 0; i < kWeightRows; ++i) {
-    const int64_t at = (n + i) * w.cols;
-    packed[i] = static_cast<const uint8_t*>(w.data) + (at >> 1);
-    read_scales(w, at, blocks, scales + i * (blocks + 16));
-    scales[i * (blocks + 16) + blocks] = 0.0f;
+  for (int i = 0; i < kWeightRows; ++i)
     for (int m = 0; m < kRows; ++m) total[i][m] = _mm512_setzero_ps();
-  }
   int64_t ahead = kWeightRows * w.cols / 2;  // the rows after these
   while (ahead < 2048) ahead *= 2;
   __m512 code = _mm512_loadu_ps(kNf4Code);
@@ -70,7 +99,7 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, int64_
     __m512 part[kWeightRows][kRows];
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i) {
-      const uint8_t* from = packed[i] + b * 32;
+      const uint8_t* from = packed + (i * blocks + b) * 32;
       _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
       words[i] = b + 1 < blocks ? _mm512_loadu_si512(from)
                                 : _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -92,23 +121,13 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, int64_
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i) {
-      const float* s = scales + i * (blocks + 16) + b;
-      const __m512 scale = _mm512_mask_mov_ps(_mm512_set1_ps(s[0]), 0xFF00, _mm512_set1_ps(s[1]));
+      const float* s = scales + i * blocks + b;
+      const float second = b + 1 < blocks ? s[1] : 0.0f;
+      const __m512 scale = _mm512_mask_mov_ps(_mm512_set1_ps(s[0]), 0xFF00, _mm512_set1_ps(second));
       for (int m = 0; m < kRows; ++m) total[i][m] = _mm512_fmadd_ps(part[i][m], scale, total[i][m]);
     }
   }
-  for (int64_t r = 0; r < extra.rank; r += 16) {
-    const int count = static_cast<int>(extra.rank - r < 16 ? extra.rank - r : 16);
-    for (int i = 0; i < kWeightRows; ++i) {
-      const __m512 up = load_vector(extra.b.data, extra.b.type, (n + i) * extra.rank + r, count);
-      for (int m = 0; m < kRows; ++m)
-        total[i][m] = _mm512_fmadd_ps(up, _mm512_loadu_ps(extra.h + m * extra.stride + r), total[i][m]);
-    }
-  }
-  for (int i = 0; i < kWeightRows; ++i) {
-    const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n + i);
-    for (int m = 0; m < kRows; ++m) store_one(y, type, m * w.rows + n + i, _mm512_reduce_add_ps(total[i][m]) + bias);
-  }
+  finish<kRows, kWeightRows>(total, w, n, extra, type, y);
 }
 #endif
 
@@ -116,52 +135,43 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, int64_
 // The same with dot instructions, for rows of bf16, interleaved, zeros beyond K: of a block's 16 values, rounded to bf16 as
 // a dense weight's are, a lookup takes 32 at once. Slower where the tile unit is: there the instruction runs at half rate.
 template <int kRows, int kWeightRows>
-inline void few_rows_nf4_pairs(const uint16_t* x, int64_t stride, const Matrix& w, int64_t n, const Extra& extra,
-                               Type type, void* y) {
-  constexpr int kSums = kRows * kWeightRows <= 2   ? 4
-                        : kRows * kWeightRows <= 4 ? 2
-                                                   : 1;  // each waits for the one before
+inline void few_rows_nf4_pairs(const uint16_t* x, int64_t stride, const Matrix& w, const float* scales, int64_t n,
+                               const Extra& extra, Type type, void* y) {
+  constexpr int kSums = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // each waits for the one before
   const int64_t blocks = w.cols / 64;
-  float* scales = scratch<float>(Slot::few_rows, kWeightRows * (blocks + 16));
-  const uint8_t* packed[kWeightRows];
+  const uint8_t* packed = static_cast<const uint8_t*>(w.data) + ((n * w.cols) >> 1);
   __m512 sum[kWeightRows][kRows][kSums];
-  for (int i = 0; i < kWeightRows; ++i) {
-    const int64_t at = (n + i) * w.cols;
-    packed[i] = static_cast<const uint8_t*>(w.data) + (at >> 1);
-    read_scales(w, at, blocks, scales + i * (blocks + 16));
+  for (int i = 0; i < kWeightRows; ++i)
     for (int m = 0; m < kRows; ++m)
       for (int q = 0; q < kSums; ++q) sum[i][m][q] = _mm512_setzero_ps();
-  }
   int64_t ahead = kWeightRows * w.cols / 2;  // the rows after these
   while (ahead < 2048) ahead *= 2;
   for (int64_t b = 0; b < blocks; b += 2) {
-    __m512i v[kWeightRows][4];
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i) {
-      const uint8_t* from = packed[i] + b * 32;
+      const uint8_t* from = packed + (i * blocks + b) * 32;
       _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
-      decode128(from, scales + i * (blocks + 16) + b, b + 1 < blocks, v[i]);
-    }
+      __m512i v[4];
+      decode128(from, scales + i * blocks + b, b + 1 < blocks, v);
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
+      for (int q = 0; q < 4; ++q) {
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) {
-        const __m512i at = _mm512_loadu_si512(x + m * stride + b * 64 + 32 * q);
-#pragma GCC unroll 4
-        for (int i = 0; i < kWeightRows; ++i)
-          sum[i][m][q % kSums] = _mm512_dpbf16_ps(sum[i][m][q % kSums], (__m512bh)v[i][q], (__m512bh)at);
+        for (int m = 0; m < kRows; ++m)
+          sum[i][m][q % kSums] = _mm512_dpbf16_ps(sum[i][m][q % kSums], (__m512bh)v[q],
+                                                  (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + 32 * q));
       }
     }
   }
-  for (int i = 0; i < kWeightRows; ++i) {
-    float add[kRows];
-    extras(extra, n + i, kRows, add);
+  __m512 total[kWeightRows][kRows];
+  for (int i = 0; i < kWeightRows; ++i)
     for (int m = 0; m < kRows; ++m) {
-      __m512 total = sum[i][m][0];
-      for (int q = 1; q < kSums; ++q) total = _mm512_add_ps(total, sum[i][m][q]);
-      store_one(y, type, m * w.rows + n + i, _mm512_reduce_add_ps(total) + add[m]);
+      if constexpr (kSums == 4)
+        total[i][m] =
+            _mm512_add_ps(_mm512_add_ps(sum[i][m][0], sum[i][m][1]), _mm512_add_ps(sum[i][m][2], sum[i][m][3]));
+      else if constexpr (kSums == 2) total[i][m] = _mm512_add_ps(sum[i][m][0], sum[i][m][1]);
+      else total[i][m] = sum[i][m][0];
     }
-  }
+  finish<kRows, kWeightRows>(total, w, n, extra, type, y);
 }
 #endif
 
@@ -253,22 +263,26 @@ inline void few_rows(const void* x, int64_t stride, Take take, const Source& w, 
                      const Extra& extra, Type type, void* y) {
   const float* from = static_cast<const float*>(x);
 #if PE_LEVEL >= 2
-  if (take == Take::by_shift) {
+  if (take == Take::by_shift || take == Take::interleaved) {
+    const int64_t blocks = w.m.cols / 64;
+    float* all = scratch<float>(Slot::few_rows, (n1 - n0) * blocks);
+    read_scales(w.m, n0 * w.m.cols, (n1 - n0) * blocks, all);
+    const auto rows_of_weight = [&](auto count, int64_t n) {
+      const float* scales = all + (n - n0) * blocks;
+#if PE_LEVEL == 3
+      if (take == Take::interleaved) {
+        few_rows_nf4_pairs<kRows, count.value>(static_cast<const uint16_t*>(x), stride, w.m, scales, n, extra, type, y);
+        return;
+      }
+#endif
+      few_rows_nf4<kRows, count.value>(from, stride, w.m, scales, n, extra, type, y);
+    };
     int64_t n = n0;
     // More rows of W at once spare loads of x, but read as many streams: of long rows, two are faster.
-    if (kRows == 1 && w.m.cols <= 2048)
-      for (; n + 4 <= n1; n += 4) few_rows_nf4<kRows, 4>(from, stride, w.m, n, extra, type, y);
-    for (; n + 2 <= n1; n += 2) few_rows_nf4<kRows, 2>(from, stride, w.m, n, extra, type, y);
-    for (; n < n1; ++n) few_rows_nf4<kRows, 1>(from, stride, w.m, n, extra, type, y);
-    return;
-  }
-#endif
-#if PE_LEVEL == 3
-  if (take == Take::interleaved) {
-    const uint16_t* pairs = static_cast<const uint16_t*>(x);
-    int64_t n = n0;
-    for (; n + 2 <= n1; n += 2) few_rows_nf4_pairs<kRows, 2>(pairs, stride, w.m, n, extra, type, y);
-    for (; n < n1; ++n) few_rows_nf4_pairs<kRows, 1>(pairs, stride, w.m, n, extra, type, y);
+    if constexpr (kRows == 1)
+      for (; w.m.cols <= 2048 && n + 4 <= n1; n += 4) rows_of_weight(std::integral_constant<int, 4>(), n);
+    for (; n + 2 <= n1; n += 2) rows_of_weight(std::integral_constant<int, 2>(), n);
+    for (; n < n1; ++n) rows_of_weight(std::integral_constant<int, 1>(), n);
     return;
   }
 #endif

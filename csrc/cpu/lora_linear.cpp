@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "cpu/scratch.h"
 #include "cpu/tensors.h"

@@ -124,6 +124,23 @@ inline int64_t copy_sixteens(const Source& s, int64_t row, int64_t col, int64_t 
 }
 
 #if PE_LEVEL >= 2
+// kAbsmaxCode[index], by lookups in pairs of registers and the upper bits. By a gather a row of 576x576 takes 5 % longer.
+PE_INLINE __m512 absmax_code(__m512i index) {
+  __m512 of[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    of[i] = _mm512_permutex2var_ps(_mm512_loadu_ps(kAbsmaxCode + 32 * i), index,
+                                   _mm512_loadu_ps(kAbsmaxCode + 32 * i + 16));
+  const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32)),
+                  bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64)),
+                  bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(128));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) of[i] = _mm512_mask_mov_ps(of[2 * i], bit5, of[2 * i + 1]);
+  of[0] = _mm512_mask_mov_ps(of[0], bit6, of[1]);
+  of[1] = _mm512_mask_mov_ps(of[2], bit6, of[3]);
+  return _mm512_mask_mov_ps(of[0], bit7, of[1]);
+}
+
 // Scales of `blocks` blocks of 64 from value i (a multiple of 64) of an NF4 matrix.
 inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) {
   const int64_t first = i >> 6;
@@ -139,7 +156,7 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
     for (; b < end; b += 16) {
       const __mmask16 mask = end - b < 16 ? static_cast<__mmask16>((1u << (end - b)) - 1) : 0xFFFF;
       const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.absmax_index + first + b));
-      const __m512 code = _mm512_i32gather_ps(index, kAbsmaxCode, 4);
+      const __m512 code = absmax_code(index);
       _mm512_mask_storeu_ps(out + b, mask, _mm512_add_ps(_mm512_mul_ps(code, nested), offset));
     }
   }
