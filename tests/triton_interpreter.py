@@ -84,7 +84,7 @@ class _Memory:
 
     def synchronise(self, addresses: np.ndarray, mask: np.ndarray, sem: str) -> None:
         """An atomic on these addresses: what was released there becomes known, and what is known released."""
-        for address in addresses[np.broadcast_to(mask, addresses.shape)].reshape(-1).tolist():
+        for address in addresses[np.broadcast_to(mask, addresses.shape).astype(bool)].reshape(-1).tolist():
             if sem in ACQUIRES:
                 self._know(sorted(self.released.get(address, ())))
             if sem in RELEASES:
@@ -117,7 +117,7 @@ class _Memory:
 
     def real(self, pointers: np.ndarray, mask: np.ndarray, size: int, what: str, atomic: bool) -> np.ndarray:
         """The real addresses behind `pointers`; raises for lanes out of bounds and for races."""
-        mask = np.broadcast_to(mask, pointers.shape)
+        mask = np.broadcast_to(mask, pointers.shape).astype(bool)  # a scalar's turned block is of int32
         out = np.zeros(pointers.shape, np.uint64)
         seen = pointers[mask].astype(np.uint64)
         if seen.size == 0:
@@ -240,7 +240,7 @@ class _Builder(interpreter.InterpreterBuilder):
             fill = np.zeros(ptrs.data.shape, raw)
         else:
             fill = np.broadcast_to(other.data, ptrs.data.shape).astype(np_dtype).view(raw)
-        keep = np.ascontiguousarray(np.broadcast_to(mask.data, ptrs.data.shape))
+        keep = np.ascontiguousarray(np.broadcast_to(mask.data, ptrs.data.shape).astype(bool))
         loaded = interpreter._interpreter.load(real, keep, np.ascontiguousarray(fill), raw)
         return interpreter.TensorHandle(loaded.view(np_dtype), dtype)
 
@@ -249,7 +249,7 @@ class _Builder(interpreter.InterpreterBuilder):
         raw = np.dtype(np.uint16) if np_dtype == ml_dtypes.bfloat16 else np_dtype
         real = _memory.real(ptrs.data, mask.data, np_dtype.itemsize, "writes", atomic=False)
         data = np.ascontiguousarray(np.broadcast_to(value.data, ptrs.data.shape).astype(np_dtype)).view(raw)
-        keep = np.ascontiguousarray(np.broadcast_to(mask.data, ptrs.data.shape))
+        keep = np.ascontiguousarray(np.broadcast_to(mask.data, ptrs.data.shape).astype(bool))
         return interpreter._interpreter.store(real, data, keep)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):

@@ -137,13 +137,12 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, const 
 template <int kRows, int kWeightRows>
 inline void few_rows_nf4_pairs(const uint16_t* x, int64_t stride, const Matrix& w, const float* scales, int64_t n,
                                const Extra& extra, Type type, void* y) {
-  constexpr int kSums = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // each waits for the one before
   const int64_t blocks = w.cols / 64;
   const uint8_t* packed = static_cast<const uint8_t*>(w.data) + ((n * w.cols) >> 1);
-  __m512 sum[kWeightRows][kRows][kSums];
+  // One sum, whatever the number of rows: a row has the same bits in any batch. Other rows hide its latency.
+  __m512 total[kWeightRows][kRows];
   for (int i = 0; i < kWeightRows; ++i)
-    for (int m = 0; m < kRows; ++m)
-      for (int q = 0; q < kSums; ++q) sum[i][m][q] = _mm512_setzero_ps();
+    for (int m = 0; m < kRows; ++m) total[i][m] = _mm512_setzero_ps();
   int64_t ahead = kWeightRows * w.cols / 2;  // the rows after these
   while (ahead < 2048) ahead *= 2;
   for (int64_t b = 0; b < blocks; b += 2) {
@@ -157,20 +156,11 @@ inline void few_rows_nf4_pairs(const uint16_t* x, int64_t stride, const Matrix& 
       for (int q = 0; q < 4; ++q) {
 #pragma GCC unroll 4
         for (int m = 0; m < kRows; ++m)
-          sum[i][m][q % kSums] = _mm512_dpbf16_ps(sum[i][m][q % kSums], (__m512bh)v[q],
-                                                  (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + 32 * q));
+          total[i][m] = _mm512_dpbf16_ps(total[i][m], (__m512bh)v[q],
+                                         (__m512bh)_mm512_loadu_si512(x + m * stride + b * 64 + 32 * q));
       }
     }
   }
-  __m512 total[kWeightRows][kRows];
-  for (int i = 0; i < kWeightRows; ++i)
-    for (int m = 0; m < kRows; ++m) {
-      if constexpr (kSums == 4)
-        total[i][m] =
-            _mm512_add_ps(_mm512_add_ps(sum[i][m][0], sum[i][m][1]), _mm512_add_ps(sum[i][m][2], sum[i][m][3]));
-      else if constexpr (kSums == 2) total[i][m] = _mm512_add_ps(sum[i][m][0], sum[i][m][1]);
-      else total[i][m] = sum[i][m][0];
-    }
   finish<kRows, kWeightRows>(total, w, n, extra, type, y);
 }
 #endif
@@ -278,9 +268,11 @@ inline void few_rows(const void* x, int64_t stride, Take take, const Source& w, 
       few_rows_nf4<kRows, count.value>(from, stride, w.m, scales, n, extra, type, y);
     };
     int64_t n = n0;
-    // More rows of W at once spare loads of x, but read as many streams: of long rows, two are faster.
+    // More rows of W at once spare loads of x and hide the sums' latency, but read as many streams: of long rows, two
+    // are faster for floats.
     if constexpr (kRows == 1)
-      for (; w.m.cols <= 2048 && n + 4 <= n1; n += 4) rows_of_weight(std::integral_constant<int, 4>(), n);
+      for (; (w.m.cols <= 2048 || take == Take::interleaved) && n + 4 <= n1; n += 4)
+        rows_of_weight(std::integral_constant<int, 4>(), n);
     for (; n + 2 <= n1; n += 2) rows_of_weight(std::integral_constant<int, 2>(), n);
     for (; n < n1; ++n) rows_of_weight(std::integral_constant<int, 1>(), n);
     return;

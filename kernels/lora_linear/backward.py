@@ -18,18 +18,18 @@ def backward(
     flat = rows_of(dy)
     columns = x.shape[-1]
     base = weight, absmax, nested_absmax, offset, blocksize
-    dx, dh = dy.new_empty(0), None
+    dx, dh, arrivals = dy.new_empty(0), None, None
     if need_dx:
         arguments = flat, base, columns, lora_a, lora_b, scaling, dropout_p, seed
         path = paths.choose("backward", flat, base, columns, lora_a, dropout_p)
-        if path == "single":
-            dx, dh = single.backward(*arguments)
-        else:
+        if path == "workspace":
             try:
-                dx, dh = workspace.backward(*arguments)
+                dx, dh, arrivals = workspace.backward(*arguments)
             except torch.OutOfMemoryError as error:
                 paths.out_of_memory("backward", flat, base, columns, lora_a, error)
-                dx, dh = single.backward(*arguments)
+                path = "single"  # after the handler: what was raised holds the workspace
+        if path == "single":
+            dx, dh = single.backward(*arguments)
         dx = dx.view(x.shape)
     if lora_a is None:
         return dx, dy.new_empty(0), dy.new_empty(0)
@@ -38,6 +38,7 @@ def backward(
     if dh is None:
         dh = down(flat, lora_b.t(), scaling)
     da, db = outer(
-        dh, rows_of(x), h, flat, lora_a.dtype, scaling=scaling, dropout_p=dropout_p, seed=seed
+        dh, rows_of(x), h, flat, lora_a.dtype, scaling=scaling, dropout_p=dropout_p, seed=seed,
+        arrivals=arrivals,
     )  # fmt: skip
     return dx, da, db

@@ -22,7 +22,6 @@ from peft_engine.kernels.lora_linear.parts import (
 
 from peft_engine.activations import term_width
 from peft_engine.kernels.launch import cdiv, launch
-from peft_engine.kernels.scratch import arrivals
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -101,12 +100,14 @@ def down(
     order: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
     split: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h (M, R) float32 of x (M, K), whose columns are together, and a (R, K) of any strides.
 
     buffer: (M, K + terms' columns), gets h's terms behind its first K columns, and x in those when `copy`
     says so. With dropout, what is kept of x is divided by 1 - p. With order and bounds, a is (G, R, K), and h
-    is of the rows with an adapter, in sorted order. split: the terms of a, where they are there already.
+    is of the rows with an adapter, in sorted order. split: the terms of a, where they are there already;
+    arrivals: a counter at 0 for each tile, which it is again afterwards.
     """
     rank, columns = a.shape[-2:]
     grouped = order is not None
@@ -120,6 +121,8 @@ def down(
     shares = cdiv(columns, share)
     partial = torch.empty(shares, rows, rank, dtype=torch.float32, device=x.device)
     buffer = x if buffer is None else buffer
+    if arrivals is None:
+        arrivals = torch.zeros(programs, dtype=torch.int32, device=x.device)
     if a.dtype != x.dtype:
         if split is None:
             split = adapter.split(a.reshape(-1, columns), x.dtype)
@@ -127,7 +130,7 @@ def down(
     launch(
         down_kernel, (programs, shares),
         (
-            x, a, partial, arrivals("down", programs, x), h, buffer, x if seed is None else seed,
+            x, a, partial, arrivals, h, buffer, x if seed is None else seed,
             order if grouped else x, bounds if grouped else x,
             rows, columns, groups, rank, share, scaling / (1.0 - dropout_p), round(dropout_p * 2**32),
             x.stride(0), a.stride(0) if split is not None else 0,

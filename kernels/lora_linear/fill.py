@@ -55,15 +55,22 @@ def write_below(
 
 @triton.jit
 def fill_kernel(
-    packed, absmax, nested_absmax, offset, code, absmax_code, a, b, space, terms, out_features, columns,
-    chunks, rank, scaling, stride_ar, stride_ak, stride_bn, stride_br, stride, programs_b, programs,
+    packed, absmax, nested_absmax, offset, code, absmax_code, a, b, space, terms, arrivals, counters,
+    out_features, columns, chunks, rank, scaling, stride_ar, stride_ak, stride_bn, stride_br, stride,
+    programs_b, programs,
     FORWARD: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, TERMS: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     BYTES: tl.constexpr,
 ):  # fmt: skip
-    """The first programs_b programs take b, those up to `programs` a, the rest the weight (BYTES 0: none)."""
+    """The first programs_b programs take b, those up to `programs` a, the rest the weight (BYTES 0: none).
+
+    The first ones also set the counters to 0 that the next launches find (parts.py, arrives_last).
+    """
     program = tl.program_id(0)
     i = tl.arange(0, BLOCK).to(tl.int64)
+    if program < programs:
+        for start in range(program * BLOCK, counters, programs * BLOCK):
+            tl.store(arrivals + start + i, 0, start + i < counters)
     if program < programs_b:
         n = program * BLOCK + i
         if FORWARD:
@@ -90,23 +97,27 @@ def fill_kernel(
 
 
 def forward(base, out_features: int, a, b, scaling: float, like: torch.Tensor, width: int) -> tuple:
-    """[W | s B] (N, K + width) of `like`'s dtype, its rows aligned, and the terms (3, R, K) of A.
+    """[W | s B] (N, K + width) of `like`'s dtype, its rows aligned, the terms (3, R, K) of A, and counters at
+    0 for the product down to the rank of `like`'s rows.
 
     The terms are None where the adapter is of that dtype itself.
     """
     columns = a.shape[1]
     space = like.new_empty(out_features, row_stride(columns, width))
-    return space[:, : columns + width], _fill(space, base, out_features, a, b, scaling, forward=True)
+    terms, arrivals = _fill(space, base, out_features, a, b, scaling, like.shape[0], forward=True)
+    return space[:, : columns + width], terms, arrivals
 
 
 def backward(base, out_features: int, a, b, scaling: float, like: torch.Tensor, width: int) -> tuple:
-    """[W ; A] (N + width, K) of `like`'s dtype, its rows aligned, and the terms (3, R, N) of s B^T.
+    """[W ; A] (N + width, K) of `like`'s dtype, its rows aligned, the terms (3, R, N) of s B^T, and counters
+    at 0 for the skinny products of `like`'s rows.
 
     The terms are None where the adapter is of that dtype itself.
     """
     columns = a.shape[1]
     space = like.new_empty(out_features + width, row_stride(columns, 0))
-    return space[:, :columns], _fill(space, base, out_features, a, b, scaling, forward=False)
+    terms, arrivals = _fill(space, base, out_features, a, b, scaling, like.shape[0], forward=False)
+    return space[:, :columns], terms, arrivals
 
 
 def weight(base, out_features: int, columns: int, like: torch.Tensor) -> torch.Tensor:
@@ -118,7 +129,7 @@ def weight(base, out_features: int, columns: int, like: torch.Tensor) -> torch.T
     return whole
 
 
-def _fill(space, base, out_features: int, a, b, scaling: float, *, forward: bool) -> torch.Tensor | None:
+def _fill(space, base, out_features: int, a, b, scaling: float, rows: int, *, forward: bool) -> tuple:
     packed, absmax, nested_absmax, offset, blocksize = base
     rank, columns = a.shape
     terms = None
@@ -139,14 +150,16 @@ def _fill(space, base, out_features: int, a, b, scaling: float, *, forward: bool
     programs = programs_b + (cdiv(columns, block) if not forward or terms is not None else 0)
     chunks = cdiv(columns, 2 * size) if size else 0
     nested = size > 0 and nested_absmax is not None
+    counters = tiles.most_tiles(rows, columns, out_features)
+    arrivals = torch.empty(counters, dtype=torch.int32, device=space.device)
     # No fused multiply-add: the scale is rounded twice, see scale_of.
     launch(
         fill_kernel, (programs + out_features * chunks,),
         (
             packed, absmax if size else packed, nested_absmax if nested else packed,
             offset if nested else packed, code(space.device), absmax_code(space.device), a, b, space,
-            space if terms is None else terms, out_features, columns, chunks, rank, scaling, *a.stride(),
-            *b.stride(), space.stride(0), programs_b, programs,
+            space if terms is None else terms, arrivals, counters, out_features, columns, chunks, rank,
+            scaling, *a.stride(), *b.stride(), space.stride(0), programs_b, programs,
         ),
         {
             "FORWARD": forward, "WIDTH": term_width(rank), "RANK": padded,
@@ -155,4 +168,4 @@ def _fill(space, base, out_features: int, a, b, scaling: float, *, forward: bool
         },
         num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return terms
+    return terms, arrivals

@@ -18,14 +18,14 @@ def forward(
         from peft_engine.kernels.lora_linear import few_rows
 
         y, h = few_rows.forward(*arguments)
-    elif path == "single":
-        y, h = single.forward(*arguments)
-    else:
+    if path == "workspace":
         try:
             y, h = workspace.forward(*arguments)
         except torch.OutOfMemoryError as error:
             paths.out_of_memory("forward", flat, base, out_features, lora_a, error)
-            y, h = single.forward(*arguments)
+            path = "single"  # after the handler: what was raised holds the workspace
+    if path == "single":
+        y, h = single.forward(*arguments)
     return y.view(*x.shape[:-1], out_features), h
 
 

@@ -12,7 +12,6 @@ from peft_engine.kernels.lora_linear import tiles
 from peft_engine.kernels.lora_linear.parts import arrives_last, kept, sum_of_shares, wide_dot
 
 from peft_engine.kernels.launch import cdiv, launch
-from peft_engine.kernels.scratch import arrivals
 
 
 @triton.jit
@@ -106,12 +105,13 @@ def outer(
     seed: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     bounds: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA = dh^T drop(x) (R, K) and dB = scaling dy^T h (N, R), for dh and h (M, R) float32, x (M, K) and
     dy (M, N) with columns together.
 
     With order and bounds, of each adapter's rows: (G, R, K) and (G, N, R); dh and h are in sorted order, x
-    and dy are not.
+    and dy are not. arrivals: a counter at 0 for each tile, which it is again afterwards.
     """
     rows, rank = h.shape
     columns_a, columns_b = x.shape[1], dy.shape[1]
@@ -128,10 +128,12 @@ def outer(
     many = () if bounds is None else (groups,)
     da = torch.empty(*many, rank, columns_a, dtype=dtype, device=x.device)
     db = torch.empty(*many, columns_b, rank, dtype=dtype, device=x.device)
+    if arrivals is None:
+        arrivals = torch.zeros(both * groups, dtype=torch.int32, device=x.device)
     launch(
         outer_kernel, (both, splits, groups),
         (
-            dh, x, da, h, dy, db, partial, arrivals("outer", both * groups, x), x if seed is None else seed,
+            dh, x, da, h, dy, db, partial, arrivals, x if seed is None else seed,
             x if order is None else order, x if bounds is None else bounds, rows, columns_a, columns_b, rank,
             share, groups, tiles_a, 1.0 / (1.0 - dropout_p), scaling, round(dropout_p * 2**32), x.stride(0),
             dy.stride(0),

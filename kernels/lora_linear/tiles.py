@@ -11,6 +11,7 @@ import itertools
 
 import torch
 
+from peft_engine.kernels.launch import cdiv
 from peft_engine.kernels.tiles import MANY, Entry, Table, Tile, entries_for, tile_of
 
 MAX_RANK = 128  # beyond, a rank's sums no longer fit the registers of a tile
@@ -106,9 +107,9 @@ def entries(kernel: str, arch: int) -> tuple[Entry, ...]:
 
 def shares(columns: int, programs: int, block_k: int) -> int:
     """Shares of the columns for `down`: four programs for each of an H200's 132 multiprocessors, two tiles in
-    each.
+    each; one program adds them all.
     """
-    return max(1, min(528 // programs, columns // (2 * block_k)))
+    return max(1, min(528 // programs, columns // (2 * block_k), 32))
 
 
 def splits(rows: int, programs: int) -> int:
@@ -116,6 +117,11 @@ def splits(rows: int, programs: int) -> int:
     rows.
     """
     return max(1, min(-(-264 // programs), rows // 128))
+
+
+def most_tiles(rows: int, columns: int, out_features: int) -> int:
+    """At least as many as the tiles of `down`, and of `outer`, in any table: their counters."""
+    return max(cdiv(rows, 16), cdiv(columns, 32) + cdiv(out_features, 32))
 
 
 def candidates(kernel: str) -> list[Tile]:

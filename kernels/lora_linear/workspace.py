@@ -21,7 +21,7 @@ from peft_engine.activations import row_stride, spare_width, with_spare
 
 
 def widened(
-    x: torch.Tensor, a: torch.Tensor, split, scaling: float, dropout_p: float, seed, width: int
+    x: torch.Tensor, a: torch.Tensor, split, scaling: float, dropout_p: float, seed, width: int, arrivals
 ) -> tuple:
     """[x | h] with h = scaling drop(x) a^T behind x in its terms, and h in float32.
 
@@ -33,7 +33,7 @@ def widened(
         buffer = x.new_empty(x.shape[0], row_stride(x.shape[1], width))[:, : x.shape[1] + width]
     h = down(
         x, a, scaling, buffer=buffer, copy=copy, terms=1 if split is None else 3, dropout_p=dropout_p,
-        seed=seed, split=split,
+        seed=seed, split=split, arrivals=arrivals,
     )  # fmt: skip
     return buffer, h
 
@@ -52,27 +52,27 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
         up_(y, h, b, scaling)
         return y, h
     width = spare_width(a.shape[0], a.dtype, x.dtype)
-    both, split = fill.forward(base, out_features, a, b, scaling, x, width)
-    buffer, h = widened(x, a, split, 1.0, dropout_p, seed, width)
+    both, split, arrivals = fill.forward(base, out_features, a, b, scaling, x, width)
+    buffer, h = widened(x, a, split, 1.0, dropout_p, seed, width, arrivals)
     return F.linear(buffer, both, bias), h
 
 
 def backward(dy, base, columns, a, b, scaling, dropout_p, seed):
-    """dx (M, K) and dh (M, R) float32, scaled, for dy (M, N)."""
+    """dx (M, K) and dh (M, R) float32, scaled, for dy (M, N); and counters at 0 for `outer`, or None."""
     out_features = dy.shape[1]
     if a is None:
-        return dy @ fill.weight(base, out_features, columns, dy), None
+        return dy @ fill.weight(base, out_features, columns, dy), None, None
     if dropout_p > 0.0 or not augments(dy, base, columns, out_features, a):
         # What the forward dropped gets no gradient through the adapter, and all of it through the base.
         dh = down(dy, b.t(), scaling)
         dx = dy @ fill.weight(base, out_features, columns, dy)
         up_(dx, dh, a.t(), 1.0, dropout_p=dropout_p, seed=seed)
-        return dx, dh
+        return dx, dh, None
     width = spare_width(a.shape[0], a.dtype, dy.dtype)
-    both, split = fill.backward(base, out_features, a, b, scaling, dy, width)
+    both, split, arrivals = fill.backward(base, out_features, a, b, scaling, dy, width)
     # the terms are of scaling * B^T already
-    buffer, dh = widened(dy, b.t(), split, scaling if split is None else 1.0, 0.0, None, width)
-    return buffer @ both, dh
+    buffer, dh = widened(dy, b.t(), split, scaling if split is None else 1.0, 0.0, None, width, arrivals)
+    return buffer @ both, dh, arrivals
 
 
 def augments(x, base, gives: int, takes: int, a) -> bool:

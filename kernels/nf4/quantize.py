@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from peft_engine.kernels.nf4.tables import midpoints
 
-from peft_engine.kernels.launch import cdiv
+from peft_engine.kernels.launch import cdiv, launch
 
 VALUES = 4096  # values of a program: whole blocks, whatever their size
 
@@ -52,8 +52,9 @@ def quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Te
     absmax = flat.new_empty(-(-n // blocksize), dtype=torch.float32)
     if n:
         blocks = VALUES // blocksize
-        quantize_kernel[(cdiv(absmax.numel(), blocks),)](
-            flat, packed, absmax, midpoints(flat.device), n,
-            BLOCKSIZE=blocksize, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
+        launch(
+            quantize_kernel, (cdiv(absmax.numel(), blocks),),
+            (flat, packed, absmax, midpoints(flat.device), n), {"BLOCKSIZE": blocksize, "BLOCKS": blocks},
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return packed, absmax

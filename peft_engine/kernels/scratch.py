@@ -1,15 +1,31 @@
-"""Scratch memory that kernels find at 0 and leave at 0, kept from call to call."""
+"""Scratch memory that the CUDA library's kernels find at 0 and leave at 0, kept from call to call."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
 
 import torch
 
 from peft_engine import native
 
-UNKNOWN = -1  # a graph whose number nobody can tell
-
 _held: dict[tuple[str, int, int], torch.Tensor] = {}  # by op, device and stream
 _captured: dict[
     tuple[str, int, int], torch.Tensor
 ] = {}  # of the graph that is being captured, by op, its number and the stream
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[None]:
+    """Inside, every call gets memory of its own.
+
+    For what torch.compile calls: its CUDA graphs have a pool of memory, in which nothing may be kept.
+    """
+    before, _here.fresh = getattr(_here, "fresh", False), True
+    try:
+        yield
+    finally:
+        _here.fresh = before
 
 
 def zeroed(who: str, size: int, device: torch.device, stream: int) -> torch.Tensor:
@@ -18,35 +34,18 @@ def zeroed(who: str, size: int, device: torch.device, stream: int) -> torch.Tens
     A graph gets its own, filled once in a replay: it must not share memory with calls made beside its
     replays.
     """
-    capture = _capture(device, stream) if device.type == "cuda" else 0
-    if capture == UNKNOWN:
+    if getattr(_here, "fresh", False):
         return torch.zeros(size, dtype=torch.uint8, device=device)
+    index = device.index or 0
+    capture = native.cuda().pe_cuda_capture(stream, index) if device.type == "cuda" else 0
     if capture:
         for key in [key for key in _captured if key[1] != capture]:
             del _captured[key]  # an earlier graph's is its own pool's to keep
         return _of_size(_captured, (who, capture, stream), size, device)
-    return _of_size(_held, (who, device.index or 0, stream), size, device)
-
-
-def arrivals(who: str, tiles: int, x: torch.Tensor) -> torch.Tensor:
-    """A counter for each tile, int32, of the programs that have left their share of it.
-
-    The last one adds the shares and sets the counter to 0 again.
-    """
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    return zeroed(who, 4 * tiles, x.device, stream).view(torch.int32)
-
-
-def _capture(device: torch.device, stream: int) -> int:
-    """The number of the graph that is being captured on a stream, 0 for none."""
-    if native.cuda_error() is None:
-        return native.cuda().pe_cuda_capture(stream, device.index or 0)
-    with torch.cuda.device(device):
-        return UNKNOWN if torch.cuda.is_current_stream_capturing() else 0
+    return _of_size(_held, (who, index, stream), size, device)
 
 
 def _of_size(held: dict, key: tuple, size: int, device: torch.device) -> torch.Tensor:
     if key not in held or held[key].numel() < size:
-        size = -(-size // 4096) * 4096  # more tiles than this call's will fit the next
         held[key] = torch.zeros(size, dtype=torch.uint8, device=device)
     return held[key]

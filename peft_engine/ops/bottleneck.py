@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
+from peft_engine.kernels import scratch
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 # The functions by name; gelu is the exact one, by erf.
@@ -238,11 +239,16 @@ def _(
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-@torch.library.impl(native.library, "bottleneck_forward", "CUDA")
 def _forward_on_gpu(*arguments):
     from peft_engine.kernels.bottleneck.forward import forward
 
     return forward(*arguments)
+
+
+@torch.library.impl(native.library, "bottleneck_forward", "CUDA")
+def _(*arguments):
+    with scratch.fresh():
+        return _forward_on_gpu(*arguments)
 
 
 @torch.library.impl(native.library, "bottleneck_backward", "CUDA")

@@ -275,12 +275,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     The gradient of x is that of every row times a number known only in the backward, so the forward can write
     it. So is that of W where the number is one for all rows, unless a sum of unscaled rows could leave
-    float16's range. For "none", and float16's "sum", the backward computes it, from x.
+    float16's range. For "none", and in float16, the backward computes it, from x. In float16 the rows' share
+    of a mean is taken in the backward, too: before the loss is scaled it would be lost in small numbers.
     """
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, labels, ignore_index, reduction, need_dx, need_dw, need_db):
-        now = reduction == "mean" or (reduction == "sum" and x.dtype != torch.float16)
+        half = x.dtype == torch.float16
+        now = reduction != "none" and not half
         loss, dx, dw, db = torch.ops.peft_engine.linear_cross_entropy(
             x,
             weight,
@@ -288,15 +290,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             labels,
             ignore_index,
             None,
-            reduction == "mean",
+            reduction == "mean" and not half,
             need_dx,
             need_dw and now,
             need_db and now,
         )
         later = not now and (need_dw or need_db)
+        count = (labels != ignore_index).sum() if reduction == "mean" else None
         ctx.save_for_backward(
             dx, dw, db, labels,
-            x if later else None, weight if later else None, bias if later else None,
+            x if later else None, weight if later else None, bias if later else None, count if half else None,
         )  # fmt: skip
         ctx.settings = ignore_index, need_dx, need_dw, need_db
         if reduction == "none":
@@ -304,14 +307,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In float64, which costs nothing here: elsewhere no rounding can add up over rows.
         total = loss.sum(dtype=torch.float64)
         if reduction == "mean":
-            total = total / (labels != ignore_index).sum()
+            total = total / count
         return total.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad):
-        dx, dw, db, labels, x, weight, bias = ctx.saved_tensors
+        dx, dw, db, labels, x, weight, bias, count = ctx.saved_tensors
         ignore_index, need_dx, need_dw, need_db = ctx.settings
+        if count is not None:
+            grad = grad / count.clamp(min=1)
         by_row = grad.expand(labels.shape)
         if x is not None:
             _, _, dw, db = torch.ops.peft_engine.linear_cross_entropy(

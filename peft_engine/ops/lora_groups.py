@@ -42,10 +42,11 @@ def sort_rows(adapters: Sequence[int], each: int, groups: int, device: torch.dev
             raise ValueError(f"sort_rows: there are {groups} adapters, got number {adapter} for entry {i}")
         if adapter >= 0:
             places[adapter].append(i)
-    first = torch.tensor([i * each for group in places for i in group], dtype=torch.int64)
-    order = (first[:, None] + torch.arange(each)).reshape(-1)
-    sizes = torch.tensor([0, *(len(group) * each for group in places)])
-    return SortedRows(order.to(device), sizes.cumsum(0).to(device, torch.int32))
+    with torch.inference_mode(False):  # what is kept here may be saved for a backward later
+        first = torch.tensor([i * each for group in places for i in group], dtype=torch.int64)
+        order = (first[:, None] + torch.arange(each)).reshape(-1)
+        sizes = torch.tensor([0, *(len(group) * each for group in places)])
+        return SortedRows(order.to(device), sizes.cumsum(0).to(device, torch.int32))
 
 
 def lora_groups(
@@ -63,6 +64,10 @@ def lora_groups(
     float32. Gradients flow to x, lora_a, lora_b and bias. Raises ValueError that says which argument does not
     fit.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        weight = weight if isinstance(weight, NF4Tensor) else weight.to(dtype)
     n, k = weight.shape
     groups, rank = lora_a.shape[:2] if lora_a.dim() == 3 else (0, 0)
     if lora_a.shape != (groups, rank, k) or lora_b.shape != (groups, n, rank):

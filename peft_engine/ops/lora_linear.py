@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
+from peft_engine.kernels import scratch
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu, refuse_unless_cuda
 
 _U32 = 0xFFFFFFFF
@@ -198,11 +199,16 @@ def _(
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-@torch.library.impl(native.library, "lora_linear_forward", "CUDA")
 def _forward_on_gpu(*arguments):
     from peft_engine.kernels.lora_linear.forward import forward
 
     return forward(*arguments)
+
+
+@torch.library.impl(native.library, "lora_linear_forward", "CUDA")
+def _(*arguments):
+    with scratch.fresh():
+        return _forward_on_gpu(*arguments)
 
 
 @torch.library.impl(native.library, "lora_linear_backward", "CUDA")

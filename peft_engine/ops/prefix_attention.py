@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
+from peft_engine.kernels import scratch
 from peft_engine.ops.attention import (
     Intervals,
     by_token,
@@ -294,7 +295,6 @@ def _(dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal, sc
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-@torch.library.impl(native.library, "prefix_attention_forward", "CUDA")
 def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
     from peft_engine.kernels.prefix_attention import decode
 
@@ -304,6 +304,12 @@ def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scal
     from peft_engine.kernels.prefix_attention.forward import forward
 
     return forward(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale)
+
+
+@torch.library.impl(native.library, "prefix_attention_forward", "CUDA")
+def _(*arguments):
+    with scratch.fresh():
+        return _forward_on_gpu(*arguments)
 
 
 @torch.library.impl(native.library, "prefix_attention_backward", "CUDA")

@@ -61,8 +61,10 @@ FAULTS = [
     ("parts", 'sem="acq_rel"', 'sem="acquire"', Race),
     ("parts", 'sem="acq_rel"', 'sem="release"', Race),
     ("parts", "tl.atomic_xchg(arrivals, 0, ", "tl.atomic_xchg(arrivals, 1, ", (WRONG, Race)),
-    ("parts", "for s in range(tl.num_programs(1))", "for s in range(1)", WRONG),
+    ("parts", "stored & (s + 1 < shares)", "stored & (s + 2 < shares)", WRONG),
+    ("parts", "stored & (s + 3 < shares)", "stored & (s + 3 < shares + 3)", (OutOfBounds, WRONG)),
     ("parts", "partial + s * size + at", "partial + at", WRONG),
+    ("fill", "tl.store(arrivals + start + i, 0,", "tl.store(arrivals + start + i, 1,", (Race, WRONG)),
     ("down", "there = k < columns", "there = k < columns + 1", OutOfBounds),
     ("down", "tile = tl.where(kept(seed, row, k, threshold), tile, 0.0)", "tile = tile", WRONG),
     # the base dropped
@@ -123,7 +125,7 @@ def install(monkeypatch, tmp_path, file, old, new, users):
 def run_linear():
     for path in ("single", "workspace"):
         with paths.pinned(path):
-            for rows, k, n, rank, p in ((70, 576, 50, 16, 0.0), (300, 64, 70, 12, 0.4)):
+            for rows, k, n, rank, p in ((70, 640, 50, 16, 0.0), (300, 64, 70, 12, 0.4)):
                 for padded in (True, False):
                     linear_test.case(
                         "cpu", rows, k, n, rank, torch.bfloat16, p=p, padded=padded,

@@ -1,55 +1,56 @@
-"""Counters that kernels find at 0: which calls share them, and which must not."""
+"""Counters that the CUDA library's kernels find at 0: which calls share them, and which must not."""
 
 import pytest
 import torch
 
 from peft_engine import native
 from peft_engine.kernels import scratch
-from peft_engine.kernels.scratch import arrivals, zeroed
+from peft_engine.kernels.scratch import fresh, zeroed
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Library:
+    """Says that the graph `capture` is being captured, 0 for none."""
+
+    capture = 0
+
+    def pe_cuda_capture(self, stream, device):
+        return self.capture
 
 
 @pytest.fixture
-def held(monkeypatch):
+def library(monkeypatch):
     for name in ("_held", "_captured"):
         monkeypatch.setattr(scratch, name, {})
-
-
-@pytest.fixture
-def capture(monkeypatch, held):
-    """Call it with a graph's number: from then on, that graph is being captured."""
-    monkeypatch.setattr(native, "cuda_error", lambda: None)
-    zeros = torch.zeros
+    found, zeros = Library(), torch.zeros
+    monkeypatch.setattr(native, "cuda", lambda: found)
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest))
-    return lambda number: monkeypatch.setattr(scratch, "_capture", lambda device, stream: number)
+    return found
 
 
-GPU = torch.device("cuda", 0)
+def test_a_stream_reuses_its_counters_and_an_op_has_its_own(library):
+    first = zeroed("down", 12, CPU, 0)
+    assert first.numel() == 12 and not first.any()
+    assert zeroed("down", 8, CPU, 0).data_ptr() == first.data_ptr()
+    assert zeroed("outer", 12, CPU, 0).data_ptr() != first.data_ptr()
+    grown = zeroed("down", 13, CPU, 0)
+    assert grown.numel() == 13 and not grown.any()
 
 
-def test_a_stream_reuses_its_counters_and_an_op_has_its_own(held):
-    x = torch.empty(1)
-    first = arrivals("down", 3, x)
-    assert first.dtype == torch.int32 and first.numel() >= 3 and not first.any()
-    assert arrivals("down", 3, x).data_ptr() == first.data_ptr()
-    assert arrivals("outer", 3, x).data_ptr() != first.data_ptr()
-    grown = arrivals("down", first.numel() + 1, x)
-    assert grown.numel() > first.numel() and not grown.any()
-
-
-def test_streams_and_graphs_do_not_share(capture):
-    capture(0)
-    eager = {zeroed("down", 8, GPU, stream).data_ptr() for stream in (1, 2)}
-    capture(7)
-    graph = {zeroed("down", 8, GPU, stream).data_ptr() for stream in (1, 2, 1)}
-    assert len(eager) == len(graph) == 2 and not eager & graph
-    kept = [tensor for key, tensor in scratch._captured.items()]
-    capture(8)
-    later = zeroed("down", 8, GPU, 1).data_ptr()
-    assert later not in eager | graph and len(kept) == 2
+def test_streams_and_graphs_do_not_share(library):
+    eager = [zeroed("down", 8, GPU, stream) for stream in (1, 2)]
+    library.capture = 7
+    graph = [zeroed("down", 8, GPU, stream) for stream in (1, 2, 1)]
+    assert graph[0] is graph[2] and len({t.data_ptr() for t in [*eager, *graph]}) == 4
+    library.capture = 8
+    later = zeroed("down", 8, GPU, 1)
+    assert later.data_ptr() not in {t.data_ptr() for t in [*eager, *graph]}
     assert [key[1] for key in scratch._captured] == [8]
 
 
-def test_without_the_library_a_graph_fills_counters_for_each_call(capture):
-    capture(scratch.UNKNOWN)
-    one, two = (zeroed("down", 8, GPU, 1) for _ in range(2))
-    assert one.data_ptr() != two.data_ptr() and not scratch._held and not scratch._captured
+def test_what_torch_compile_calls_keeps_nothing(library):
+    with fresh():
+        one, two = (zeroed("down", 8, GPU, 1) for _ in range(2))
+    assert one is not two and not scratch._held and not scratch._captured
+    assert zeroed("down", 8, GPU, 1) is zeroed("down", 8, GPU, 1)

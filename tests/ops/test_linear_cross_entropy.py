@@ -336,6 +336,22 @@ def test_a_float16_weight_gradient_leaves_the_range_only_when_it_does_so_itself(
 
 
 @needs_cpu
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_scaled_float16_loss_keeps_small_gradients(reduction):
+    """As with GradScaler: a row's share of the mean is below float16's normal numbers before the scale."""
+    x, weight, labels, _ = problem(2048, 4000, 16, torch.float32)
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x.half() / 16, weight.half() / 16)]
+        run = linear_cross_entropy if dtype == torch.float16 else reference
+        loss = run(*leaves, labels, reduction=reduction)
+        scale = 65536.0 if reduction == "mean" else 65536.0 / len(labels)
+        gradients.append(torch.autograd.grad(loss * scale, leaves))
+    for got, want in zip(*gradients, strict=True):
+        assert ((got.double() - want).norm() / want.norm()).item() < 1e-3
+
+
+@needs_cpu
 @pytest.mark.parametrize("label", [9, -1])
 def test_a_label_outside_the_vocabulary_is_named(label):
     words = f"label {label} is outside the vocabulary, 0 to 8"

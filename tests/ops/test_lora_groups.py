@@ -58,3 +58,23 @@ def test_wrong_shapes_are_named_at_the_door():
         lora_groups(x, weight, torch.randn(3, 3, 8), torch.randn(3, 6, 3), rows)
     with pytest.raises(ValueError, match="4 rows are sorted, but x has 2"):
         lora_groups(x[:2], weight, torch.randn(2, 3, 8), torch.randn(2, 6, 3), rows)
+
+
+def test_rows_sorted_in_inference_mode_serve_training_afterwards():
+    with torch.inference_mode():
+        sort_rows((0, 1, 0), 7, 2, CPU)
+    rows = sort_rows((0, 1, 0), 7, 2, CPU)
+    assert not rows.order.is_inference() and not rows.bounds.is_inference()
+
+
+def test_autocast_runs_in_its_dtype():
+    x, weight = torch.randn(4, 64, requires_grad=True), torch.randn(24, 64)
+    a, b = torch.randn(2, 4, 64, requires_grad=True), torch.randn(2, 24, 4, requires_grad=True)
+    rows = sort_rows((1, -1, 0, 1), 1, 2, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_groups(x, weight, a, b, rows)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    want = lora_groups(x.bfloat16(), weight.bfloat16(), a, b, rows)
+    torch.testing.assert_close(y, want, rtol=0.02, atol=0.3)  # the adapters' products are bfloat16's, too
+    assert x.grad.dtype == a.grad.dtype == torch.float32

@@ -349,3 +349,23 @@ def test_a_row_has_the_same_bits_among_many_rows_and_few(isa, dtype, nf4):
     for rows in (17, 40, 130, 512):
         some_y, some_dx = run(rows)
         assert torch.equal(some_y, y[:rows]) and torch.equal(some_dx, dx[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nf4", (True, False), ids=("nf4", "dense"))
+def test_a_row_has_the_same_bits_alone_and_among_a_few(isa, dtype, nf4):
+    """Whichever rows of the weight it is taken with: 577 of them leave one over, and two threads cut anew."""
+    x, weight = torch.randn(4, 576).to(dtype), torch.randn(577, 576).to(dtype)
+    a, b = torch.randn(5, 576), torch.randn(577, 5)
+    weight = nf4_quantize(weight, double_quant=True) if nf4 else weight
+    y = lora_linear(x, weight, a, b, 0.5)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 3, 4):
+                for first in range(5 - rows):
+                    part = slice(first, first + rows)
+                    assert torch.equal(lora_linear(x[part], weight, a, b, 0.5), y[part]), (threads, part)
+    finally:
+        torch.set_num_threads(before)
