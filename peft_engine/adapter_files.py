@@ -76,15 +76,16 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
     """The shape of each tensor, and the metadata; ValueError for a file that is not what its header says."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        first = file.read(8)
-        if first[:4] == b"PK\x03\x04" or first[:1] == b"\x80":
+        first, brace = file.read(8), file.read(1)
+        # The length of a header may begin with a pickle's byte, but what follows it is "{".
+        if brace != b"{" and (first[:4] == b"PK\x03\x04" or first[:1] == b"\x80"):
             raise ValueError(
                 f"load_adapter: {path} is a pickle under another name; only safetensors are read"
             )
         length = int.from_bytes(first, "little")
         if len(first) < 8 or not 2 <= length <= min(HEADER_LIMIT, size - 8):
             raise ValueError(f"load_adapter: {path} is no safetensors file, or is cut short")
-        text = file.read(length)
+        text = brace + file.read(length - 1)
     try:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__", {})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from method_cases import edit_config, edit_weights, refused
 from torch import nn
 
+from peft_engine.adapter_files import read_header
 from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter
 from peft_engine.methods import LoraConfig, detach
 
@@ -225,3 +226,15 @@ def test_an_adapter_for_another_base_is_named(llama, saved):
     refused(llama(seed=5), saved, f"{other}.*weights of this model differ")
     refused(nn.Sequential(nn.Linear(3, 3)), saved, f"{other} None.*match no module")
     assert load_adapter(llama(seed=5), saved, any_base=True) == "default"
+
+
+@pytest.mark.parametrize("low", range(0, 256, 8))
+def test_a_header_of_any_length_is_read(tmp_path, low):
+    """safetensors begin with the header's length, a multiple of 8; 0x80 is also a pickle's first byte."""
+    path = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"name": "x" * 256})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    more = (low - length) % 256
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"name": "x" * (256 + more)})
+    assert path.read_bytes()[0] == low
+    assert read_header(path)[0] == {"a": (2,)}
