@@ -59,8 +59,12 @@ def stacks(model: Any) -> tuple[Stack, ...]:
             _stack(paths[id(decoder)], decoder, causal=True, shifted=False),
         )
     stack = getattr(model, "base_model", model)
-    layers = _attentions(stack)
-    causal = all(getattr(layer, "is_causal", False) or "is_causal" not in vars(layer) for _, layer in layers)
+    # OPT's and Bart's language models call the decoder inside, past the forward of what is around it.
+    inner = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if inner is not None and id(inner) in map(id, stack.modules()) and _attentions(inner):
+        stack = inner
+    layers = [layer for path, layer in _attentions(stack) if not _crosses(path)]
+    causal = all(getattr(layer, "is_causal", False) or "is_causal" not in vars(layer) for layer in layers)
     return (_stack(paths[id(stack)], stack, causal=bool(layers) and causal, shifted=True),)
 
 
@@ -86,11 +90,15 @@ def _attentions(stack: nn.Module) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in stack.named_modules() if uses_interface(module)]
 
 
+def _crosses(path: str) -> bool:
+    """Whether an attention layer looks at an encoder's output."""
+    return not set(CROSS).isdisjoint(path.split("."))
+
+
 def _stack(path: str, stack: Any, *, causal: bool, shifted: bool) -> Stack:
     prefix = f"{path}." if path else ""
     sites = tuple(
-        Site(prefix + inner, *heads_of(module), cross=not set(CROSS).isdisjoint(inner.split(".")))
-        for inner, module in _attentions(stack)
+        Site(prefix + inner, *heads_of(module), cross=_crosses(inner)) for inner, module in _attentions(stack)
     )
     embeddings = _embeddings(stack) if shifted else None
     return Stack(path, causal, sites, embeddings, _learned(stack))

@@ -6,6 +6,7 @@ the base's, which wait in a child named CHILD, where `.to`, `deepcopy` and `para
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -87,6 +88,8 @@ def put(
         held: Any = module._modules.get(CHILD)
         if held is None:
             held = module._modules[CHILD] = nn.ModuleDict({BASE: nn.ParameterDict()})
+            module.register_state_dict_post_hook(_saved)
+            module.register_load_state_dict_pre_hook(_loading)
         base = base_of(module, leaf)
         held[BASE][leaf] = base
         if name not in held:
@@ -106,9 +109,40 @@ def take(model: nn.Module, name: str) -> None:
         kept = {leaf for key, copies in held.items() if key != BASE for leaf in copies}
         if not kept:
             del module._modules[CHILD]
+            hooks: Any
+            for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+                for key in [k for k, hook in hooks.items() if _is_mine(hook)]:
+                    del hooks[key]
             continue
         for leaf in [leaf for leaf in held[BASE] if leaf not in kept]:
             del held[BASE][leaf]
+
+
+def _saved(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict) -> None:
+    """After a module's state_dict: the base's parameters have their names, whichever adapter is active."""
+    for leaf in module._modules[CHILD][BASE]:  # type: ignore[index, union-attr]
+        key = f"{prefix}{CHILD}.{BASE}.{leaf}"
+        if key in state:
+            state[prefix + leaf] = state.pop(key)
+
+
+def _loading(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a module's load_state_dict: the same names mean the base's, and the active adapter keeps its
+    own.
+    """
+    held: Any = module._modules[CHILD]
+    for leaf in held[BASE]:
+        if prefix + leaf not in state:
+            continue
+        state[f"{prefix}{CHILD}.{BASE}.{leaf}"] = state[prefix + leaf]
+        now = module._parameters[leaf]
+        for name in held:
+            if name != BASE and leaf in held[name] and held[name][leaf] is now:
+                state[prefix + leaf] = state.get(f"{prefix}{CHILD}.{name}.{leaf}", now)
+
+
+def _is_mine(hook: Any) -> bool:
+    return getattr(hook, "hook", hook) in (_saved, _loading)
 
 
 def owners(model: nn.Module) -> list[nn.Module]:
@@ -179,24 +213,28 @@ def _runs_apart(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "func", None) is _mixed_forward
 
 
-_only: int | None = None
+class _Here(threading.local):
+    only: int | None = None
+
+
+_here = _Here()
 
 
 @contextlib.contextmanager
 def only_row(i: int | None) -> Iterator[None]:
     """While it lasts, a mixed batch has the rows of its i-th name only (None: all, as ever)."""
-    global _only
-    before, _only = _only, i
+    before, _here.only = _here.only, i
     try:
         yield
     finally:
-        _only = before
+        _here.only = before
 
 
 def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | None, list[int]]:
     """The rows of each adapter when each of `names` stands for rows / len(names) rows in turn."""
-    if _only is not None:
-        return {names[_only]: list(range(rows))}
+    only = _here.only
+    if only is not None:
+        return {names[only]: list(range(rows))}
     if rows % len(names):
         raise ValueError(
             f"{who}: {len(names)} adapter names are active, one for each row of the batch, but the input has "

@@ -109,6 +109,11 @@ class PrefixEncoder(nn.Module):
             for tensor in last:
                 nn.init.zeros_(tensor)
 
+    @property
+    def makes_a_graph(self) -> bool:
+        """Whether keys and values come from a forward of their own."""
+        return self.transform is not None
+
     def table(self) -> torch.Tensor:
         """(P, sum of 2 x kv_heads x head_dim over the layers)."""
         weight = self.embedding.weight

@@ -79,6 +79,11 @@ class PromptEncoder(nn.Module):
         return 0 if self.causal else self.length
 
     @property
+    def makes_a_graph(self) -> bool:
+        """Whether keys and values come from a forward of their own."""
+        return self.causal
+
+    @property
     def positions(self) -> int:
         """How far real tokens move in a stack whose inputs keep their length."""
         return self.length if self.causal else 0
@@ -89,8 +94,10 @@ class PromptEncoder(nn.Module):
             return [()] * len(tokens.lives)
         dtype = stack.get_input_embeddings().weight.dtype
         with virtual_tokens.own_pass(stack, tokens, name) as lives:
-            stack(inputs_embeds=self.embedding.weight[None].to(dtype), use_cache=False)
-            return [(live.caught[0][0], live.caught[1][0]) for live in lives]  # type: ignore[index]
+            # A copy: some models scale their embeddings in place.
+            stack(inputs_embeds=self.embedding.weight[None].to(dtype, copy=True), use_cache=False)
+            # A decoder's attention to an encoder does not run where there is none.
+            return [() if live.caught is None else (live.caught[0][0], live.caught[1][0]) for live in lives]
 
     def change_inputs(self, stack: Any, kwargs: dict) -> dict:
         """The inputs of an encoder, with the prompt written in front of their embeddings."""
@@ -117,6 +124,7 @@ class PromptReader(nn.Module):
     """In the decoder of an encoder-decoder: the mask of the encoder's output, which is P longer."""
 
     positions = 0
+    makes_a_graph = False
 
     def __init__(self, length: int):
         super().__init__()

@@ -27,6 +27,7 @@ class Live:
 
     def __init__(self) -> None:
         self.parts: list[Part] = []  # rows (None: all), keys and values (kv_heads, P, head_dim)
+        self.waiting = False  # an adapter was made active, and its stack has not run yet
         self.catch = False  # whether the layer leaves its own keys and values here
         self.caught: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -48,6 +49,11 @@ def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[t
     live: Live | None = module.__dict__.get(SITE)
     if live is not None and live.catch:
         live.caught = key, value
+    if live is not None and live.waiting and not live.catch:
+        raise RuntimeError(
+            f"virtual tokens: {type(module).__name__} runs outside of the stack whose forward puts them in "
+            "front, so that they would do nothing; call the model's own forward, or deactivate the adapter"
+        )
     if live is None or not live.parts:
         return base(module, query, key, value, attention_mask, **kwargs)
     rows, prefix_k, prefix_v = live.parts[0]

@@ -110,11 +110,12 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
     held = kept(model, "virtual tokens", lambda: of(model))
     if not held:
         return
+    names = which if isinstance(which, tuple) else (which,)
     for tokens in held:
         tokens.active, tokens.kept = which, None
+        own = any(name in tokens.encoders for name in names if name is not None)
         for live in tokens.lives:
-            live.parts = []
-    names = which if isinstance(which, tuple) else (which,)
+            live.parts, live.waiting = [], own
     wanted = any(name is not None and name in tokens.encoders for tokens in held for name in names)
     for config in kept(model, "configs", lambda: _configs(model)):
         now = config._attn_implementation
@@ -162,9 +163,9 @@ def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     rows, queries = inputs.shape[:2]
     past = kwargs.get("past_key_values")
-    decoding = queries == 1 and past is not None and not torch.is_grad_enabled()
-    lengths, groups = _fill(module, tokens, rows, decoding)
     seen = 0 if past is None else past.get_seq_length()
+    decoding = queries == 1 and past is not None and not torch.is_grad_enabled() and bool(seen > 0)
+    lengths, groups = _fill(module, tokens, rows, decoding)
     tokens.shift = 0
     if tokens.embeddings is not None:
         _check_room(tokens, max(lengths.values()), seen, queries)
@@ -236,14 +237,33 @@ def _fill(module: Any, tokens: VirtualTokens, rows: int, decoding: bool) -> tupl
         if name not in tokens.encoders:
             continue
         encoder: Any = tokens.encoders[name]
-        key = (name, *((id(p), p._version) for p in encoder.parameters()))
+        if encoder.makes_a_graph and torch.is_grad_enabled() and _checkpoints_twice(module):
+            raise ValueError(
+                f"virtual tokens: the keys of {name!r} come from a graph of their own, which layers that are "
+                "checkpointed by a second backward would go through again; call "
+                'model.gradient_checkpointing_enable({"use_reentrant": False})'
+            )
+        # what was made in inference mode has no version, and cannot change outside it
+        versions = ((id(p), 0 if p.is_inference() else p._version) for p in encoder.parameters())
+        key = (name, *versions)
         kept = tokens.kept.get(key) if decoding and tokens.kept else None
         found[key] = kept or encoder.keys_and_values(module, tokens, name)
     tokens.kept = None if torch.is_grad_enabled() else found
     for i, live in enumerate(tokens.lives):
         live.parts = [(groups[key[0]], *kv[i]) for key, kv in found.items() if kv[i]]
+        live.waiting = False
     count = {key[0]: tokens.encoders[key[0]].positions for key in found}
     return {name: count.get(name, 0) for name in groups}, groups
+
+
+def _checkpoints_twice(module: nn.Module) -> bool:
+    """Whether a layer is checkpointed in torch's older way, which runs a backward inside the backward."""
+    functions = [
+        getattr(m, "_gradient_checkpointing_func", None)
+        for m in module.modules()
+        if m.training and getattr(m, "gradient_checkpointing", False)
+    ]
+    return any(getattr(f, "keywords", {}).get("use_reentrant") for f in functions)
 
 
 def _shift(lengths: dict, groups: dict, rows: int, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ import transformers
 from method_cases import ALL, IDS, edit_weights, refused, shake
 from torch import nn
 
+import peft_engine as pe
 from peft_engine import adapter_files
 from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter, save_adapter
 from peft_engine.methods import LoraConfig, attach
@@ -316,3 +317,47 @@ def test_a_file_in_the_folders_place_is_an_error(llama, tmp_path):
     with pytest.raises(NotADirectoryError, match="is a file"):
         save_adapter(shake(attach(llama(), ALL)), tmp_path / "a")
     assert (tmp_path / "a").read_text() == "mine"
+
+
+# --- the model's own files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active", ("default", None))
+def test_a_model_with_copies_saves_the_base_under_its_own_names(llama, tmp_path, active):
+    model, base = llama(tie_word_embeddings=False), llama(tie_word_embeddings=False)
+    shake(attach(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])))
+    pe.active(model, active)
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    for path, parameter in base.named_parameters():
+        assert torch.equal(plain.get_parameter(path), parameter), path
+
+
+@pytest.mark.parametrize("active", ("default", None))
+def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active):
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["lm_head"])
+    model = shake(attach(llama(attention_bias=True, tie_word_embeddings=False), config))
+    pe.active(model, active)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    twin = attach(llama(seed=1, attention_bias=True, tie_word_embeddings=False), config)
+    pe.active(twin, active)
+    assert twin.load_state_dict(state) == ([], [])
+    ids = torch.tensor([[5, 6, 7]])
+    for which in ("default", None):
+        pe.active(model, which), pe.active(twin, which)
+        assert torch.equal(model(ids).logits, twin(ids).logits), which
+    # the base's weights alone: the adapter keeps its own
+    pe.active(twin, "default")
+    mine = twin.lm_head.weight.detach().clone()
+    plain = llama(seed=2, attention_bias=True, tie_word_embeddings=False)
+    twin.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(twin.lm_head.weight, mine)
+    pe.active(twin, None)
+    assert torch.equal(twin(ids).logits, plain(ids).logits)
+
+
+def test_a_model_without_its_copies_has_no_hook_left(llama):
+    model = llama(tie_word_embeddings=False)
+    attach(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    pe.detach(model)
+    assert not model.lm_head._state_dict_hooks and not model.lm_head._load_state_dict_pre_hooks

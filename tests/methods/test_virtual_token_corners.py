@@ -1,0 +1,153 @@
+"""Virtual tokens where a forward goes another way than most: inner decoders, one token, old checkpointing."""
+
+import threading
+
+import families
+import pytest
+import torch
+import transformers
+from method_cases import shake
+
+import peft_engine as pe
+
+P = 4
+KINDS = {"prefix": pe.PrefixTuningConfig, "prompt": pe.PromptTuningConfig}
+BART = {key: value for key, value in families.CONFIGS["bart"][1].items() if key != "decoder_start_token_id"}
+OPT = {
+    "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "dropout": 0.0,
+    "vocab_size": families.VOCABULARY, "max_position_embeddings": 64, "word_embed_proj_dim": 32,
+}  # fmt: skip
+CTRL = {
+    "vocab_size": families.VOCABULARY,
+    "n_positions": 64,
+    "n_embd": 32,
+    "dff": 48,
+    "n_layer": 2,
+    "n_head": 4,
+}
+
+
+def adapted(kind: str, name: str = "default", **settings):
+    config = KINDS[kind](num_virtual_tokens=P, **settings)
+    return shake(pe.attach(families.build("llama"), config, name), name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [("OPTForCausalLM", transformers.OPTConfig(**OPT)), ("BartForCausalLM", transformers.BartConfig(**BART))],
+    ids=("opt", "bart"),
+)
+def test_a_decoder_called_past_what_is_around_it_sees_the_virtual_tokens(kind, model, config):
+    torch.manual_seed(0)
+    model = getattr(transformers, model)(config).eval()
+    batch = families.inputs("llama")
+    base = model(**batch).logits
+    shake(pe.attach(model, KINDS[kind](num_virtual_tokens=P)))
+    model.train()(**batch).loss.backward()
+    assert not torch.allclose(model(**batch).logits, base)
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_attention_that_runs_without_its_stack_says_so():
+    model = adapted("prefix")
+    layer = model.model.layers[0]
+    hidden, position = torch.zeros(1, 3, 32), torch.arange(3)[None]
+    rotary = model.model.rotary_emb(hidden, position)
+    with pytest.raises(RuntimeError, match="LlamaAttention runs outside of the stack"):
+        layer.self_attn(hidden, rotary, None)
+    pe.active(model, None)
+    layer.self_attn(hidden, rotary, None)
+
+
+@pytest.mark.parametrize("changed", ("base", "lora"))
+def test_a_first_token_alone_sees_what_changed_since_the_last_generation(changed):
+    model = adapted("prompt", "p")
+    shake(pe.attach(model, pe.LoraConfig(r=4, init_lora_weights=False), "l"), "l")
+    pe.active(model, "l+p")
+    one = torch.tensor([[7]])
+
+    def first():
+        out = model.generate(
+            input_ids=one, max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        )
+        return out.logits[0]
+
+    before = first()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ("lora_B" if changed == "lora" else "proj.weight") in path:
+                parameter.mul_(3)
+    now = first()
+    assert not torch.allclose(now, before)
+    torch.testing.assert_close(now, model(input_ids=one).logits[:, -1])
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("prompt", {}), ("prefix", {"prefix_projection": True})])
+def test_keys_from_a_graph_refuse_the_older_checkpointing(kind, settings):
+    model = adapted(kind, **settings).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match=r"'default' come from a graph.*use_reentrant\": False"):
+        model(**families.inputs("llama"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**families.inputs("llama")).loss.backward()
+
+
+def test_a_plain_prefix_takes_the_older_checkpointing():
+    grads = []
+    for reentrant in (True, False):
+        model = adapted("prefix").train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(**families.inputs("llama")).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == 1
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_attached_in_inference_mode_runs(kind):
+    model = families.build("llama")
+    batch = families.inputs("llama")
+    with torch.inference_mode():
+        pe.attach(model, KINDS[kind](num_virtual_tokens=P))
+        inside = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, inside)
+
+
+def test_a_model_that_scales_its_embeddings_in_place_leaves_the_prompt_alone():
+    torch.manual_seed(0)
+    model = transformers.CTRLLMHeadModel(transformers.CTRLConfig(**CTRL)).eval()
+    pe.attach(model, pe.PromptTuningConfig(num_virtual_tokens=P))
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    before = prompt.detach().clone()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert torch.equal(prompt, before)
+
+
+def test_mixed_batches_of_two_models_in_two_threads_stay_apart():
+    def make():
+        model = adapted("prompt", "p")
+        shake(pe.attach(model, pe.LoraConfig(r=4, init_lora_weights=False), "l"), "l")
+        pe.active(model, ["l+p", "p", None])
+        return model
+
+    batch = families.inputs("llama", rows=3)
+    models = make(), make()
+    with torch.no_grad():
+        wanted = [model(**batch).logits for model in models]
+    wrong = []
+
+    def run(model, want):
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(20) if not torch.equal(model(**batch).logits, want))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(models, wanted, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
