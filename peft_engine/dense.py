@@ -99,7 +99,7 @@ class _Frozen(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dy: torch.Tensor):
         (weight,) = ctx.saved_tensors
         return product_back(dy, weight), None, None

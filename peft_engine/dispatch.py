@@ -108,6 +108,28 @@ def direct(x: torch.Tensor) -> bool:
     return on_gpu(x) and plain and not torch.compiler.is_compiling()
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward that has no derivative itself, and raises where one is asked for.
+
+    torch's once_differentiable alone is silent where the incoming gradient needs none: that of a loss.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+    who = backward.__module__.rsplit(".", 1)[-1]
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *gradients)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{who}: second derivatives are asked for (create_graph=True), which its kernels have not; "
+                "take them of the model as it was: peft_engine.unoptimize(model)"
+            )
+        return once(ctx, *gradients)
+
+    return run
+
+
 def forced() -> str | None:
     """The backend that is pinned, or None."""
     return _forced

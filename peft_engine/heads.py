@@ -152,6 +152,8 @@ def describe_head(model: nn.Module) -> LayerReport:
     stands_for = nn.Linear if type(head) is FusedHeadLinear else type(head)
     kind = f"{stands_for.__module__.split('.')[0]}.{stands_for.__name__}"
     reason = _refuse(base, head, name)
+    if reason is None and head.weight.dtype not in DTYPES:
+        reason = f"no kernel takes {head.weight.dtype}"
     if reason is not None:
         return LayerReport(name, OP, "transformers", False, reason, kind)
     try:

@@ -26,6 +26,7 @@ from peft_engine.dispatch import BackendError, Choice
 from peft_engine.methods import virtual_attention
 from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
+from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import NO_ROOM, SWIGLU, SwigluCall, swiglu
@@ -377,7 +378,10 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         return None, op, f"no fused layer stands for {kind.__name__}" if op else ""
     op = _OPS[fused]
     why = ""
-    if op == "swiglu":
+    other = {p.dtype for p in module.parameters() if p.is_floating_point()}.difference(DTYPES)
+    if other:
+        why = f"no kernel takes {other.pop()}"
+    elif op == "swiglu":
         act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
         if not isinstance(act, torch.nn.SiLU) and getattr(module.config, "hidden_act", "") not in (
             "silu",

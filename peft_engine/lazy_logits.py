@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from peft_engine import dense
+from peft_engine import dense, dispatch
 
 
 class Source:
@@ -110,7 +110,7 @@ class _Deferred(torch.autograd.Function):
         return LazyLogits(source, source.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, grad):
         hidden, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])

@@ -41,7 +41,7 @@ class Live:
 def stands_before(module: Any) -> bool:
     """Whether something stands in front of an attention layer's keys in this forward, or they are caught."""
     live: Live | None = module.__dict__.get(SITE)
-    return live is not None and (live.catch or bool(live.parts))
+    return live is not None and (live.catch or live.waiting or bool(live.parts))
 
 
 def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:

@@ -284,7 +284,7 @@ class _Bottleneck(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, shape)  # a view could not be written to in place
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dy):
         x, middle, stats, *parameters = ctx.saved_tensors
         need = ctx.needs_input_grad

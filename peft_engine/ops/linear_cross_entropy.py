@@ -311,7 +311,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, grad):
         dx, dw, db, labels, x, weight, bias, count = ctx.saved_tensors
         ignore_index, need_dx, need_dw, need_db = ctx.settings

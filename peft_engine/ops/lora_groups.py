@@ -158,7 +158,7 @@ class _LoraGroups(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dy):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds = ctx.saved_tensors
         blocksize, bias_dtype = ctx.settings

@@ -238,7 +238,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dy):
         x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
         blocksize, scaling, p, x_shape, bias_dtype = ctx.settings

@@ -329,7 +329,7 @@ class _PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dout):
         run = _backward_on_gpu if dispatch.direct(dout) else torch.ops.peft_engine.prefix_attention_backward
         grads = run(dense(dout), *ctx.saved_tensors, *ctx.settings)

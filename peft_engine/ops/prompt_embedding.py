@@ -169,7 +169,7 @@ class _PromptEmbedding(torch.autograd.Function):
         return _write(input_ids, embedding, prompt)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dy):
         (input_ids,) = ctx.saved_tensors
         length, dtype = ctx.prompt

@@ -102,7 +102,7 @@ class _Rotary(torch.autograd.Function):
         return run(q, k, cos, sin, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dq, dk):
         cos, sin = ctx.saved_tensors
         dq, dk = _dense_heads(dq), _dense_heads(dk)

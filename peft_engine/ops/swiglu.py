@@ -90,7 +90,7 @@ class _Swiglu(torch.autograd.Function):
         return torch.ops.peft_engine.swiglu_forward(gate, up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.first_order
     def backward(ctx: Any, dy):
         gate, up = ctx.saved_tensors
         if dispatch.direct(gate):

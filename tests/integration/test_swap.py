@@ -165,3 +165,25 @@ def test_training_with_our_adapter_is_the_same_before_and_after_optimize(tiny_ll
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 28
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_a_float64_model_keeps_its_own_layers_and_says_why(tiny_llama):
+    torch.manual_seed(0)
+    model = tiny_llama().double()
+    want = model(IDS, labels=IDS)
+    report = pe.optimize(model)
+    assert not report.fused_count
+    assert {layer.reason for layer in report.layers if layer.op == "rms_norm"} == {
+        "no kernel takes torch.float64"
+    }
+    got = model(IDS, labels=IDS)
+    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+
+
+def test_second_derivatives_are_refused_and_not_silently_dropped(tiny_llama):
+    model = pe.attach(tiny_llama(), pe.LoraConfig(r=2, target_modules="all-linear"))
+    pe.optimize(model)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match=r"second derivatives are asked for.*unoptimize"):
+        torch.autograd.grad(model(IDS, labels=IDS).loss, learned, create_graph=True)
+    torch.autograd.grad(model(IDS, labels=IDS).loss, learned)
