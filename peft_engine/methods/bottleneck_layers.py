@@ -177,7 +177,7 @@ class Bottlenecks(nn.Module):
             return h if name is None else adapters[name](h, s, norm)
         parts = []
         for name, rows in known.items():
-            index = torch.tensor(rows, device=h.device)
+            index = copies.rows_at(tuple(rows), h.device)
             if name is not None and not _sums_alike(h):
                 parts.append(adapters[name](h, s, norm).index_select(0, index))
                 continue
@@ -185,8 +185,7 @@ class Bottlenecks(nn.Module):
             if name is not None:
                 part = adapters[name](part, None if s is None else s.index_select(0, index), norm)
             parts.append(part)
-        order = torch.tensor([row for rows in known.values() for row in rows], device=h.device)
-        return torch.cat(parts).index_select(0, order.argsort())
+        return copies.back_in_order(parts, known.values())
 
 
 def after_site(module: nn.Module, args: tuple, output: Any) -> Any:

@@ -230,6 +230,22 @@ def only_row(i: int | None) -> Iterator[None]:
         _here.only = before
 
 
+@functools.lru_cache(maxsize=256)
+def rows_at(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The rows' numbers on a device: the same tensor for every layer, so that a GPU is sent it once."""
+    # outside inference mode, so that a training step may save what a generation made
+    outside = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+    with outside:
+        return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def back_in_order(parts: Sequence[torch.Tensor], groups: Iterable[Sequence[int]]) -> torch.Tensor:
+    """The parts' rows joined, those of each group where they were in the batch."""
+    rows = [row for group in groups for row in group]
+    places = tuple(sorted(range(len(rows)), key=rows.__getitem__))
+    return torch.cat(list(parts)).index_select(0, rows_at(places, parts[0].device))
+
+
 def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | None, list[int]]:
     """The rows of each adapter when each of `names` stands for rows / len(names) rows in turn."""
     only = _here.only
@@ -272,7 +288,7 @@ def _mixed_forward(
             raise TypeError(
                 f"{who}: returns {type(full).__name__}, which a mixed batch cannot join; activate one"
             )
-        index = torch.tensor(group, device=full.device)
+        index = rows_at(tuple(group), full.device)
         out = full.new_empty(full.shape) if out is None else out
         out = out.index_copy(0, index, full.index_select(0, index))
     assert out is not None

@@ -177,15 +177,14 @@ def _forward(
         return _grouped(layer, x, weight, known)
     parts = []
     for name, rows in known.items():
-        index = torch.tensor(rows, device=x.device)
+        index = copies.rows_at(tuple(rows), x.device)
         bias = copies.value(layer, "bias", name)
         if name not in layer.lora and not isinstance(weight, NF4Tensor):
             # Of fewer rows torch's product has other bits than of the batch.
             parts.append(linear(x, weight, bias).index_select(0, index))
         else:
             parts.append(_apart(layer, x, index, weight, name, bias))
-    order = torch.tensor([row for rows in known.values() for row in rows], device=x.device)
-    return torch.cat(parts).index_select(0, order.argsort())
+    return copies.back_in_order(parts, known.values())
 
 
 # From this many on, lora_linear computes rows in one way: their bits do not depend on how many there are.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import heads_of
 from peft_engine.ops.attention import Intervals, kept_intervals
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
@@ -157,9 +158,9 @@ def _mixed(base, module, query, key, value, mask, parts: Sequence[Part], *, posi
 
     kept = None if mask is None else kept_intervals(mask)
     outs: list[torch.Tensor] = []
-    order: list[int] = []
+    groups: list[list[int]] = []
     for group, *prefix in [*parts, *([(rest,)] if rest else [])]:
-        index = torch.tensor(group, device=query.device)
+        index = copies.rows_at(tuple(group), query.device)  # type: ignore[arg-type]
         q, k, v, m, bias = (pick(t, index) for t in (query, key, value, mask, position_bias))
         extra = kwargs if bias is None else {**kwargs, "position_bias": bias}
         if prefix:
@@ -167,8 +168,8 @@ def _mixed(base, module, query, key, value, mask, parts: Sequence[Part], *, posi
             outs.append(with_prefix(base, module, q, k, v, m, *prefix, intervals=seen, **extra))
         else:
             outs.append(base(module, q, k, v, m, **extra)[0])
-        order += group  # type: ignore[arg-type]
-    return torch.cat(outs).index_select(0, torch.tensor(order, device=query.device).argsort())
+        groups.append(group)  # type: ignore[arg-type]
+    return copies.back_in_order(outs, groups)
 
 
 # --- what runs ----------------------------------------------------------------------------------------------
