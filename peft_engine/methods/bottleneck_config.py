@@ -9,6 +9,7 @@ from peft_engine.ops.bottleneck import ACTIVATIONS, ALIASES
 
 INITS = ("bert", "mam_adapter", "houlsby")
 FACTOR = 16
+LEAST_FACTOR = 0.001  # beyond, a bottleneck would be a thousand times as wide as what goes into it
 # Fields of the library at the one value that is offered, and why not at others.
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "original_ln_after": (True, "the layer adds its input, and norms, behind every adapter"),
@@ -182,10 +183,10 @@ def _check_width(config: BottleneckConfig) -> None:
                 f"BottleneckConfig: reduction_factor's keys are layer indices and 'default', got {bad[0]!r}"
             )
     for value in factor.values() if isinstance(factor, Mapping) else (factor,):
-        if not _number(value) or value <= 0:
+        if not _number(value) or value < LEAST_FACTOR:
             raise ValueError(
-                "BottleneckConfig: reduction_factor must be a number above 0, or map layers to such, "
-                f"got {value!r}"
+                f"BottleneckConfig: reduction_factor must be a number of at least {LEAST_FACTOR}, or map "
+                f"layers to such, got {value!r}"
             )
 
 

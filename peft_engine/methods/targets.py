@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import regex
 from torch import nn
 
 from peft_engine.heads import FusedHeadLinear
@@ -18,6 +19,7 @@ from peft_engine.methods import copies
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, LoraSettings, settings_for
 
 ALL_LINEAR = "all-linear"
+MOST_SECONDS = 1.0  # for a pattern and a path
 
 # PEFT's defaults: what target_modules=None means, by the model_type of the model's config.
 _DEFAULTS = {
@@ -127,8 +129,19 @@ def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
 def named(path: str, names: str | Iterable[str]) -> bool:
     """Whether a module's path is meant by a regular expression, or by one name of a list."""
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return _match(names, path, whole=True) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _match(pattern: str, path: str, whole: bool = False) -> Any:
+    """re.match or re.fullmatch, with an end for a stranger's pattern that is made to take forever."""
+    try:
+        return (regex.fullmatch if whole else regex.match)(pattern, path, timeout=MOST_SECONDS)
+    except TimeoutError:
+        raise ValueError(
+            f"the pattern {pattern!r} takes over {MOST_SECONDS} s to compare with {path!r}; write it without "
+            "a repeat inside a repeat, or as a list of names"
+        ) from None
 
 
 def excluded(
@@ -149,13 +162,13 @@ def in_layers(path: str, layers: int | Iterable[int] | None, pattern: str | Iter
         found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
     else:
         patterns = [pattern] if isinstance(pattern, str) else pattern
-        found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", path))), None)
+        found = next((m for p in patterns if (m := _match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", path))), None)
     return found is not None and int(found[1]) in wanted
 
 
 def pattern_key(patterns: Iterable[str], path: str) -> str | None:
     """The first pattern that matches the end of a path at a dot, or None."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), None)
+    return next((p for p in patterns if _match(rf"(.*\.)?({p})$", path)), None)
 
 
 def pattern_value(patterns: Mapping[str, T], path: str, default: T) -> T:

@@ -38,7 +38,7 @@ null, "is_parallel": false, "learn_phm": true, "leave_out": [], "ln_after": fals
         ({"output_adapter": False}, "leaves no adapter"),
         ({"width": 4, "reduction_factor": 8}, "both say how wide"),
         ({"width": 0}, "width must be an integer of at least 1"),
-        ({"reduction_factor": 0}, "reduction_factor must be a number above 0"),
+        ({"reduction_factor": 0}, "reduction_factor must be a number of at least 0.001"),
         ({"reduction_factor": {"first": 2}}, "reduction_factor's keys are layer indices"),
         ({"non_linearity": "gelu_new"}, "non_linearity must be one of"),
         ({"init_weights": "xavier"}, "init_weights must be one of"),

@@ -1,5 +1,7 @@
 """What LoRA refuses: configs that make no sense, models they do not fit, names that cannot be."""
 
+import time
+
 import pytest
 import transformers
 from method_cases import ALL
@@ -162,3 +164,10 @@ def test_a_peft_model_is_sent_to_optimize(tiny_llama):
     for whole in (model, model.base_model.model):
         with pytest.raises(ValueError, match="PEFT's adapters already"):
             attach(whole, ALL)
+
+
+def test_a_pattern_that_takes_forever_is_refused_in_a_second(llama):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"takes over 1.0 s to compare.*without a repeat inside a repeat"):
+        attach(llama(), LoraConfig(target_modules=r"(.|.)*[X-Z]"))
+    assert time.monotonic() - started < 10
