@@ -132,7 +132,10 @@ class NF4Linear(torch.nn.Linear):
             moved = fn(t)
             return moved if id(t) not in data or moved.dtype == t.dtype else t.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if self.weight.is_cuda:
+            _ = self.nf4  # what its kernels read beside it is made now, not inside a graph's capture
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

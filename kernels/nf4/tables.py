@@ -19,6 +19,12 @@ def absmax_code(device: torch.device) -> torch.Tensor:
     return ABSMAX_CODE.to(device)
 
 
+def make(device: torch.device) -> None:
+    """What a product reads, now: the first product may be one that a CUDA graph captures."""
+    code(device)
+    absmax_code(device)
+
+
 @functools.cache
 def midpoints(device: torch.device) -> torch.Tensor:
     """(15,) float32: between the codes; a value above the k-th has at least index k + 1."""

@@ -104,6 +104,10 @@ class NF4Tensor:
                 f"NF4Tensor: {blocks} double-quantised scales need {-(-blocks // NESTED_BLOCKSIZE)} values "
                 f"in nested_absmax and an offset, got {self.nested_absmax.numel()} and {self.offset}"
             )
+        if dispatch.direct(self.packed):
+            from peft_engine.kernels.nf4 import tables
+
+            tables.make(self.packed.device)
 
     @property
     def device(self) -> torch.device:

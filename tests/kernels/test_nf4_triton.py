@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft_engine.kernels.nf4 import tables
 from peft_engine.kernels.nf4.dequantize import BYTES, dequantize
 from peft_engine.kernels.nf4.quantize import quantize
 from triton_interpreter import mended
 
+from peft_engine import dispatch
 from peft_engine.ops.nf4 import (
     BLOCKSIZES,
     CODE,
@@ -144,3 +146,14 @@ def test_offsets_hold_beyond_two_to_the_31_elements():
     scales = absmax[-((tail + 63) // 64) :]
     part = NF4Tensor(packed[-(tail // 2) :], scales, None, None, (tail,), 64, torch.bfloat16)
     assert same_bits(out[-tail:], reference_dequantize(part, torch.bfloat16))
+
+
+def test_the_code_tables_are_there_before_the_first_product(monkeypatch):
+    """A copy to the GPU inside a CUDA graph's capture would end the capture."""
+    made = []
+    monkeypatch.setattr(tables, "make", made.append)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
+    q = nf4_quantize(torch.randn(4, 64))
+    assert made == [q.device]
+    q.to("cpu")
+    assert made == [q.device] * 2
