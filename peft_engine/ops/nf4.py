@@ -121,14 +121,11 @@ class NF4Tensor:
 
     def require_one_device(self, who: str) -> None:
         """ValueError when the scales are not on the device of the packed bytes."""
-        here, nested, offset = self.packed.device, self.nested_absmax, self.offset
-        together = self.absmax.device == here and (nested is None or nested.device == here)
-        if together and (offset is None or offset.device == here):
-            return  # asked for every product: the loop below takes four times as long
-        for name in ("absmax", "nested_absmax", "offset"):
-            at = getattr(getattr(self, name), "device", self.device)  # None: not there
-            if at != self.device:
-                where = f"the packed weight is on {self.device} and its {name} on {at}"
+        here = self.packed.device
+        for name in ("absmax", "nested_absmax", "offset"):  # asked for every product
+            part = getattr(self, name)
+            if part is not None and part.device != here:
+                where = f"the packed weight is on {here} and its {name} on {part.device}"
                 raise ValueError(f"{who}: {where}; move the whole: q.to(device)")
 
     def to(self, device: torch.device, packed: torch.Tensor | None = None) -> "NF4Tensor":
@@ -177,16 +174,11 @@ class NF4Tensor:
             raise ValueError(f"from_bnb_state_dict: {prefix}: expected an nf4 quant_state, got {got}")
         try:
             state = json.loads(bytes(tensors[key].tolist()))
-            shape, blocksize, dtype = (
-                tuple(state["shape"]),
-                state["blocksize"],
-                getattr(torch, state["dtype"]),
-            )
+            shape, blocksize = tuple(state["shape"]), state["blocksize"]
+            dtype = getattr(torch, state["dtype"])
             nested = "nested_blocksize" in state
-            if nested and state["nested_blocksize"] != NESTED_BLOCKSIZE:
-                raise ValueError(
-                    f"nested_blocksize must be {NESTED_BLOCKSIZE}, got {state['nested_blocksize']}"
-                )
+            if nested and (size := state["nested_blocksize"]) != NESTED_BLOCKSIZE:
+                raise ValueError(f"nested_blocksize must be {NESTED_BLOCKSIZE}, got {size}")
             offset = torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None
             packed, absmax = tensors[prefix], tensors[f"{prefix}.absmax"]
             nested_absmax = tensors[f"{prefix}.nested_absmax"] if nested else None
