@@ -3,13 +3,14 @@
 A row is `prompt` and `completion`, or `messages`, or `text`. It becomes one document: token ids, and a label
 for each token that is learnt (-100 elsewhere, and on the first token always: nothing predicts it). A
 micro-batch is a few documents back to back in one row of shape (1, total), `position_ids` restarting at each:
-transformers keeps such documents apart when there is no attention mask and no cache. Nothing is padding.
+most of transformers' models keep such documents apart when there is no attention mask and no cache. Nothing
+is padding. For the other models (`packing.py` finds out) it is one document a row, padded, with a mask.
 """
 
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -309,6 +310,10 @@ _ENCODERS = {"completion": _completion, "messages": _messages, "text": _text}
 # --- batches ------------------------------------------------------------------------------------------------
 
 
+Collate = Callable[[Sequence[Document]], dict[str, torch.Tensor]]
+"""Makes a micro-batch of documents: `pack` or `pad`."""
+
+
 def pack(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     """A micro-batch: documents back to back; input_ids, position_ids and labels, int64 (1, total)."""
     return {
@@ -318,10 +323,35 @@ def pack(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     }
 
 
-def micro_batches(documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The documents in order, batch_size to a micro-batch."""
+def pad(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """A micro-batch: one document a row, padded on the right; input_ids, attention_mask and labels, int64.
+
+    What the padding holds is never read: its attention_mask is 0, its label -100.
+    """
+    longest = max(len(d.input_ids) for d in documents)
+
+    def rows(of: Callable[[Document], list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([of(d) + [filler] * (longest - len(d.input_ids)) for d in documents])
+
+    return {
+        "input_ids": rows(lambda d: d.input_ids, 0),
+        "attention_mask": rows(lambda d: [1] * len(d.input_ids), 0),
+        "labels": rows(lambda d: d.labels, IGNORE),
+    }
+
+
+def tokens_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens a micro-batch has, without padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def micro_batches(
+    documents: Sequence[Document], batch_size: int, collate: Collate = pack
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The documents in order, batch_size to a micro-batch; collate: `pack` or `pad`."""
     for start in range(0, len(documents), batch_size):
-        yield pack(documents[start : start + batch_size])
+        yield collate(documents[start : start + batch_size])
 
 
 def length_limit(config: Any, max_length: int | None, virtual_tokens: int = 0) -> int:
