@@ -19,6 +19,7 @@ import torch
 
 IGNORE = -100
 KINDS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+MOST_IN_A_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not read on forever
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv")
 
 
@@ -82,6 +83,7 @@ def read_prompts(path: str | Path) -> Prompts:
     for where, fields in _rows(Path(path)):
         if not isinstance(fields.get("prompt"), str):
             raise DataError(f"{where}: expected a prompt, a string; got the columns {_names(fields)}")
+        _check_text(where, "prompt", fields["prompt"])
         adapter = fields.get("adapter")
         if adapter is not None and not isinstance(adapter, str):
             raise DataError(
@@ -127,12 +129,7 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        try:
-            fields = json.loads(line.removeprefix("\ufeff"))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: broken JSON at column {error.colno}: {error.msg}; one object a line"
-            ) from None
+        fields = _parsed(where, line.removeprefix("\ufeff"), "one object a line")
         if not isinstance(fields, dict):
             raise DataError(
                 f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"
@@ -140,8 +137,21 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, fields
 
 
+def _parsed(where: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}; {expected}") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON that is nested too deeply to be read; {expected}") from None
+    except ValueError as error:  # Python's limit on the digits of a number
+        what = str(error).partition("; use sys.")[0]
+        raise DataError(f"{where}: a number that cannot be read: {what}; write it as a string") from None
+
+
 def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(file, strict=True)
+    limit = csv.field_size_limit(MOST_IN_A_FIELD)
     try:
         if reader.fieldnames:
             reader.fieldnames = [name.removeprefix("\ufeff") for name in reader.fieldnames]
@@ -150,13 +160,16 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
             if None in fields:
                 raise DataError(f"{where}: more values than the header has columns; quote values with commas")
             if "messages" in fields:
-                try:
-                    fields["messages"] = json.loads(fields["messages"])
-                except (json.JSONDecodeError, TypeError):
-                    raise DataError(f"{where}: messages must be a JSON list of role and content") from None
+                expected = "messages must be a JSON list of role and content"
+                fields["messages"] = _parsed(where, fields["messages"] or "", expected)
             yield where, fields
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+        what = f"broken CSV: {error}"
+        if "field limit" in str(error):
+            what = f"a field of more than {MOST_IN_A_FIELD >> 20} MiB; close its quote, or write JSONL"
+        raise DataError(f"{path}, line {reader.reader.line_num}: {what}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
@@ -176,11 +189,22 @@ def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
         for column in KINDS[kind]:
             if not isinstance(fields[column], str):
                 raise DataError(f"{where}: {column} must be a string, got {type(fields[column]).__name__}")
+            _check_text(where, column, fields[column])
         if not fields[KINDS[kind][-1]].strip():
             raise DataError(
                 f"{where}: {KINDS[kind][-1]} is empty; there is nothing to learn from it, leave the row out"
             )
     return Row(kind, {c: fields[c] for c in KINDS[kind]}, where)
+
+
+def _check_text(where: str, column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {column} holds {text[error.start]!a}, half of a surrogate pair, at character "
+            f"{error.start + 1}, which is no text; write the character whole, or leave it out"
+        ) from None
 
 
 def _check_messages(where: str, messages: Any) -> None:
@@ -193,6 +217,8 @@ def _check_messages(where: str, messages: Any) -> None:
             raise DataError(
                 f"{where}: each message must be an object with a role and a content, both strings"
             )
+        for part in ("role", "content"):
+            _check_text(where, part, message[part])
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise DataError(
             f"{where}: no message of the assistant; there is nothing to learn from it, leave the row out"
