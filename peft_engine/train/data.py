@@ -3,13 +3,14 @@
 A row is `prompt` and `completion`, or `messages`, or `text`. It becomes one document: token ids, and a label
 for each token that is learnt (-100 elsewhere, and on the first token always: nothing predicts it). A
 micro-batch is a few documents back to back in one row of shape (1, total), `position_ids` restarting at each:
-transformers keeps such documents apart when there is no attention mask and no cache. Nothing is padding.
+most of transformers' models keep such documents apart when there is no attention mask and no cache. Nothing
+is padding. For the other models (`packing.py` finds out) it is one document a row, padded, with a mask.
 """
 
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ import torch
 
 IGNORE = -100
 KINDS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+MOST_IN_A_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not read on forever
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv")
 
 
@@ -81,6 +83,7 @@ def read_prompts(path: str | Path) -> Prompts:
     for where, fields in _rows(Path(path)):
         if not isinstance(fields.get("prompt"), str):
             raise DataError(f"{where}: expected a prompt, a string; got the columns {_names(fields)}")
+        _check_text(where, "prompt", fields["prompt"])
         adapter = fields.get("adapter")
         if adapter is not None and not isinstance(adapter, str):
             raise DataError(
@@ -126,12 +129,7 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        try:
-            fields = json.loads(line.removeprefix("\ufeff"))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: broken JSON at column {error.colno}: {error.msg}; one object a line"
-            ) from None
+        fields = _parsed(where, line.removeprefix("\ufeff"), "one object a line")
         if not isinstance(fields, dict):
             raise DataError(
                 f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"
@@ -139,8 +137,21 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, fields
 
 
+def _parsed(where: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}; {expected}") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON that is nested too deeply to be read; {expected}") from None
+    except ValueError as error:  # Python's limit on the digits of a number
+        what = str(error).partition("; use sys.")[0]
+        raise DataError(f"{where}: a number that cannot be read: {what}; write it as a string") from None
+
+
 def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(file, strict=True)
+    limit = csv.field_size_limit(MOST_IN_A_FIELD)
     try:
         if reader.fieldnames:
             reader.fieldnames = [name.removeprefix("\ufeff") for name in reader.fieldnames]
@@ -149,13 +160,16 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
             if None in fields:
                 raise DataError(f"{where}: more values than the header has columns; quote values with commas")
             if "messages" in fields:
-                try:
-                    fields["messages"] = json.loads(fields["messages"])
-                except (json.JSONDecodeError, TypeError):
-                    raise DataError(f"{where}: messages must be a JSON list of role and content") from None
+                expected = "messages must be a JSON list of role and content"
+                fields["messages"] = _parsed(where, fields["messages"] or "", expected)
             yield where, fields
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+        what = f"broken CSV: {error}"
+        if "field limit" in str(error):
+            what = f"a field of more than {MOST_IN_A_FIELD >> 20} MiB; close its quote, or write JSONL"
+        raise DataError(f"{path}, line {reader.reader.line_num}: {what}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
@@ -175,11 +189,22 @@ def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
         for column in KINDS[kind]:
             if not isinstance(fields[column], str):
                 raise DataError(f"{where}: {column} must be a string, got {type(fields[column]).__name__}")
+            _check_text(where, column, fields[column])
         if not fields[KINDS[kind][-1]].strip():
             raise DataError(
                 f"{where}: {KINDS[kind][-1]} is empty; there is nothing to learn from it, leave the row out"
             )
     return Row(kind, {c: fields[c] for c in KINDS[kind]}, where)
+
+
+def _check_text(where: str, column: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {column} holds {text[error.start]!a}, half of a surrogate pair, at character "
+            f"{error.start + 1}, which is no text; write the character whole, or leave it out"
+        ) from None
 
 
 def _check_messages(where: str, messages: Any) -> None:
@@ -192,6 +217,8 @@ def _check_messages(where: str, messages: Any) -> None:
             raise DataError(
                 f"{where}: each message must be an object with a role and a content, both strings"
             )
+        for part in ("role", "content"):
+            _check_text(where, part, message[part])
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise DataError(
             f"{where}: no message of the assistant; there is nothing to learn from it, leave the row out"
@@ -309,6 +336,10 @@ _ENCODERS = {"completion": _completion, "messages": _messages, "text": _text}
 # --- batches ------------------------------------------------------------------------------------------------
 
 
+Collate = Callable[[Sequence[Document]], dict[str, torch.Tensor]]
+"""Makes a micro-batch of documents: `pack` or `pad`."""
+
+
 def pack(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     """A micro-batch: documents back to back; input_ids, position_ids and labels, int64 (1, total)."""
     return {
@@ -318,10 +349,35 @@ def pack(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     }
 
 
-def micro_batches(documents: Sequence[Document], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The documents in order, batch_size to a micro-batch."""
+def pad(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """A micro-batch: one document a row, padded on the right; input_ids, attention_mask and labels, int64.
+
+    What the padding holds is never read: its attention_mask is 0, its label -100.
+    """
+    longest = max(len(d.input_ids) for d in documents)
+
+    def rows(of: Callable[[Document], list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([of(d) + [filler] * (longest - len(d.input_ids)) for d in documents])
+
+    return {
+        "input_ids": rows(lambda d: d.input_ids, 0),
+        "attention_mask": rows(lambda d: [1] * len(d.input_ids), 0),
+        "labels": rows(lambda d: d.labels, IGNORE),
+    }
+
+
+def tokens_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens a micro-batch has, without padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def micro_batches(
+    documents: Sequence[Document], batch_size: int, collate: Collate = pack
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The documents in order, batch_size to a micro-batch; collate: `pack` or `pad`."""
     for start in range(0, len(documents), batch_size):
-        yield pack(documents[start : start + batch_size])
+        yield collate(documents[start : start + batch_size])
 
 
 def length_limit(config: Any, max_length: int | None, virtual_tokens: int = 0) -> int:

@@ -14,19 +14,23 @@ from typing import Any
 
 import torch
 
+from peft_engine.train.console import say as console_say
 from peft_engine.train.data import (
     IGNORE,
+    Collate,
     DataError,
     Row,
     encode_completion,
     encode_prompt,
     micro_batches,
     tokenize,
+    tokens_in,
 )
 from peft_engine.train.generate import Sampling, generate
+from peft_engine.train.labels import FORWARD_TOKENS, label_scores, scoring_way
+from peft_engine.train.packing import Say, collator
 
 MOST_LABELS = 50
-FORWARD_TOKENS = 1024  # a packed forward's attention costs the square of its tokens
 MIN_NEW_TOKENS = 16
 
 Watcher = Callable[[int], None]
@@ -49,11 +53,13 @@ def evaluate(
     batch_size: int = 16,
     limit: int = 2**31,
     watch: Watcher = lambda done: None,
+    say: Say = console_say,
 ) -> dict[str, Any]:
     """task, rows, accuracy, exact_match, token_f1, perplexity, labels, confusion, tokens_per_second, seconds.
 
     confusion[i][j] counts the rows of labels[i] that were answered labels[j]. What does not apply is None.
     task: None decides by the data (`task_of`). limit: the most tokens of a row; a longer one is a DataError.
+    say gets a line where the model cannot run packed rows; the results are the same then.
     """
     task = task or task_of(rows)
     if task == "classify" and rows[0].kind != "completion":
@@ -64,7 +70,7 @@ def evaluate(
     start = time.perf_counter()
     with torch.no_grad():
         work = _classify if task == "classify" else _generate
-        found, tokens = work(model, tokenizer, rows, batch_size, limit, watch)
+        found, tokens = work(model, tokenizer, rows, batch_size, limit, watch, say)
     seconds = time.perf_counter() - start
     return {
         "task": task,
@@ -80,7 +86,7 @@ def evaluate(
 
 
 def _classify(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher
+    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher, say: Say
 ) -> tuple[dict[str, Any], int]:
     labels = sorted({row.fields["completion"] for row in rows})
     candidates = [encode_completion(tokenizer, label) for label in labels]
@@ -96,9 +102,10 @@ def _classify(
                 f"{row.where}: {len(prompt) + longest} tokens with the label, at most {limit} are allowed"
             )
     confusion = [[0] * len(labels) for _ in labels]
+    way = scoring_way(model, candidates, say)
     done = tokens = 0
     for part in _parts(prompts, sum(len(c) - 1 for c in candidates), batch_size):
-        scores, used = label_scores(model, part, candidates)
+        scores, used = label_scores(model, part, candidates, way)
         tokens += used
         for row, best in zip(rows[done : done + len(part)], scores.argmax(dim=1).tolist(), strict=True):
             confusion[labels.index(row.fields["completion"])][best] += 1
@@ -122,78 +129,13 @@ def _parts(prompts: list[list[int]], extra: int, batch_size: int) -> list[list[l
     return parts
 
 
-def label_scores(
-    model: Any, prompts: Sequence[list[int]], candidates: Sequence[list[int]]
-) -> tuple[torch.Tensor, int]:
-    """The mean log-probability of each candidate's tokens after each prompt, and the number of tokens run.
-
-    The scores are float32, (prompts, candidates). One forward for all: prompts back to back, each followed by
-    the candidates (all but their last token), which see their prompt and themselves. So a prompt is computed
-    once, and candidates of one token cost nothing more.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    row_of: list[int] = []
-    candidate_of: list[int] = []
-    scored: list[list[int]] = []
-    for row, prompt in enumerate(prompts):
-        start = len(ids)
-        last = start + len(prompt) - 1
-        for candidate, tokens in enumerate([prompt, *(c[:-1] for c in candidates)]):
-            before = len(ids)
-            first = 0 if candidate == 0 else len(prompt)
-            ids += tokens
-            positions += range(first, first + len(tokens))
-            row_of += [row] * len(tokens)
-            candidate_of += [candidate] * len(tokens)
-            if candidate:
-                # The token that predicts a candidate's first is the prompt's last.
-                scored.append([last, *range(before, len(ids))])
-    device = model.device
-    keep = sorted({place for places in scored for place in places})
-    index = {place: i for i, place in enumerate(keep)}
-    given: dict[str, Any] = {"attention_mask": None}
-    if any(len(c) > 1 for c in candidates):
-        given["attention_mask"] = _tree_mask(model, torch.tensor(row_of), torch.tensor(candidate_of)).to(
-            device
-        )
-    logits = model(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        logits_to_keep=torch.tensor(keep, device=device),
-        use_cache=False,
-        **given,
-    ).logits[0]
-    log_probs = logits.float().log_softmax(dim=-1)
-    scores = []
-    for i, places in enumerate(scored):
-        wanted = torch.tensor(candidates[i % len(candidates)], device=device)
-        where = torch.tensor([index[place] for place in places], device=device)
-        scores.append(log_probs[where, wanted].mean())
-    return torch.stack(scores).view(len(prompts), len(candidates)), len(ids)
-
-
-def _tree_mask(model: Any, row: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """(1, 1, T, T), additive: a token sees those before it of its row's prompt and of its own candidate."""
-    if getattr(model.config.get_text_config(), "sliding_window", None):
-        raise DataError(
-            "labels of several tokens cannot be scored together on a model with sliding-window attention; "
-            "use labels of one token, or --task generate"
-        )
-    at = torch.arange(len(row))
-    same = (row[:, None] == row) & (at[:, None] >= at)
-    seen = same & ((candidate == 0) | (candidate[:, None] == candidate))
-    mask = torch.zeros(seen.shape, dtype=model.dtype)
-    return mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[None, None]
-
-
 # --- generate -----------------------------------------------------------------------------------------------
 
 
 def _generate(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher
+    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher, say: Say
 ) -> tuple[dict[str, Any], int]:
-    loss, tokens = perplexity_loss(model, tokenizer, rows, batch_size, limit)
+    loss, tokens = perplexity_loss(model, tokenizer, rows, batch_size, limit, collator(model, say))
     found: dict[str, Any] = {"perplexity": math.exp(min(loss, 700.0))}
     if rows[0].kind == "text":
         watch(len(rows))
@@ -227,17 +169,26 @@ def _question(row: Row, tokenizer: Any) -> tuple[str, str]:
 
 
 def perplexity_loss(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    batch_size: int,
+    limit: int,
+    collate: Collate | None = None,
 ) -> tuple[float, int]:
-    """The mean loss over the labelled tokens, but for the ends of completions; and the tokens run."""
+    """The mean loss over the labelled tokens, but for the ends of completions; and the tokens run.
+
+    collate: what `collator` gives for this model; None asks it.
+    """
+    collate = collate or collator(model)
     documents = tokenize(rows, tokenizer, limit, learn_end=False)
     total, labelled, tokens = 0.0, 0, 0
-    for batch in micro_batches(documents, batch_size):
+    for batch in micro_batches(documents, batch_size, collate):
         count = int((batch["labels"] != IGNORE).sum())
         batch = {key: value.to(model.device) for key, value in batch.items()}
         total += float(model(**batch, use_cache=False).loss) * count
         labelled += count
-        tokens += batch["input_ids"].numel()
+        tokens += tokens_in(batch)
     return total / labelled, tokens
 
 

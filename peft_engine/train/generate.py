@@ -47,7 +47,9 @@ def prompts_from(path: Path) -> Prompts:
     if path.name.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson", ".csv")):
         return read_prompts(path)
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            # Not splitlines: it cuts at form feeds and Unicode's separators too, which may stand in a prompt.
+            lines = [line.removesuffix("\r") for line in file.read().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     if not lines:

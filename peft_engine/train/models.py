@@ -7,6 +7,7 @@ ModelError that names the option to change.
 import contextlib
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def load_tokenizer(name: str) -> Any:
     """The model's tokenizer; ModelError as `load_config`."""
     from transformers import AutoTokenizer
 
-    _check_folder(name)
+    load_config(name)  # the tokenizer's loader reads it too, and would be blamed for it
     with _explained(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if len(tokenizer) == 0:
@@ -127,14 +128,32 @@ def _check_folder(name: str) -> None:
 
 @contextlib.contextmanager
 def _explained(name: str, what: str):
+    """Makes a ModelError of what transformers raises, which for a broken file may be anything."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(name).expanduser().is_dir():
-            raise ModelError(f"--model {name}: its {what} cannot be read: {first}") from error
+    except (ImportError, MemoryError):  # they say what is missing
+        raise
+    except Exception as error:
+        if "allocate" in str(error) or "out of memory" in str(error):
+            raise
+        usual = isinstance(error, (OSError, ValueError))
+        first = _first_line(error) if usual else _one_line(error)
+        if Path(name).expanduser().is_dir() or not usual:
+            told = first.startswith("load_quantized: ")  # with its mend
+            mend = "" if told else "; is the folder whole, as save_pretrained wrote it? copy it again"
+            raise ModelError(f"--model {name}: its {what} cannot be read: {first}{mend}") from error
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise ModelError(
             f"--model {name}: no such folder, and the hub cannot be reached or has no such model{offline}: "
             f"{first} Give the path of a local folder instead: --model DIR, as save_pretrained wrote it"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Without the advice that transformers puts behind it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _one_line(error: Exception) -> str:
+    """The kind too: a KeyError's text is the key alone."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")

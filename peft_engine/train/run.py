@@ -68,6 +68,7 @@ def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
             resume_from=resume_from,
             watch=watch,
             on_checkpoint=lambda folder: write_json(folder / RECORD, record),
+            say=say,
         )
     return _finish(output, record, outcome)
 

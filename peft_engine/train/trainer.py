@@ -1,8 +1,9 @@
 """transformers' Trainer on packed micro-batches, for an adapter that is attached and active.
 
 The loss is the sum over the labelled tokens of an optimiser step divided by their number, whatever the split
-into micro-batches. A checkpoint is written beside its place and renamed, so a full disk or a kill leaves the
-last one whole; it holds the adapter and the state of the optimiser, the schedule and the random generators.
+into micro-batches; a model that cannot take packed ones gets padded ones. A checkpoint is written beside its
+place and renamed, so a full disk or a kill leaves the last one whole; it holds the adapter and the state of
+the optimiser, the schedule and the random generators.
 """
 
 import contextlib
@@ -21,8 +22,10 @@ from transformers.trainer_callback import TrainerCallback
 
 from peft_engine.checkpoint import save_adapter
 from peft_engine.methods import adapters_without_gradient
-from peft_engine.train.data import IGNORE, Document, micro_batches, pack
+from peft_engine.train.console import say as console_say
+from peft_engine.train.data import IGNORE, Collate, Document, micro_batches, tokens_in
 from peft_engine.train.finite import first_non_finite
+from peft_engine.train.packing import Say, collator
 from peft_engine.train.settings import LoopSettings
 
 STAGING = ".saving"
@@ -68,16 +71,20 @@ def train(
     resume_from: Path | None = None,
     watch: Watcher = lambda outcome, total, eval_loss: None,
     on_checkpoint: Callable[[Path], None] = lambda folder: None,
+    say: Say = console_say,
 ) -> Outcome:
     """Trains adapter `name` of `model`, which is attached and active, and saves it to `output`.
 
     With eval_documents, `output` holds at the end the state of the lowest evaluation loss; without, the last.
     resume_from: a checkpoint whose adapter the model already has; the steps after it are those of the run
     that was not interrupted, bit for bit. on_checkpoint is called with the folder of each checkpoint before
-    it is put in place, to add files to it.
+    it is put in place, to add files to it. say gets a line where the model cannot train on packed documents.
     Raises TrainError for a loss or gradient that is not finite, for memory that runs out, for a failed save.
     """
-    trainer = _PackedTrainer(model, documents, output, settings, name, eval_documents, watch, on_checkpoint)
+    collate = collator(model, say)
+    trainer = _AdapterTrainer(
+        model, documents, output, settings, name, eval_documents, watch, on_checkpoint, collate
+    )
     cache = getattr(model.config, "use_cache", None)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # the embeddings are frozen
@@ -109,13 +116,19 @@ def last_checkpoint(output: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def evaluation_loss(model: Any, documents: Sequence[Document], batch_size: int) -> float:
-    """Mean loss over all labelled tokens of the documents, in eval mode; the model's mode is put back."""
+def evaluation_loss(
+    model: Any, documents: Sequence[Document], batch_size: int, collate: Collate | None = None
+) -> float:
+    """Mean loss over all labelled tokens of the documents, in eval mode; the model's mode is put back.
+
+    collate: what `collator` gives for this model; None asks it.
+    """
+    collate = collate or collator(model)
     total, labelled, mode = 0.0, 0, model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in micro_batches(documents, batch_size):
+            for batch in micro_batches(documents, batch_size, collate):
                 count = int((batch["labels"] != IGNORE).sum())
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 total += float(model(**batch, use_cache=False).loss) * count
@@ -125,7 +138,7 @@ def evaluation_loss(model: Any, documents: Sequence[Document], batch_size: int) 
     return total / labelled
 
 
-class _PackedTrainer(transformers.Trainer):
+class _AdapterTrainer(transformers.Trainer):
     """The Trainer with our batches, our evaluation, our checkpoints, and no silence about NaN."""
 
     def __init__(
@@ -138,6 +151,7 @@ class _PackedTrainer(transformers.Trainer):
         eval_documents: Sequence[Document],
         watch: Watcher,
         on_checkpoint: Callable[[Path], None],
+        collate: Collate,
     ):
         per_epoch = settings.steps_per_epoch(len(documents))
         args = transformers.TrainingArguments(
@@ -165,7 +179,7 @@ class _PackedTrainer(transformers.Trainer):
         )
         args._n_gpu = min(1, args.n_gpu)  # a packed row cannot be cut for DataParallel
         dataset: Any = documents  # a sequence is all that the Trainer needs
-        super().__init__(model, args, train_dataset=dataset, data_collator=pack, callbacks=[_Steps(self)])  # type: ignore[arg-type]
+        super().__init__(model, args, train_dataset=dataset, data_collator=collate, callbacks=[_Steps(self)])  # type: ignore[arg-type]
         self.remove_callback(transformers.PrinterCallback)
         if not self.model_accepts_loss_kwargs:
             raise TrainError(
@@ -180,6 +194,7 @@ class _PackedTrainer(transformers.Trainer):
         self.watch = watch
         self.on_checkpoint = on_checkpoint
         self.eval_documents = eval_documents
+        self.collate = collate
         self.eval_every = settings.eval_steps or per_epoch
         self.since = 0.0
         self.largest_batch = 0
@@ -201,7 +216,7 @@ class _PackedTrainer(transformers.Trainer):
             )
         if self.accelerator.sync_gradients:
             self.check_gradients(model)
-        self.outcome.tokens += inputs["input_ids"].numel()
+        self.outcome.tokens += tokens_in(inputs)
         self.outcome.labelled_tokens += int((inputs["labels"] != IGNORE).sum())
         return loss
 
@@ -232,7 +247,7 @@ class _PackedTrainer(transformers.Trainer):
     # --- evaluation -----------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        loss = evaluation_loss(self.model, self.eval_documents, self.settings.batch_size)
+        loss = evaluation_loss(self.model, self.eval_documents, self.settings.batch_size, self.collate)
         self.log({"eval_loss": loss})
         before = self.outcome.eval_losses
         if math.isfinite(loss) and loss < min(before.values(), default=math.inf) and not self.untouched():
@@ -258,7 +273,7 @@ class _PackedTrainer(transformers.Trainer):
         staged = self.output / STAGING / folder
 
         def save() -> None:
-            super(_PackedTrainer, self)._save_checkpoint(model, trial)
+            super(_AdapterTrainer, self)._save_checkpoint(model, trial)
             self.on_checkpoint(staged)
             for file in staged.iterdir():
                 with open(file, "rb") as handle:
@@ -295,7 +310,7 @@ class _PackedTrainer(transformers.Trainer):
 class _Steps(TrainerCallback):
     """Keeps the outcome, asks for evaluations, and tells the watcher."""
 
-    def __init__(self, trainer: _PackedTrainer):
+    def __init__(self, trainer: _AdapterTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -325,7 +340,7 @@ class _Steps(TrainerCallback):
 
 
 @contextlib.contextmanager
-def _memory_explained(trainer: _PackedTrainer):
+def _memory_explained(trainer: _AdapterTrainer):
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine.cli import main
+from peft_engine.train.models import ModelError, load_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,6 +172,49 @@ def test_a_rank_above_the_layers_is_refused(train):
 def test_wrong_usage_ends_with_code_2_and_names_the_option(train, arguments):
     code, out, err = train(*arguments)
     assert code == 2 and out == "" and arguments[0] in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", b"[]", "its config.json cannot be read"),
+        ("config.json", b"null", "its config.json cannot be read"),
+        ("config.json", b"{", "its config.json cannot be read"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}', "expected int, got str"),
+        ("tokenizer.json", b"[]", "its tokenizer cannot be read"),
+        ("tokenizer_config.json", b"[]", "its tokenizer cannot be read"),
+        ("generation_config.json", b"[]", "its weights cannot be read"),
+        ("model.safetensors", None, "incomplete metadata"),
+        ("model.safetensors", b"", "its weights cannot be read"),
+    ],
+)
+def test_a_broken_file_of_the_model_names_the_folder_and_the_mend(
+    train, model, tmp_path, method, file, content, says
+):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    whole = (broken / file).read_bytes()
+    (broken / file).write_bytes(whole[:-100] if content is None else content)
+    result = train("--method", method, model=broken)
+    mend = "cut short?" if method == "qlora" and file.endswith(".safetensors") else "is the folder whole"
+    _failed(result, f"--model {broken}: ", says, mend)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_the_same_for_the_commands_that_read_the_tokenizer_first(command, model, data, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "config.json").write_text("[]")
+    _failed(command("eval", "--model", broken, "--data", data), f"--model {broken}: its config.json")
+
+
+def test_memory_that_runs_out_while_reading_is_not_called_a_broken_folder(model, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as error:
+        load_base(str(model), quantize="none")
+    assert not isinstance(error.value, ModelError)
 
 
 def test_nan_in_the_weights_names_the_layer_before_training(train, model, tmp_path):

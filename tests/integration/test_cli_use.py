@@ -14,6 +14,7 @@ from peft_engine import LoraConfig, attach, save_adapter
 from peft_engine.cli import main
 from peft_engine.train.data import encode_completion, encode_prompt, pack, read_rows, tokenize
 from peft_engine.train.evaluate import label_scores, task_of, token_f1
+from peft_engine.train.generate import prompts_from
 
 MEASURES = {
     "task", "rows", "accuracy", "exact_match", "token_f1", "perplexity", "labels", "confusion",
@@ -183,6 +184,14 @@ def test_left_padding_does_not_change_an_answer(command, model, tmp_path):
     assert [r["text"] for r in together] == [r["text"] for r in alone]
     lines = json.loads(command(*line, "--prompt-file", tmp_path / "prompts.txt")[1])["results"]
     assert [r["text"] for r in lines] == [alone[0]["text"], alone[2]["text"]]
+
+
+def test_a_text_file_of_prompts_is_cut_at_line_ends_alone(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffReview: a\r\nb\x0cc\n\n d\x85e \nx\u2028y\rz\x1c\n".encode())
+    found = prompts_from(path)
+    assert found.texts == ["Review: a", "b\x0cc", " d\x85e ", "x\u2028y\rz\x1c"]
+    assert found.where[3] == f"{path}, text 4"
 
 
 def test_several_adapters_answer_each_prompt_in_one_batch(command, model, adapter, tmp_path, loaded):

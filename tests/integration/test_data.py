@@ -8,7 +8,7 @@ import pytest
 import torch
 from texts import reviews, tiny_tokenizer, write_jsonl
 
-from peft_engine.train.data import IGNORE, DataError, length_limit, pack, read_rows, tokenize
+from peft_engine.train.data import IGNORE, MOST_IN_A_FIELD, DataError, length_limit, pack, read_rows, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,13 @@ def test_messages_in_csv_are_json(tmp_path):
         (['{"messages": [{"role": "user"}]}'], ["line 1", "role and a content"]),
         (['{"messages": [{"role": "user", "content": "a"}]}'], ["line 1", "no message of the assistant"]),
         ([""], ["holds no rows"]),
+        (['{"text": "a"}', '{"text": "half a \\ud83d pair"}'], ["line 2", "text", "surrogate"]),
+        (
+            ['{"messages": [{"role": "assistant", "content": "\\udc00"}]}'],
+            ["line 1", "content", "surrogate"],
+        ),
+        (['{"text": "a"}', '{"text": ' + "[" * 100_000], ["line 2", "nested too deeply"]),
+        (['{"text": "a"}', '{"text": "b", "id": ' + "9" * 5000 + "}"], ["line 2", "5000", "digits"]),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(tmp_path, lines, says):
@@ -102,6 +109,27 @@ def test_a_missing_file_an_unknown_ending_and_bytes_that_are_no_text_are_refused
 def test_a_csv_row_with_too_many_values_is_refused_with_its_line(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c\n")
     with pytest.raises(DataError, match="line 3: more values"):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_a_long_csv_field_is_read_and_one_without_end_is_refused_with_its_line_and_the_mend(tmp_path):
+    long = "fine " * 100_000
+    (tmp_path / "a.csv").write_text(f'text\na\n"{long}"\n')
+    before = csv.field_size_limit()
+    assert [row.fields["text"] for row in read_rows(tmp_path / "a.csv")] == ["a", long]
+    (tmp_path / "b.csv").write_text('text\na\n"' + "x" * (MOST_IN_A_FIELD + 1) + '"\n')
+    with pytest.raises(DataError, match=r"b\.csv, line 3: .*16 MiB.*JSONL"):
+        read_rows(tmp_path / "b.csv")
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    "messages", ["[" * 100_000, '[{"role": "assistant", "content": "\\udc00"}]', "9" * 5000, "{"]
+)
+def test_messages_in_csv_that_are_no_json_are_refused_with_their_line(tmp_path, messages):
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [messages]])
+    with pytest.raises(DataError, match=r"a\.csv, line 2: "):
         read_rows(tmp_path / "a.csv")
 
 

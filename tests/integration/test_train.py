@@ -9,7 +9,7 @@ from texts import reviews, tiny_tokenizer, write_jsonl
 
 from peft_engine import LoraConfig, attach, load_adapter, optimize, quantize_
 from peft_engine.train import trainer as loop
-from peft_engine.train.data import read_rows, tokenize
+from peft_engine.train.data import pack, read_rows, tokenize
 from peft_engine.train.settings import LoopSettings
 from peft_engine.train.trainer import TrainError, last_checkpoint, train
 
@@ -134,7 +134,7 @@ def test_gradients_before_and_after_an_evaluation_are_equal(model, documents):
 
     def gradients():
         made.zero_grad()
-        made(**loop.pack(documents[:4]), use_cache=False).loss.backward()
+        made(**pack(documents[:4]), use_cache=False).loss.backward()
         return {path: p.grad.clone() for path, p in made.named_parameters() if p.requires_grad}
 
     before = gradients()
