@@ -60,6 +60,7 @@ FAULTS = [
     # the sum, eps, the offset, a second reading left out
     (NORM, "forward", "long", "squares += tl.sum(", "squares = tl.sum(", WRONG),
     (NORM, "forward", "norm", "squares / COLUMNS", "squares / BLOCK_N", WRONG),
+    (NORM, "forward", "norm", "variance * scale * scale", "variance * scale", WRONG),
     (NORM, "forward", "norm", "factor = offset + ", "factor = ", WRONG),
     (NORM, "forward", "long", "if BLOCKS > 1:", "if BLOCKS > 9:", WRONG),
     (NORM, "backward", "norm", "mean = products / COLUMNS", "mean = products", WRONG),
