@@ -35,7 +35,7 @@ def outer_kernel(
     first = split * share
     last = tl.minimum(rows, first + share)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    sum = tl.zeros((BLOCK_C if UP else BLOCK_R,), tl.float32)
+    sum = tl.zeros((BLOCK_M, BLOCK_C) if UP else (BLOCK_R, BLOCK_M), tl.float32)  # over BLOCK_M at the end
     for start in range(first, last, BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = row < last
@@ -45,9 +45,9 @@ def outer_kernel(
         tile = tl.load(z + row[:, None] * columns + c[None, :], inside[:, None] & there[None, :], other=0)
         if UP:
             part = activated(part.to(tl.float32), ACTIVATION).to(left.dtype.element_ty)
-            sum += tl.sum(tile.to(tl.float32), 0)
+            sum += tile.to(tl.float32)
         else:
-            sum += tl.sum(part.to(tl.float32), 1)
+            sum += part.to(tl.float32)
         if NORM:
             mean, rstd = saved_statistics(stats, row, inside)
             normal = (tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
@@ -58,10 +58,10 @@ def outer_kernel(
     tl.store(at, acc, (r < width)[:, None] & there[None, :])
     if UP:
         if tl.program_id(2) == 0:
-            tl.store(sums + place * columns + c, sum, there)
+            tl.store(sums + place * columns + c, tl.sum(sum, 0), there)
     else:
         if tl.program_id(0) == 0:
-            tl.store(sums + place * width + r, sum, r < width)
+            tl.store(sums + place * width + r, tl.sum(sum, 1), r < width)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from peft_engine.kernels.bottleneck.parts import (
 from peft_engine.kernels.launch import cdiv, launch
 
 NORM_ROWS, NORM_COLUMNS = 4, 512  # of a program of statistics_kernel
+MEAN_ROWS, MEAN_BLOCKS = 16, 16  # of a program of means_kernel
 
 
 @triton.jit
@@ -60,11 +61,12 @@ def contract_kernel(
 ):  # fmt: skip
     """out[m, r]: m of LN(x) or, BACKWARD, dm of x = dy.
 
-    Where a program's columns are not the WHOLE: out[s, m, r], the sums of share s.
+    Where a program's columns are not the WHOLE: out[s, m, r], the sums of share s. The blocks of the width
+    are next to each other: they read the same rows.
     """
-    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = row < rows
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     rstd = tl.zeros((BLOCK_M,), tl.float32)
@@ -152,14 +154,14 @@ def up_kernel(
 
 @triton.jit
 def dx_kernel(
-    dm, down_weight, dy, x, stats, norm_weight, sums, dx, rows, columns, width, blocks,
+    dm, down_weight, dy, x, stats, norm_weight, sums, means, dx, rows, columns, width, blocks,
     NORM: tl.constexpr, SUMS: tl.constexpr, RESIDUAL_IS_X: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx of BLOCK_M rows and BLOCK_N columns.
 
     The norm's backward takes two launches: with SUMS the first leaves sums[m, block] of g and of g times the
-    normalised x over the block's columns, which the second adds in order.
+    normalised x over the block's columns, of which means_kernel makes the means that the second reads.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < columns
@@ -173,23 +175,40 @@ def dx_kernel(
     if NORM:
         mean, rstd = saved_statistics(stats, row, inside)
         g, normal = norm_gradient(dz, tl.load(x + at, both, other=0), mean, rstd, norm_weight, n, there)
-        to = sums + 2 * (row * blocks)
         if SUMS:
+            to = sums + 2 * (row * blocks)
             tl.store(to + 2 * tl.program_id(0), tl.sum(g, 1), inside)
             tl.store(to + 2 * tl.program_id(0) + 1, tl.sum(g * normal, 1), inside)
         else:
-            sum_g = tl.zeros((BLOCK_M,), tl.float32)
-            sum_gx = tl.zeros((BLOCK_M,), tl.float32)
-            for block in range(blocks):
-                sum_g += tl.load(to + 2 * block, inside, other=0.0)
-                sum_gx += tl.load(to + 2 * block + 1, inside, other=0.0)
-            sum_g /= columns
-            sum_gx /= columns
-            dz = rstd[:, None] * (g - sum_g[:, None] - normal * sum_gx[:, None])
+            mean_g = tl.load(means + 2 * row, inside, other=0.0)
+            mean_gx = tl.load(means + 2 * row + 1, inside, other=0.0)
+            dz = rstd[:, None] * (g - mean_g[:, None] - normal * mean_gx[:, None])
     if not SUMS:
         if RESIDUAL_IS_X:
             dz += tl.load(dy + at, both, other=0).to(tl.float32)
         tl.store(dx + at, dz.to(dx.dtype.element_ty), both)
+
+
+@triton.jit
+def means_kernel(
+    sums, means, rows, columns, blocks, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """means[m] = sum over the blocks of sums[m, block] / columns, of two kinds: (M, 2) of (M, blocks, 2).
+
+    By a kernel of its own: the programs of every block of columns would each read all the sums of their rows.
+    """
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    inside = row < rows
+    sum_g = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    sum_gx = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        both = inside[:, None] & (block < blocks)[None, :]
+        at = sums + 2 * (row[:, None] * blocks + block[None, :])
+        sum_g += tl.load(at, both, other=0.0)
+        sum_gx += tl.load(at + 1, both, other=0.0)
+    tl.store(means + 2 * row, tl.sum(sum_g, 1) / columns, inside)
+    tl.store(means + 2 * row + 1, tl.sum(sum_gx, 1) / columns, inside)
 
 
 def forward(call, x, residual, y, middle, stats) -> None:
@@ -227,12 +246,18 @@ def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None
     norm = call.norm_weight is not None
     blocks = cdiv(columns, block_n)
     sums = torch.empty(rows if norm else 0, blocks, 2, dtype=torch.float32, device=dy.device)
+    means = sums.new_empty(sums.shape[0], 2)
     for first in (True, False) if norm else (False,):
+        if norm and not first:
+            launch(
+                means_kernel, (cdiv(rows, MEAN_ROWS),), (sums, means, rows, columns, blocks),
+                {"BLOCK_M": MEAN_ROWS, "BLOCK": MEAN_BLOCKS}, num_warps=4,
+            )  # fmt: skip
         launch(
             dx_kernel, (blocks, cdiv(rows, block_m)),
             (
-                dm, call.down_weight, dy, x, stats, call.norm_weight if norm else dy, sums, dx, rows, columns,
-                call.width, blocks,
+                dm, call.down_weight, dy, x, stats, call.norm_weight if norm else dy, sums, means, dx, rows,
+                columns, call.width, blocks,
             ),
             {
                 "NORM": norm, "SUMS": first, "RESIDUAL_IS_X": residual_is_x,
@@ -248,7 +273,7 @@ def _contract(call, x, weight, strides, stats, middle, out, *, backward: bool) -
     rows, columns = x.shape
     block_m, block_r, block_k, warps, stages = tiles.tile("contract", rows, call, x.device)
     block_r = min(block_r, tiles.padded_width(call.width))
-    blocks = cdiv(rows, block_m), cdiv(call.width, block_r)
+    blocks = cdiv(call.width, block_r), cdiv(rows, block_m)
     share = tiles.share(columns, blocks[0] * blocks[1], block_k)
     shares = cdiv(columns, share)
     sums = out if shares == 1 else torch.empty(shares, *out.shape, dtype=torch.float32, device=x.device)

@@ -22,7 +22,13 @@ PATHS = ("fused", "split")
 # Of the fused path: the middle and what it becomes lie in registers. Float32 weights are multiplied in three
 # parts, whose operands spill above 64 (sm_90, width 128: 624 bytes of a thread).
 MAX_WIDTH, MAX_WIDTH_SINGLE = 256, 64
-FILLS = 96  # row blocks from which one program each is taken to fill a GPU: 3/4 of an H200's; not measured
+# Row blocks from which the fused path runs: four for each of an H200's 132 multiprocessors, which holds two
+# or three of width 64 at once. Counted, not measured. Both paths move the same bytes, at 4096 features in
+# bfloat16 24 KiB a row: x, the residual (of the rows in work, 69 MB, little is left in the L2) and y; 201 MB
+# at 8192 rows, 42 us at 4.8 TB/s. Split adds the middle and its shares, 3 %, and two launches. But a fused
+# program waits for memory in each of the 64 turns of its second loop (with a norm also of the statistics'),
+# about 60 us a loop where it is alone on its multiprocessor: 128 programs at 8192 rows.
+FILLS = 528
 
 # kernel: architecture: (rows up to, width up to, tile with weights in half precision, with float32 or none)
 # fused, fused_backward   BLOCK_M, BLOCK_K, BLOCK_N, warps, stages

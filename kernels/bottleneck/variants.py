@@ -16,6 +16,7 @@ from peft_engine.kernels.variants import ARCHS, FEW_ARCHS, NAMES, TENSOR_CORE, V
 
 H = 4096
 LOADS = "LDG.E.64|LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128|UTMALDG"
+BY_ROWS = ("statistics_kernel", "finish_kernel", "means_kernel", "reduce_kernel")  # without a product
 WIDE = 1024  # for the entries without a largest width
 # The least and the most that a call asks of a kernel: which tile holds the most is what matters.
 PLAIN: dict[str, Any] = {"norm": False, "biases": False, "activation": "relu"}
@@ -55,7 +56,7 @@ def _named(kernel: str, arch: int, dtype, weight, width: int, given: dict[str, A
     for what, rows in CALLS[kernel]:
         name = f"{weights}, {rows} rows, width {width}, {what}, {norm}, {given['activation']}"
         for variant in launched(_calls(dtype, weight, rows, width, **given)[what]):
-            dot = variant.kernel.__name__ not in ("statistics_kernel", "finish_kernel", "reduce_kernel")
+            dot = variant.kernel.__name__ not in BY_ROWS
             yield dataclasses.replace(
                 variant, name=name, archs=(arch,), wants=(LOADS, TENSOR_CORE) if dot else ()
             )

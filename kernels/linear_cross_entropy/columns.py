@@ -20,9 +20,9 @@ def columns_kernel(logits, labels, scale, stats, columns, chunks, stride, first_
     there = j < columns
     at = logits + row * stride + j
     most = tl.load(stats + 2 * row)
-    total = tl.load(stats + 2 * row + 1)
+    inverse = 1.0 / tl.load(stats + 2 * row + 1)
     label = tl.load(labels + row) - first_column
-    p = tl.exp(tl.load(at, there, other=float("-inf")).to(tl.float32) - most) / total
+    p = tl.exp(tl.load(at, there, other=float("-inf")).to(tl.float32) - most) * inverse
     gradient = tl.where(j == label, p - 1.0, p) * tl.load(scale + row)
     tl.store(at, gradient.to(logits.dtype.element_ty), there)
 

@@ -16,11 +16,23 @@ BLOCK = 64
 
 
 @triton.jit
+def term(value, DTYPE: tl.constexpr):
+    """Float32 values as a term that others follow: float16's largest number where they are larger.
+
+    As infinity they would leave an infinity of the other sign to the next term, and the sum would be NaN. So
+    what is too large for all terms is infinite in the last alone.
+    """
+    if DTYPE.is_fp16():
+        value = tl.where(value > 65504.0, 65504.0, tl.where(value < -65504.0, -65504.0, value))  # NaN stays
+    return value.to(DTYPE)
+
+
+@triton.jit
 def terms_of_value(value, DTYPE: tl.constexpr, STEP: tl.constexpr):
     """v1, v2 unscaled, v2 scaled and v3 scaled twice, of float32 values."""
-    first = value.to(DTYPE)
+    first = term(value, DTYPE)
     rest = value - first.to(tl.float32)
-    second = (rest * STEP).to(DTYPE)
+    second = term(rest * STEP, DTYPE)
     third = ((rest * STEP - second.to(tl.float32)) * STEP).to(DTYPE)
     return first, rest.to(DTYPE), second, third
 

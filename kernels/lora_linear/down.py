@@ -79,12 +79,14 @@ def down_kernel(
         if BEHIND > 0:
             behind = buffer + row[:, None] * stride_bm + columns + r[None, :]
             stored = inside[:, None] & (r < WIDTH)[None, :]
-            first = sum.to(buffer.dtype.element_ty)
-            tl.store(behind, first, stored)
             if BEHIND == 3:
+                first = adapter.term(sum, buffer.dtype.element_ty)
                 rest = (sum - first.to(tl.float32)).to(buffer.dtype.element_ty)
                 tl.store(behind + WIDTH, rest, stored)
                 tl.store(behind + 2 * WIDTH, first, stored)
+            else:
+                first = sum.to(buffer.dtype.element_ty)
+            tl.store(behind, first, stored)
 
 
 def down(

@@ -82,9 +82,10 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
     """The queries from the first to the last that see a key of [start, end), and those among them that see
     all of these keys, where they lie together (else none).
     """
-    some_from = queries + tl.zeros((), tl.int32)
+    # Of each of STEP lanes, and reduced once: a reduction has barriers, and each block of keys runs the loop.
+    some_from = queries + tl.zeros((STEP,), tl.int32)
     all_from = some_from
-    some_to = tl.zeros((), tl.int32)
+    some_to = tl.zeros((STEP,), tl.int32)
     all_to = some_to
     number = some_to
     for at in range(0, queries, STEP):
@@ -93,12 +94,14 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
         z = tl.load(last + t, t < queries, other=0)
         some = (a < end) & (z > start) & (a < z)
         every = (a <= start) & (z >= end)
-        some_from = tl.minimum(some_from, tl.min(tl.where(some, t, queries), 0))
-        some_to = tl.maximum(some_to, tl.max(tl.where(some, t + 1, 0), 0))
-        all_from = tl.minimum(all_from, tl.min(tl.where(every, t, queries), 0))
-        all_to = tl.maximum(all_to, tl.max(tl.where(every, t + 1, 0), 0))
-        number += tl.sum(every.to(tl.int32), 0)
-    together = number == all_to - all_from
+        some_from = tl.minimum(some_from, tl.where(some, t, queries))
+        some_to = tl.maximum(some_to, tl.where(some, t + 1, 0))
+        all_from = tl.minimum(all_from, tl.where(every, t, queries))
+        all_to = tl.maximum(all_to, tl.where(every, t + 1, 0))
+        number += every.to(tl.int32)
+    some_from, some_to = tl.min(some_from, 0), tl.max(some_to, 0)
+    all_from, all_to = tl.min(all_from, 0), tl.max(all_to, 0)
+    together = tl.sum(number, 0) == all_to - all_from
     return some_from, some_to, tl.where(together, all_from, some_to), tl.where(together, all_to, some_to)
 
 

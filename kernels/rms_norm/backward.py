@@ -60,7 +60,7 @@ def dw_kernel(dy, x, rstd, partial, rows, columns, share, BLOCK_M: tl.constexpr,
     there = n < columns
     first = tl.program_id(1) * share
     last = tl.minimum(rows, first + share)
-    sum = tl.zeros((BLOCK_N,), tl.float32)
+    sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # added up over BLOCK_M once, after the loop
     for start in range(first, last, BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = row < last
@@ -68,8 +68,8 @@ def dw_kernel(dy, x, rstd, partial, rows, columns, share, BLOCK_M: tl.constexpr,
         at = row[:, None] * columns + n[None, :]
         normal = tl.load(x + at, both, other=0).to(tl.float32)
         normal *= tl.load(rstd + row, inside, other=0.0)[:, None]
-        sum += tl.sum(tl.load(dy + at, both, other=0).to(tl.float32) * normal, 0)
-    tl.store(partial + tl.program_id(1).to(tl.int64) * columns + n, sum, there)
+        sum += tl.load(dy + at, both, other=0).to(tl.float32) * normal
+    tl.store(partial + tl.program_id(1).to(tl.int64) * columns + n, tl.sum(sum, 0), there)
 
 
 @triton.jit

@@ -31,7 +31,9 @@ def forward_kernel(
         both = inside[:, None] & (n < COLUMNS)[None, :]
         tile = tl.load(x + n[None, :], both, other=0).to(tl.float32)
         squares += tl.sum(tile * tile, 1)
-    scale = 1.0 / tl.sqrt(squares / COLUMNS + eps)
+    variance = squares / COLUMNS + eps
+    scale = tl.rsqrt(variance)  # approximate, so one step of Newton's; but of infinity it is 0, and no NaN
+    scale += tl.where(scale == 0.0, 0.0, 0.5 * scale * (1.0 - variance * scale * scale))
     tl.store(rstd + row, scale, inside)
     for block in tl.static_range(BLOCKS):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)

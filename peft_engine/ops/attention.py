@@ -94,8 +94,21 @@ def check_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> None:
             )
 
 
+def _is_readable(mask: torch.Tensor) -> bool:
+    """Whether the host can read values of the mask: not while torch.compile traces or a CUDA graph is
+    captured, whose answer would be that of other masks as well.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:
-    """The intervals a boolean mask (B, 1, Tq, Tk) stands for; None when a row is not one interval."""
+    """The intervals a boolean mask (B, 1, Tq, Tk) stands for; None when a row is not one interval, or where
+    its values cannot be read: while torch.compile traces or a CUDA graph is captured.
+    """
+    if not _is_readable(mask):
+        return None
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] == 0:
         return None
     rows = mask[:, 0].to(torch.uint8)
@@ -121,9 +134,9 @@ def mask_from_intervals(q: torch.Tensor, keys: int, intervals: Intervals | None)
 def kept_intervals(mask: torch.Tensor) -> Intervals | None:
     """intervals_from_mask, worked out by the first layer and kept on the mask, which all layers get.
 
-    None while torch.compile traces, and for a mask that is no boolean one.
+    None where its values cannot be read, and for a mask that is no boolean one.
     """
-    if mask.dtype != torch.bool or torch.compiler.is_compiling():  # it reads the values of the mask
+    if mask.dtype != torch.bool or not _is_readable(mask):
         return None
     kept = getattr(mask, "_peft_engine_intervals", None)
     if mask.is_inference():  # counts no versions: a copy tells whether it was changed in place

@@ -208,8 +208,7 @@ def _masks(q, keys: int, is_causal: bool, attn_mask, position_bias, intervals):
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         if intervals is not None or is_causal:
             attn_mask = attn_mask & mask_from_intervals(q, keys, intervals)
-        # Its values are not read while torch.compile traces.
-        found = None if torch.compiler.is_compiling() else intervals_from_mask(attn_mask)
+        found = intervals_from_mask(attn_mask)
         if found is not None:
             shape = q.shape[0], q.shape[2]
             intervals = Intervals(*(t.expand(shape).contiguous() for t in found))

@@ -50,7 +50,7 @@ def _settings(**changes) -> LoopSettings:
 
 
 def _adapter(model) -> dict[str, torch.Tensor]:
-    return {path: p.detach().clone() for path, p in model.named_parameters() if "lora_" in path}
+    return {path: p.detach().cpu().clone() for path, p in model.named_parameters() if "lora_" in path}
 
 
 def test_it_learns_and_writes_the_adapter_that_the_model_holds(model, documents, tmp_path):

@@ -28,6 +28,7 @@ CASES = {
     "tanh": {"shape": (5, 24, 9, WHOLE, "tanh")},
     "relu": {"shape": (5, 40, 9, WHOLE, "relu"), "norm": True},
     "columns": {"shape": (3, 70, 20, HALF, "relu")},
+    "norm": {"shape": (3, 300, 9, HALF, "relu"), "norm": True},
     "rows": {"shape": (260, 17, 3, HALF, "relu")},
 }
 
@@ -57,7 +58,9 @@ FAULTS = [
     ("split", "columns", "for s in range(shares)", "for s in range(1)", WRONG),
     ("split", "columns", "(split.to(tl.int64) * rows + row)", "row", Race),
     ("split", "gelu", "to + 2 * tl.program_id(0), tl.sum", "to, tl.sum", Race),
-    ("split", "gelu", "for block in range(blocks)", "for block in range(1)", WRONG),
+    ("split", "gelu", "(block < blocks)[None, :]", "(block < 1)[None, :]", WRONG),
+    ("split", "norm", "range(0, blocks, BLOCK)", "range(0, BLOCK, BLOCK)", WRONG),
+    ("split", "gelu", "tl.sum(sum_gx, 1) / columns", "tl.sum(sum_gx, 1)", WRONG),
     ("split", "gelu", "range(0, WIDTH, BLOCK_R)", "range(0, BLOCK_R, BLOCK_R)", WRONG),
     ("outer", "tanh", "last = tl.minimum(rows, first + share)", "last = first + share", OutOfBounds),
     ("outer", "rows", "(place * width + r)[:, None] * columns", "r[:, None] * columns", Race),

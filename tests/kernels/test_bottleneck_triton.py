@@ -116,10 +116,10 @@ def test_many_rows_are_fused_and_few_are_split():
         _, _, parameters, _ = tensors("cpu", 1, features, width, weight)
         return tiles.choose(rows, Call(*parameters, "relu", 1.0), torch.device("cpu"))
 
-    assert [path(rows) for rows in (1, 95 * 64, 95 * 64 + 1)] == ["split", "split", "fused"]
-    assert path(8192, width=256) == path(8192, weight=torch.float32) == "fused"
-    assert path(8192, width=257) == path(8192, width=65, weight=torch.float32) == "split"
-    assert path(8192, features=97) == "split"
+    assert [path(rows) for rows in (1, 8192, 527 * 64, 527 * 64 + 1)] == ["split"] * 3 + ["fused"]
+    assert path(65536, width=256) == path(65536, weight=torch.float32) == "fused"
+    assert path(65536, width=257) == path(65536, width=65, weight=torch.float32) == "split"
+    assert path(65536, features=97) == "split"
 
 
 def test_shares_of_columns_and_of_rows_are_added(device):

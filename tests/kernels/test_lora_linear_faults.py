@@ -106,7 +106,7 @@ USERS = {
     "outer": [("backward", "outer")],
     "workspace": [("forward", "workspace"), ("backward", "workspace")],
     "fill": [("workspace", "fill")],
-    "adapter": [("fill", "write_terms"), ("down", "adapter")],
+    "adapter": [("fill", "write_terms"), ("fill", "terms_of_value"), ("down", "adapter")],
     "parts": [(user, name) for user in ("single", "down", "outer") for name in ("kept", "wide_dot")]
     + [(user, name) for user in ("down", "outer") for name in ("arrives_last", "sum_of_shares")]
     + [("up", "kept")],
@@ -141,6 +141,23 @@ def test_a_fault_in_lora_linear_is_found(tmp_path, monkeypatch, file, old, new, 
     install(monkeypatch, tmp_path, file, old, new, USERS[file])
     with pytest.raises(found):
         run_linear()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize(
+    "file,old,new,where",
+    [
+        ("down", "adapter.term(sum, buffer.dtype.element_ty)", "sum.to(buffer.dtype.element_ty)", "h"),
+        ("adapter", "value > 65504.0, 65504.0,", "value > 65504.0, value,", "dh"),
+        ("adapter", "value < -65504.0, -65504.0,", "value < -65504.0, value,", "dh"),
+        ("adapter", "first = term(value, DTYPE)", "first = value.to(DTYPE)", "a"),
+        ("adapter", "second = term(rest * STEP, DTYPE)", "second = (rest * STEP).to(DTYPE)", "b"),
+    ],
+)
+def test_an_infinity_among_a_value_s_terms_is_found(tmp_path, monkeypatch, file, old, new, where):
+    install(monkeypatch, tmp_path, file, old, new, USERS[file])
+    with pytest.raises(WRONG):
+        linear_test.test_what_is_too_large_for_float16_is_large_and_never_nan("cpu", where)
 
 
 @pytest.mark.parametrize(

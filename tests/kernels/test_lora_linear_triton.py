@@ -139,6 +139,45 @@ def test_any_number_of_columns_runs_in_the_workspace(device):
         case(device, 3, 77, 31, 5, torch.bfloat16)
 
 
+def of_one_huge_value(device, size, where, padded):
+    """y and the gradients of the kernels and of the reference, in float16; h, dh, or an element of a or b, is
+    `size`.
+    """
+    x, dy, a, b = (torch.full(shape, 0.25) for shape in ((1, 64), (1, 64), (1, 64), (64, 1)))
+    x[0, 5] = dy[0, 7] = 16.0
+    a[0, 9] = b[3, 0] = -0.25
+    if where in ("a", "b"):
+        one, other, factor = (a, b, x) if where == "a" else (b, a, dy)
+        one.view(-1)[5 if where == "a" else 7] = size
+        factor /= 2.0**14
+    else:
+        one, other = (a, b) if where == "h" else (b, a)
+        one.view(-1)[5 if where == "h" else 7] = size / 16
+        other /= 2.0**12
+    x, dy, a, b = x.half().to(device), dy.half().to(device), a.to(device), b.to(device)
+    if padded:
+        x, dy = (padded_empty(1, 64, 1, t.dtype, device, a.dtype).copy_(t) for t in (x, dy))
+    weight = nf4_quantize(torch.zeros(64, 64, dtype=x.dtype, device=device), blocksize=64)
+    got = ours(x, weight, a, b, None, dy, 1.0, 0.0, None)
+    want = plain(x, reference_dequantize(weight, x.dtype), a, b, None, dy, 1.0, 0.0, None)
+    return [t.cpu() for t in got], [t.cpu() for t in want]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("where", ("h", "dh", "a", "b"))
+def test_what_is_too_large_for_float16_is_large_and_never_nan(device, where):
+    """Terms of a value above 65504 must not be infinities of both signs."""
+    with paths.pinned("workspace"):
+        for size, padded in ((-65519.0, True), (7e4, False), (1.2e5, True), (-1e30, False)):
+            for name, got, want in zip(NAMES, *of_one_huge_value(device, size, where, padded), strict=True):
+                finite = got.isfinite()
+                assert not got.isnan().any(), (name, size)
+                assert torch.equal(got[~finite].sign(), want[~finite].sign()), (name, size)
+                torch.testing.assert_close(got[finite], want[finite], rtol=2e-3, atol=1e-3)
+                if abs(size) < (131008 if where in ("h", "dh") else 65536):  # what the terms hold
+                    assert torch.equal(finite, want.isfinite()), (name, size)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 70), st.integers(1, 6), st.integers(1, 150), st.integers(0, 20), st.sampled_from(DTYPES),

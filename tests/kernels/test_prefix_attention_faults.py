@@ -69,7 +69,7 @@ FAULTS = [
     # who sees what, by blocks: one too few, one too many
     ("parts", "= tl.cdiv(tl.maximum(end - start, 0), BLOCK)", "= (end - start) // BLOCK", WRONG, causal),
     ("parts", "tl.minimum(whole_end, end) - start", "end - start", WRONG, halved),
-    ("dkv", "number == all_to - all_from", "number >= 0", WRONG, scattered),
+    ("dkv", "tl.sum(number, 0) == all_to - all_from", "tl.sum(number, 0) >= 0", WRONG, scattered),
     ("dkv", "(a < end) & (z > start) & (a < z)", "(a < start) & (z > start)", WRONG, window),
     # the prefix: left out of the softmax, its gradient not summed over shares or the batch
     ("forward", "end = tl.minimum(begin + chunk, prefix)", "end = start", WRONG, causal),

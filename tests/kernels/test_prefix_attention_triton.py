@@ -18,6 +18,7 @@ from peft_engine.ops.prefix_attention import reference
 NAMES = ("out", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
 NOTHING = (None, None, None, False)  # first, last, bias, causal
 CAUSAL = (None, None, None, True)
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
 @contextlib.contextmanager
@@ -27,13 +28,6 @@ def small_tiles():
         for kernel in tiles.TABLE:
             stack.enter_context(setting(kernel, (16, 16, 4, 1)))
         yield
-
-
-@pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def ours(dout, tensors, masks, scale):

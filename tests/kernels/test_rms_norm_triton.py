@@ -75,6 +75,15 @@ def test_rows_do_not_see_each_other(device):
     assert torch.equal(y[3:], forward(x[3:], weight, EPS, 0.0)[0])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_row_whose_squares_overflow_is_zero_and_not_nan(device):
+    x, weight = torch.full((2, 33), 1e30, device=device), torch.ones(33, device=device)
+    x[1] = 1.0
+    y, rstd = forward(x, weight, EPS, 0.0)
+    torch.testing.assert_close(y, reference(x, weight, EPS, 0.0))
+    assert rstd[0] == 0.0 and not y[0].any()
+
+
 def test_without_elements_nothing_is_launched_and_only_what_is_asked_is_computed(device):
     x, weight = torch.empty(0, 5, device=device), torch.ones(5, device=device)
     y, rstd = forward(x, weight, EPS, 0.0)

@@ -60,13 +60,14 @@ FAULTS = [
     # the sum, eps, the offset, a second reading left out
     (NORM, "forward", "long", "squares += tl.sum(", "squares = tl.sum(", WRONG),
     (NORM, "forward", "norm", "squares / COLUMNS", "squares / BLOCK_N", WRONG),
+    (NORM, "forward", "norm", "variance * scale * scale", "variance * scale", WRONG),
     (NORM, "forward", "norm", "factor = offset + ", "factor = ", WRONG),
     (NORM, "forward", "long", "if BLOCKS > 1:", "if BLOCKS > 9:", WRONG),
     (NORM, "backward", "norm", "mean = products / COLUMNS", "mean = products", WRONG),
     (NORM, "backward", "norm", "(g - normal * mean[:, None])", "g", WRONG),
     (NORM, "backward", "long", "if BLOCKS > 1:", "if BLOCKS > 9:", WRONG),
     # shares of the rows: one place for all, only the first added
-    (NORM, "backward", "shares", "tl.program_id(1).to(tl.int64) * columns + n, sum", "n, sum", Race),
+    (NORM, "backward", "shares", "tl.program_id(1).to(tl.int64) * columns + n, tl.sum", "n, tl.sum", Race),
     (NORM, "backward", "shares", "for s in range(shares)", "for s in range(1)", WRONG),
     (NORM, "backward", "norm", "tl.load(rstd + row, inside, other=0.0)[:, None]", "1.0", WRONG),
     ("swiglu", "forward", "swiglu", "row, n, n < columns", "row, n, n < columns + 1", OutOfBounds),

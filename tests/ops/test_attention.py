@@ -8,8 +8,9 @@ from accuracy import assert_twice_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_engine.ops.attention import Intervals, attention, intervals_from_mask, reference
+from peft_engine.ops.attention import Intervals, attention, intervals_from_mask, kept_intervals, reference
 
+module = importlib.import_module("peft_engine.ops.attention")  # not the function
 prefix_attention = importlib.import_module("peft_engine.ops.prefix_attention")  # not the function
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -164,6 +165,23 @@ def test_a_mask_of_intervals_is_recognised():
     holed[4, 2] = False
     assert intervals_from_mask(holed[None, None]) is None
     assert intervals_from_mask(causal[None, None].float()) is None
+
+
+def test_a_mask_is_not_read_while_a_graph_is_captured(monkeypatch):
+    """What was kept of its values before is not used either: the graph may run with others."""
+    q, k, v = (heads(1, 2, 6, 8, torch.float32) for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].clone()
+    prefix = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    want = prefix_attention.prefix_attention(q, k, v, *prefix, attn_mask=mask)
+    kept = kept_intervals(mask)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_is_readable", lambda mask: False)
+        patch.setattr(torch, "equal", None)  # waits for the device
+        assert kept_intervals(mask) is None and intervals_from_mask(mask) is None
+        assert kept_intervals(mask.clone()) is None
+        got = prefix_attention.prefix_attention(q, k, v, *prefix, attn_mask=mask)
+    torch.testing.assert_close(got, want)
+    assert kept_intervals(mask) is kept
 
 
 def test_gradient_of_the_reference_is_exact():
