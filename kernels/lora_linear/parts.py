@@ -88,22 +88,8 @@ def arrives_last(arrivals):
 
 @triton.jit
 def sum_of_shares(partial, size, at, stored, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum over axis 1 of the grid of partial[s * size + at], in order.
-
-    Four are asked for before any is added: each waits for the L2 cache.
-    """
+    """The sum over axis 1 of the grid of partial[s * size + at], in order."""
     sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    shares = tl.num_programs(1)
-    for s in range(0, shares, 4):
-        first = tl.load(partial + s * size + at, stored, other=0.0, cache_modifier=".cg")
-        second = tl.load(
-            partial + (s + 1) * size + at, stored & (s + 1 < shares), other=0.0, cache_modifier=".cg"
-        )  # fmt: skip
-        third = tl.load(
-            partial + (s + 2) * size + at, stored & (s + 2 < shares), other=0.0, cache_modifier=".cg"
-        )  # fmt: skip
-        fourth = tl.load(
-            partial + (s + 3) * size + at, stored & (s + 3 < shares), other=0.0, cache_modifier=".cg"
-        )  # fmt: skip
-        sum = sum + first + second + third + fourth
+    for s in range(tl.num_programs(1)):
+        sum += tl.load(partial + s * size + at, stored, other=0.0, cache_modifier=".cg")
     return sum
