@@ -11,11 +11,12 @@ from peft_engine.kernels.lora_linear.outer import outer
 from peft_engine.kernels.lora_linear.up import up_
 
 from peft_engine.kernels.tiles import pretended
-from peft_engine.kernels.variants import ARCHS, NAMES, TENSOR_CORE, Variant, launched
+from peft_engine.kernels.variants import ARCHS, FEW_ARCHS, NAMES, TENSOR_CORE, Variant, launched
 
 N, K = 4096, 4096
 WIDE = "LDG.E.128|LDGSTS.E.BYPASS.128|LDGSTS.E.128"
 NF4, DENSE = "nf4", "dense"
+MAIN = ("and the copy of x", "behind x", "the workspace", "the backward's workspace")  # of _others
 
 
 def variants() -> Iterator[Variant]:
@@ -24,8 +25,9 @@ def variants() -> Iterator[Variant]:
             for kernel in tiles.TABLE:
                 for place, (rows, rank, *_) in enumerate(tiles.entries(kernel, arch)):
                     # float16 compiles to bfloat16's code but for its products with float32: one entry shows
-                    # it
-                    dtypes = tuple(NAMES) if place == 0 else (torch.bfloat16,)
+                    # it, on a few architectures
+                    first = tuple(NAMES) if arch in FEW_ARCHS else (torch.float32, torch.bfloat16)
+                    dtypes = first if place == 0 else (torch.bfloat16,)
                     yield from _entry(kernel, dtypes, min(rows, 8192), rank, arch)
             yield from _others(arch)
 
@@ -95,7 +97,8 @@ def _others(arch: int) -> Iterator[Variant]:
         "the workspace, dense weight": lambda: fill.forward(_base(DENSE), N, a, b, 2.0, x, 48),
     }
     for name, call in calls.items():
-        yield from _named(call, f"bf16, {name}", arch)
+        if name in MAIN or arch in FEW_ARCHS:
+            yield from _named(call, f"bf16, {name}", arch)
 
 
 def _named(call: Callable[[], Any], name: str, arch: int) -> Iterator[Variant]:

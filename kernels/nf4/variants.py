@@ -7,7 +7,7 @@ import torch
 from peft_engine.kernels.nf4.dequantize import dequantize
 from peft_engine.kernels.nf4.quantize import VALUES, quantize
 
-from peft_engine.kernels.variants import NAMES, Variant, launched
+from peft_engine.kernels.variants import FEW_ARCHS, NAMES, Variant, launched
 from peft_engine.ops.nf4 import DTYPES
 
 SIDE = 4096
@@ -17,6 +17,12 @@ def variants() -> Iterator[Variant]:
     for dtype in DTYPES:
         yield from _dequantize(dtype, True)
         yield from _quantize(dtype)
+    for variant in _beside():
+        yield dataclasses.replace(variant, archs=FEW_ARCHS)
+
+
+def _beside() -> Iterator[Variant]:
+    """What is launched beside a weight that is quantised twice in blocks of 64."""
     yield from _dequantize(torch.bfloat16, False)
     yield from _dequantize(torch.bfloat16, True, "block 4096", blocksize=4096)
     yield from _quantize(torch.bfloat16, "block 4096", blocksize=4096)
