@@ -108,6 +108,16 @@ def direct(x: torch.Tensor) -> bool:
     return on_gpu(x) and plain and not torch.compiler.is_compiling()
 
 
+def is_captured(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, during which the host cannot read values of x."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def outside_inference() -> contextlib.AbstractContextManager:
+    """For tensors that are kept from call to call: what is made inside may be saved for a backward later."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A Function's backward that has no derivative itself, and raises where one is asked for.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_engine import dispatch
 from peft_engine.methods.walks import kept
 
 OURS = "peft_engine_"  # how the names of the children begin that hold what a method adds
@@ -233,9 +234,7 @@ def only_row(i: int | None) -> Iterator[None]:
 @functools.lru_cache(maxsize=256)
 def rows_at(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The rows' numbers on a device: the same tensor for every layer, so that a GPU is sent it once."""
-    # outside inference mode, so that a training step may save what a generation made
-    outside = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
-    with outside:
+    with dispatch.outside_inference():
         return torch.tensor(rows, dtype=torch.long, device=device)
 
 

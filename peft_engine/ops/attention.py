@@ -98,9 +98,7 @@ def _is_readable(mask: torch.Tensor) -> bool:
     """Whether the host can read values of the mask: not while torch.compile traces or a CUDA graph is
     captured, whose answer would be that of other masks as well.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not torch.compiler.is_compiling() and not dispatch.is_captured(mask)
 
 
 def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:

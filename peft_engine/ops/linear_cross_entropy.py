@@ -174,10 +174,6 @@ class _Labelled(NamedTuple):
     kept: torch.Tensor | None = None
 
 
-def _is_captured(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _labelled(x, labels, ignore_index: int, vocabulary: int, scale, mean: bool) -> _Labelled:
     """The rows with a label; IndexError for one that is no entry of the vocabulary.
 
@@ -187,7 +183,7 @@ def _labelled(x, labels, ignore_index: int, vocabulary: int, scale, mean: bool) 
     kept = labels != ignore_index
     if scale is not None:
         scale = scale.reshape(-1).float()
-    if _is_captured(x):
+    if dispatch.is_captured(x):
         count = kept.sum().float()
         scale = (1.0 / count if mean else torch.ones_like(count)).expand(len(x)) if scale is None else scale
         return _Labelled(

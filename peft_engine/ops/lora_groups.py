@@ -8,7 +8,6 @@ rows, with those of no adapter left out (S-LoRA, Sheng et al. 2023, arXiv 2311.0
 here dA, dB and dx are grouped the same way).
 """
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -43,9 +42,7 @@ def sort_rows(adapters: Sequence[int], each: int, groups: int, device: torch.dev
             raise ValueError(f"sort_rows: there are {groups} adapters, got number {adapter} for entry {i}")
         if adapter >= 0:
             places[adapter].append(i)
-    # what is kept here may be saved for a backward later
-    outside = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
-    with outside:
+    with dispatch.outside_inference():
         first = torch.tensor([i * each for group in places for i in group], dtype=torch.int64)
         order = (first[:, None] + torch.arange(each)).reshape(-1)
         sizes = torch.tensor([0, *(len(group) * each for group in places)])
