@@ -29,25 +29,26 @@ def bnb_linear(weight: torch.Tensor, *, training: bool) -> torch.nn.Module:
     return linear.to("cpu").train(training)
 
 
-def peft_layer(linear: torch.nn.Module) -> torch.nn.Module:
-    """PEFT's LoRA (r=16) around one linear, bitsandbytes' or a plain one, in train mode."""
+def peft_layer(linear: torch.nn.Module, *, dora: bool = False) -> torch.nn.Module:
+    """PEFT's LoRA or DoRA (r=16) around one linear, bitsandbytes' or a plain one, in train mode."""
     import peft
 
     holder = torch.nn.Sequential()
     holder.add_module("linear", linear)
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"])
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"], use_dora=dora)
     peft.inject_adapter_in_model(config, holder)
     return holder.train()
 
 
-def our_layer(weight: torch.Tensor) -> torch.nn.Module:
-    """Our LoRA (r=16) over NF4, in train mode."""
+def our_layer(weight: torch.Tensor, *, dora: bool = False) -> torch.nn.Module:
+    """Our LoRA or DoRA (r=16) over NF4, in train mode."""
     import peft_engine as pe
 
     holder = torch.nn.Sequential()
     holder.add_module("linear", dense_linear(weight))
     pe.quantize_(holder, skip_modules=[])
-    pe.attach(holder, pe.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"]))
+    config = pe.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"], use_dora=dora)
+    pe.attach(holder, config)
     return holder.train()
 
 
@@ -60,18 +61,19 @@ def dense_linear(weight: torch.Tensor) -> torch.nn.Linear:
 # --- models ----------------------------------------------------------------------------------------------
 
 
-def our_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Ours: NF4 read shard by shard, LoRA r=16 on every linear, fused layers in."""
+def our_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = False) -> Any:
+    """Ours: NF4 read shard by shard, LoRA or DoRA r=16 on every linear, fused layers in."""
     import peft_engine as pe
 
     model = pe.load_quantized(str(path), dtype=dtype)
-    pe.attach(model, pe.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"))
+    config = pe.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=dora)
+    pe.attach(model, config)
     pe.optimize(model)
     return model.train()
 
 
-def peft_bnb_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """PEFT's LoRA over bitsandbytes' NF4 (double quantisation), adapters fp32."""
+def peft_bnb_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = False) -> Any:
+    """PEFT's LoRA or DoRA over bitsandbytes' NF4 (double quantisation), adapters fp32."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -84,22 +86,24 @@ def peft_bnb_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization, dtype=dtype, device_map="cpu"
     )
-    return peft.get_peft_model(model, _peft_config()).train()
+    return peft.get_peft_model(model, _peft_config(dora)).train()
 
 
-def peft_dense_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """PEFT's LoRA over the dense model."""
+def peft_dense_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = False) -> Any:
+    """PEFT's LoRA or DoRA over the dense model."""
     import peft
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return peft.get_peft_model(model, _peft_config()).train()
+    return peft.get_peft_model(model, _peft_config(dora)).train()
 
 
-def _peft_config():
+def _peft_config(dora: bool):
     import peft
 
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora
+    )
 
 
 MODELS = {OURS: our_model, PEFT_BNB: peft_bnb_model, PEFT_DENSE: peft_dense_model}

@@ -19,6 +19,7 @@ from peft_engine.adapter_files import in_order, read_header, write_at_once
 from peft_engine.merge import merge_
 from peft_engine.methods import copies
 from peft_engine.methods.attach import check_name, install, require, unwrap
+from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.methods.registry import METHODS, Method, method_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -197,8 +198,11 @@ def _canonical(key: str, root: str, model: nn.Module | None = None) -> str:
         return _canonical(".".join(parts[len(front) :]), root, model)
     if parts[0] == "module" and (model is None or not hasattr(model, "module")):
         return _canonical(".".join(parts[1:]), root, model)
-    if len(parts) > 3 and parts[-3] in ("lora_A", "lora_B") and parts[-1] == "weight":
-        del parts[-2]  # the adapter's name, in the raw state dict of a PeftModel
+    if len(parts) > 3 and parts[-1] == "weight":  # the adapter's name, in the raw state dict of a PeftModel
+        if parts[-3] in ("lora_A", "lora_B"):
+            del parts[-2]
+        elif parts[-3] == MAGNITUDE:
+            del parts[-2:]
     return ".".join(parts)
 
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.methods import copies, lora_layers
+from peft_engine.methods import copies, dora, lora_layers
 from peft_engine.methods.attach import attached, detach, require, tensors, unwrap
 from peft_engine.methods.lora import LAYERS, LoraConfig
 from peft_engine.nn import NF4Linear
+from peft_engine.ops.dora_linear import TINY
 from peft_engine.ops.nf4 import nf4_quantize
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
@@ -68,11 +69,15 @@ def merge_(
 
 
 def merged_weight(layer: Any, name: str) -> torch.Tensor:
-    """W + s B A of one layer, float32 (out_features, in_features)."""
+    """W + s B A of one layer, float32 (out_features, in_features); of DoRA that with m as its rows' norms."""
     with torch.no_grad():
         weight = layer.dequantize(torch.float32) if isinstance(layer, NF4Linear) else layer.weight.float()
         a, b = layer.lora_A[name].float(), layer.lora_B[name].float()
-        return torch.addmm(weight, b, a, alpha=layer.lora[name].scaling)
+        merged = torch.addmm(weight, b, a, alpha=layer.lora[name].scaling)
+        if layer.lora[name].dora:
+            norm = torch.linalg.vector_norm(merged, dim=1).clamp_min(TINY)
+            merged *= (layer.lora_magnitude_vector[name].float() / norm)[:, None]
+        return merged
 
 
 def _dtype(layer: Any) -> torch.dtype:
@@ -82,6 +87,7 @@ def _dtype(layer: Any) -> torch.dtype:
 def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
     """Puts the merged weight into a layer that still has the adapter; `own`: in a Parameter of its own."""
     weight, dtype = merged_weight(layer, name), _dtype(layer)
+    dora.forget(layer, base=True)  # what is kept of W for the adapters that stay
     if not isinstance(layer, NF4Linear):
         if own:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=layer.weight.requires_grad)

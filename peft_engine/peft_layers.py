@@ -1,11 +1,12 @@
 """Fused stand-ins for PEFT's LoRA layers over Linear and Linear4bit; imports PEFT, so only where it is used.
 
 y = W x + b + sum over the active adapters of s_i B_i A_i drop_i(x), in one call of ops.lora_linear. Several
-adapters are one of their summed rank: A = [A_1; A_2; ...], s B = [s_1 B_1, s_2 B_2, ...].
+adapters are one of their summed rank: A = [A_1; A_2; ...], s B = [s_1 B_1, s_2 B_2, ...]. One DoRA adapter is
+a call of ops.dora_linear.
 
 PEFT's tensors stay where they are, so its own save, load, merge and switching work on. Whatever is not the
-plain case (a variant such as DoRA, a batch of mixed adapters, hooks on the inner layers, ...) runs PEFT's
-forward over the fused base, and `own_reason` or `narrowed` says why.
+plain case (another variant, a batch of mixed adapters, hooks on the inner layers, ...) runs PEFT's forward
+over the fused base, and `own_reason` or `narrowed` says why.
 """
 
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
+from peft_engine.methods import dora
+from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor
@@ -37,12 +41,21 @@ class _FusedLora(nn.Module):
             x = x if dtype is None else x.to(dtype)
         a, b, scaling, bias = _adapters(layer, names, x.dtype)
         p = _dropout(layer, names[0])
-        # A seed from torch's generator: checkpointing restores it, so that the second forward drops the same.
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
-        y = lora_linear(x, weight, a, b, scaling, bias=bias, dropout_p=p, seed=seed)
+        if names[0] in layer.lora_variant:
+            m = _weight(layer._modules[MAGNITUDE]._modules[names[0]])
+            y = dora.product(layer, x, weight, names[0], a, b, m, scaling, bias, p)
+        else:
+            # A seed from torch's generator: checkpointing restores it, so that the second forward drops the
+            # same.
+            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
+            y = lora_linear(x, weight, a, b, scaling, bias=bias, dropout_p=p, seed=seed)
         # bitsandbytes' layer gives back the input's dtype; ours does so where compute_dtype made it another.
         keeps = isinstance(weight, NF4Tensor) and (not isinstance(base, NF4Linear) or x.dtype != given.dtype)
         return y.to(given.dtype) if keeps else y
+
+    def train(self, mode: bool = True) -> Any:
+        dora.forget(self, base=False)
+        return super().train(mode)
 
 
 class FusedLoraLinear(_FusedLora, lora.Linear):
@@ -84,8 +97,9 @@ def fused_class(layer: Any) -> tuple[type | None, str, str]:
     base = layer._modules["base_layer"]
     if why is None and type(base) in BNB:
         why = bnb_layers.fused_class(base)[2] or None
-    if why is None and all(name in layer.lora_variant for name in layer.lora_A) and len(layer.lora_A):
-        why = _variant(layer, next(iter(layer.lora_A)))
+    variants = [_variant(layer, [name], name) for name in layer.lora_A]
+    if why is None and variants and all(variants):
+        why = variants[0]
     return (FUSED.get(kind, kind) if why is None else None), "lora_linear", why or ""
 
 
@@ -122,8 +136,8 @@ def own_reason(layer: Any, names: list[str]) -> str | None:
     if not layer.cast_input_dtype_enabled:
         return "PEFT's cast of the input is switched off"
     for name in names:
-        if name in layer.lora_variant:
-            return _variant(layer, name)
+        if (why := _variant(layer, names, name)) is not None:
+            return why
         for part in ("lora_A", "lora_B"):
             module = inner[part]._modules[name]
             if type(module) is not nn.Linear or _hooked(module):
@@ -175,10 +189,23 @@ def _weight(linear: Any) -> torch.Tensor:
     return linear._parameters["weight"]  # not through Module.__getattr__, which is felt at one token
 
 
-def _variant(layer: Any, name: str) -> str:
-    variant = type(layer.lora_variant[name]).__name__.removesuffix("Variant").removesuffix("Linear")
-    what = "DoRA, which needs the norm of W + s BA" if layer.use_dora.get(name) else variant
-    return f"adapter {name!r} is {what}; PEFT's own forward runs"
+def _variant(layer: Any, names: list[str], name: str) -> str | None:
+    """Why `name`, one of the active ones, is a variant that keeps PEFT's forward; None for LoRA and DoRA."""
+    if name not in layer.lora_variant:
+        return None
+    what, why = type(layer.lora_variant[name]).__name__.removesuffix("Variant").removesuffix("Linear"), ""
+    if layer.use_dora.get(name):
+        magnitude = layer._modules[MAGNITUDE]._modules[name]
+        what = "DoRA"
+        if len(names) > 1:
+            why = " beside another adapter"
+        elif layer._modules["lora_B"]._modules[name].bias is not None:
+            why = " with a bias in B"
+        elif type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+            why = " whose magnitude is wrapped or has hooks"
+        else:
+            return None
+    return f"adapter {name!r} is {what}{why}; PEFT's own forward runs"
 
 
 def _hooked(module: Any) -> bool:

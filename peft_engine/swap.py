@@ -15,7 +15,7 @@ import torch
 from peft_engine import dense, native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import copies, virtual_attention, walks
+from peft_engine.methods import copies, dora, virtual_attention, walks
 from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
@@ -70,7 +70,8 @@ def unoptimize(model: ModelType) -> ModelType:
             "undo that first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )
     for module in stand_ins.values():
-        module.__dict__.pop("_nf4", None)
+        for kept in ("_nf4", dora.KEPT):
+            module.__dict__.pop(kept, None)
         _set_class(module, _stood_for(module))
     detach_head(model)
     return model
@@ -239,8 +240,9 @@ def _product_line(
     weight: torch.Tensor | NF4Tensor,
     dtype: torch.dtype,
     adapter: torch.Tensor | None,
+    op: str = "lora_linear",
 ) -> LayerReport:
-    """A line for a layer that calls ops.lora_linear with an input of `dtype`."""
+    """A line for a layer that calls ops.lora_linear, or an op around it, with an input of `dtype`."""
     call = LoraLinearCall(
         device=weight.device.type,
         dtype=dtype,
@@ -252,9 +254,9 @@ def _product_line(
     try:
         choice = LORA_LINEAR.choose(call)
     except BackendError as error:
-        return _line(name, module, "lora_linear", "none", False, str(error))
+        return _line(name, module, op, "none", False, str(error))
     reason = "; ".join(filter(None, (choice.reason, noted("lora_linear"))))
-    return _ran(name, module, "lora_linear", choice.backend, reason)
+    return _ran(name, module, op, choice.backend, reason)
 
 
 def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> LayerReport:
@@ -281,10 +283,12 @@ def _our_line(name: str, module: Any) -> LayerReport | None:
     adapters = module._modules.get("lora_A", {})
     active = getattr(module, "active_adapter", None)
     names = active if isinstance(active, tuple) else (active,)
-    adapter = next((adapters[n] for n in names if n in adapters), None)
-    if adapter is None and not nf4:
+    used = next((n for n in names if n in adapters), None)
+    if used is None and not nf4:
         return None
-    return _product_line(name, module, weight, dtype, adapter)
+    adapter = None if used is None else adapters[used]
+    op = "dora_linear" if used is not None and module.lora[used].dora else "lora_linear"
+    return _product_line(name, module, weight, dtype, adapter, op)
 
 
 def _bottleneck_line(name: str, module: Bottlenecks, dtype: torch.dtype) -> LayerReport:
@@ -335,7 +339,8 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
             return _own(name, module, "lora_linear", why)
     dtype = (base.compute_dtype or weight.dtype) if isinstance(weight, NF4Tensor) else weight.dtype
     adapter = None if alone else module.lora_A[names[0]].weight
-    return _product_line(name, module, weight, dtype, adapter)
+    op = "lora_linear" if alone or names[0] not in module.lora_variant else "dora_linear"
+    return _product_line(name, module, weight, dtype, adapter, op)
 
 
 def _virtual_tokens_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:

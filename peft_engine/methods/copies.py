@@ -43,7 +43,7 @@ def whole(model: nn.Module, roots: Iterable[str]) -> list[str]:
     for root in roots:
         module = model.get_submodule(root)
         for path, parameter in module.named_parameters(root, remove_duplicate=False):
-            if ".lora_A." in path or ".lora_B." in path:
+            if {"lora_A", "lora_B", "lora_magnitude_vector"} & set(path.split(".")):
                 raise ValueError(
                     f"attach: modules_to_save: {root} holds the adapter tensor {path}; a module is adapted "
                     "or trained whole, the same for all adapters of a model"

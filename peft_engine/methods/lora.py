@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W^T + b + s (drop(x) A^T) B^T, W frozen, A (r, K), B (N, r).
 
 s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (Kalajdzievski 2023, arXiv 2312.03732). QLoRA is
-the same adapter over a weight in NF4. This file: the config, the two layers, and how A and B start.
+the same adapter over a weight in NF4; with use_dora each output also has a magnitude (dora.py). This file:
+the config, the two layers, and how A and B start.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_engine import dispatch
-from peft_engine.methods import copies, peft_config
+from peft_engine.methods import copies, dora, peft_config
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_groups import lora_groups, sort_rows
 from peft_engine.ops.lora_linear import lora_linear
@@ -35,6 +36,7 @@ class LoraConfig:
                          or "all-linear" (every linear layer but the output head); None: PEFT's choice
     exclude_modules      names or one regular expression: what they match is left out
     rank_pattern         regular expression for the end of a path: the rank there; alpha_pattern alike
+    use_dora             DoRA: a trained magnitude for each output, times the direction that W + s B A gives
     bias                 "none", "all" or "lora_only" (of the adapted layers): biases to train, in a copy
     modules_to_save      names of modules to train whole, in a copy
     init_lora_weights    True: A kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r, B zero;
@@ -54,6 +56,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
@@ -91,8 +94,9 @@ class LoraConfig:
             _regex("layers_pattern", pattern)
         if self.task_type is not None and not isinstance(self.task_type, str):
             raise TypeError(f"LoraConfig: task_type must be a string, got {self.task_type!r}")
-        if type(self.use_rslora) is not bool:
-            raise TypeError(f"LoraConfig: use_rslora must be True or False, got {self.use_rslora!r}")
+        for name in ("use_rslora", "use_dora"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"LoraConfig: {name} must be True or False, got {getattr(self, name)!r}")
         if self.bias not in BIASES:
             raise ValueError(f"LoraConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
@@ -115,20 +119,31 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What one adapter does in one layer: its rank, the factor s, and the dropout in training."""
+    """What one adapter does in one layer: its rank, the factor s, the dropout in training, and whether it is
+    DoRA.
+    """
 
     r: int
     scaling: float
     dropout: float
+    dora: bool = False
 
 
 class _Lora(nn.Module):
-    """What both layers hold besides the base's: A and B of each adapter by name, and which is active."""
+    """What both layers hold besides the base's: A and B of each adapter by name, and which is active.
+
+    lora_magnitude_vector is there when one of them is DoRA.
+    """
 
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
+    lora_magnitude_vector: nn.ParameterDict
     lora: dict[str, LoraSettings]
     active_adapter: str | tuple[str | None, ...] | None
+
+    def train(self, mode: bool = True) -> Any:
+        dora.forget(self, base=False)
+        return super().train(mode)
 
 
 class LoraLinear(_Lora, nn.Linear):
@@ -213,11 +228,12 @@ def _apart(
 
 def _groups(layer: Any, known: Mapping[str | None, list[int]]) -> bool:
     """Whether the rows of a mixed batch run as one grouped product: no dropout, one bias, adapters of this
-    layer.
+    layer, none of them DoRA.
     """
     names = [name for name in known if name is not None]
     return all(
         name in layer.lora
+        and not layer.lora[name].dora
         and not (layer.training and layer.lora[name].dropout)
         and copies.value(layer, "bias", name) is copies.value(layer, "bias", None)
         for name in names
@@ -255,20 +271,24 @@ def _product(
     settings = None if name is None else layer.lora.get(name)
     if settings is None and not isinstance(weight, NF4Tensor):
         return linear(x, weight, bias)
-    if settings is None:
+    if name is None or settings is None:
         return lora_linear(x, weight, None, None, 1.0, bias=bias)
     p = settings.dropout if layer.training else 0.0
+    # Not through attributes and ParameterDict: 5 us less a layer, and a decoded token passes 210 of them.
+    a, b = layer._modules["lora_A"]._parameters[name], layer._modules["lora_B"]._parameters[name]
+    if settings.dora:
+        m = layer._modules["lora_magnitude_vector"]._parameters[name]
+        return dora.product(layer, x, weight, name, a, b, m, settings.scaling, bias, p)
     # A seed from torch's generator: checkpointing restores the generator, so the second forward drops the
     # same.
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
-    # Not through attributes and ParameterDict: 5 us less a layer, and a decoded token passes 210 of them.
-    a, b = layer._modules["lora_A"]._parameters[name], layer._modules["lora_B"]._parameters[name]
     return lora_linear(x, weight, a, b, settings.scaling, bias=bias, dropout_p=p, seed=seed)
 
 
 def settings_for(config: LoraConfig, r: int, alpha: float) -> LoraSettings:
     """The settings of a layer of rank r."""
-    return LoraSettings(r, alpha / (math.sqrt(r) if config.use_rslora else r), config.lora_dropout)
+    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    return LoraSettings(r, scaling, config.lora_dropout, config.use_dora)
 
 
 def initial(
@@ -332,7 +352,7 @@ def _names(name: str, value: Any) -> list[str] | str | None:
 # Fields of PEFT's file that say nothing about the adapter's maths, besides those of every method.
 INERT = ("megatron_core", "qalora_group_size", "eva_config")
 # Switches and settings of methods that are not offered: the file may hold them at the values that mean "off".
-SWITCHES = ("fan_in_fan_out", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying")
+SWITCHES = ("fan_in_fan_out", "use_qalora", "lora_bias", "ensure_weight_tying")
 SETTINGS = (
     "megatron_config", "trainable_token_indices", "loftq_config", "corda_config",
     "lora_ga_config", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
@@ -354,7 +374,6 @@ def to_file(config: LoraConfig) -> dict[str, Any]:
         "peft_type": "LORA",
         "inference_mode": True,
         "fan_in_fan_out": False,
-        "use_dora": False,
     }
 
 

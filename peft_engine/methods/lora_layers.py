@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import lora, targets
+from peft_engine.methods import dora, lora, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
 from peft_engine.methods.walks import kept
+from peft_engine.nn import NF4Linear
 
 NAME, SLOT, DOES = "lora", "lora", "add to the same linear layers"
 CONFIG = LoraConfig
 WEIGHTS = "adapter_model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name, in layers and files
 ROOT = "base_model.model"  # what PEFT puts in front of every key
 resolve, from_file = targets.resolve, lora.from_file
 
@@ -49,6 +51,8 @@ def shapes(
         layer: Any = model.get_submodule(path)
         out[f"{path}.lora_A.weight"] = (settings.r, layer.in_features)
         out[f"{path}.lora_B.weight"] = (layer.out_features, settings.r)
+        if settings.dora:
+            out[f"{path}.{MAGNITUDE}"] = (layer.out_features,)
     return out
 
 
@@ -59,7 +63,9 @@ def install(
     plan: Plan,
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Adds A and B to the layers of the plan: `values` as `tensors` gives them, None: fresh ones."""
+    """Adds A and B, and DoRA's magnitudes, to the layers of the plan: `values` as `tensors` gives them, None:
+    fresh ones.
+    """
     for path, settings in plan.layers.items():
         layer: Any = model.get_submodule(path)
         if values is None:
@@ -74,6 +80,22 @@ def install(
         layer.lora_A[name] = nn.Parameter(a.to(device))
         layer.lora_B[name] = nn.Parameter(b.to(device))
         layer.lora[name] = settings
+        if settings.dora:
+            given = None if values is None else values[f"{path}.{MAGNITUDE}"].float().to(device)
+            if MAGNITUDE not in layer._modules:
+                setattr(layer, MAGNITUDE, nn.ParameterDict())
+            start = _direction_alone(layer, name)  # also keeps ||W||^2, which torch.compile finds there
+            layer.lora_magnitude_vector[name] = nn.Parameter(start if given is None else given)
+
+
+def _direction_alone(layer: Any, name: str) -> torch.Tensor:
+    """The magnitudes with which a DoRA adapter leaves W + s B A as it is: its norms."""
+    weight = layer.nf4 if isinstance(layer, NF4Linear) else layer.weight
+    if weight.device.type == "meta":
+        return torch.empty(layer.out_features, device="meta")
+    return dora.norm(
+        layer, weight, name, layer.lora_A[name], layer.lora_B[name], layer.lora[name].scaling
+    ).clone()
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -83,7 +105,13 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def remove_from_layer(layer: Any, name: str) -> None:
-    """Takes one adapter's A and B out of a layer; without any left it is of the base's class again."""
+    """Takes one adapter's tensors out of a layer; without any left it is of the base's class again."""
+    if layer.lora[name].dora:
+        dora.forget(layer, base=False)
+        del layer.lora_magnitude_vector[name]
+        if not layer.lora_magnitude_vector:
+            del layer.lora_magnitude_vector
+            layer.__dict__.pop(dora.KEPT, None)
     del layer.lora_A[name], layer.lora_B[name], layer.lora[name]
     if not layer.lora:
         del layer.lora_A, layer.lora_B, layer.lora, layer.active_adapter
@@ -97,12 +125,16 @@ def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> No
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The tensors of adapter `name`: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`."""
+    """The tensors of adapter `name`: `<layer>.lora_A.weight`, `<layer>.lora_B.weight` and, of DoRA,
+    `<layer>.lora_magnitude_vector`.
+    """
     out: dict[str, nn.Parameter] = {}
     for path, layer in layers(model):
         if name in layer.lora:
             out[f"{path}.lora_A.weight"] = layer.lora_A[name]
             out[f"{path}.lora_B.weight"] = layer.lora_B[name]
+            if layer.lora[name].dora:
+                out[f"{path}.{MAGNITUDE}"] = layer.lora_magnitude_vector[name]
     return out
 
 
@@ -113,14 +145,21 @@ stored = tensors
 
 def untouched(model: nn.Module, name: str) -> str:
     """Why the adapter does nothing, or nothing."""
-    touched = any(t.any() for path, t in tensors(model, name).items() if path.endswith(".lora_B.weight"))
-    return "" if touched else "every B is zero, so it does nothing"
+    mine = [layer for _, layer in layers(model) if name in layer.lora]
+    if any(layer.lora_B[name].any() for layer in mine):
+        return ""
+    scaled = [layer for layer in mine if layer.lora[name].dora]
+    if any(
+        not torch.equal(layer.lora_magnitude_vector[name], _direction_alone(layer, name)) for layer in scaled
+    ):
+        return ""
+    return "every B is zero, so it does nothing"
 
 
 def key(model: nn.Module, path: str, name: str) -> str:
     """A tensor's key in PEFT's file: an adapted layer's own bias lies below its base_layer."""
     parent, _, leaf = path.rpartition(".")
-    if parent.rpartition(".")[2] not in ("lora_A", "lora_B"):
+    if leaf != MAGNITUDE and parent.rpartition(".")[2] not in ("lora_A", "lora_B"):
         layer: Any = model.get_submodule(parent)
         if is_adapted(layer) and name in layer.lora:
             path = f"{parent}.base_layer.{leaf}"

@@ -19,7 +19,7 @@ LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "prefix": 1e-2, "prompt": 1e-1, "
 # The activation and the reduction factor that each placement was published with, as `adapters` has them.
 _OF_PLACEMENT = {"houlsby": ("silu", 16.0), "pfeiffer": ("relu", 16.0), "parallel": ("relu", 2.0)}
 PLACEMENTS = tuple(_OF_PLACEMENT)
-_LORA = {"rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear"}
+_LORA = {"rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear", "dora": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": _LORA,
     "qlora": _LORA,
@@ -39,6 +39,7 @@ class MethodOptions:
     alpha: float | None = None
     dropout: float | None = None
     target_modules: list[str] | str | None = None
+    dora: bool | None = None
     virtual_tokens: int | None = None
     prefix_projection: bool | None = None
     init: str | None = None
@@ -75,7 +76,8 @@ def virtual_tokens(values: dict[str, Any]) -> int:
 def describe(method: str, values: dict[str, Any]) -> str:
     """What is trained, for a person."""
     if method in ("lora", "qlora"):
-        return f"LoRA, rank {values['rank']} on {values['target_modules']}"
+        kind = "DoRA" if values.get("dora") else "LoRA"
+        return f"{kind}, rank {values['rank']} on {values['target_modules']}"
     if method == "bottleneck":
         width = f"width {values['width']}" if values["width"] else f"reduction {values['reduction_factor']:g}"
         return f"bottleneck, {values['placement']} placement, {width}, {values['activation']}"
@@ -88,7 +90,7 @@ def describe(method: str, values: dict[str, Any]) -> str:
 def title(method: str, values: dict[str, Any]) -> str:
     """The method and its size, for a picture."""
     if method in ("lora", "qlora"):
-        return f"{method}, rank {values['rank']}"
+        return f"{method}{' with dora' if values.get('dora') else ''}, rank {values['rank']}"
     if method == "bottleneck":
         return f"{method}, {values['placement']}"
     return f"{method}, {values['virtual_tokens']} virtual tokens"
@@ -104,6 +106,7 @@ def config_of(method: str, values: dict[str, Any], model: str) -> Any:
             lora_alpha=values["alpha"],
             lora_dropout=values["dropout"],
             target_modules=values["target_modules"],
+            use_dora=values["dora"],
             task_type="CAUSAL_LM",
         )
     if method == "bottleneck":

@@ -66,6 +66,9 @@ TargetModules = Annotated[
     str | None,
     typer.Option(help="(lora, qlora) all-linear, the default, or names with commas: q_proj,v_proj"),
 ]
+Dora = Annotated[
+    bool, typer.Option("--dora", help="(lora, qlora) DoRA: a trained magnitude for each output besides.")
+]
 VirtualTokens = Annotated[
     int | None,
     typer.Option(
@@ -105,10 +108,14 @@ Activation = Annotated[
 ]
 
 
-def method_options(*, target_modules: str | None, prefix_projection: bool, **given: Any) -> MethodOptions:
+def method_options(
+    *, target_modules: str | None, dora: bool, prefix_projection: bool, **given: Any
+) -> MethodOptions:
     """What was typed, as options: names with commas become a list, a switch that is off was not given."""
     targets: list[str] | str | None = target_modules
     if target_modules is not None:
         targets = [name.strip() for name in target_modules.split(",") if name.strip()]
         targets = "all-linear" if targets == ["all-linear"] else targets
-    return MethodOptions(target_modules=targets, prefix_projection=prefix_projection or None, **given)
+    return MethodOptions(
+        target_modules=targets, dora=dora or None, prefix_projection=prefix_projection or None, **given
+    )

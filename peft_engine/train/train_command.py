@@ -43,6 +43,7 @@ def train(
     alpha: o.Alpha = None,
     dropout: o.Dropout = None,
     target_modules: o.TargetModules = None,
+    dora: o.Dora = False,
     virtual_tokens: o.VirtualTokens = None,
     prefix_projection: o.PrefixProjection = False,
     init: o.Init = None,
@@ -99,7 +100,7 @@ def train(
             "gradient_checkpointing": gradient_checkpointing,
         }  # fmt: skip
         given = o.method_options(
-            rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules,
+            rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=dora,
             virtual_tokens=virtual_tokens, prefix_projection=prefix_projection, init=init,
             init_text=init_text, width=width, reduction_factor=reduction_factor, placement=placement,
             activation=activation,

@@ -89,6 +89,17 @@ def test_each_method_learns_over_a_dense_and_a_quantised_base(train, tmp_path, m
     assert "Adapter: " in err and ("in NF4" if quantize == "nf4" else "dense") in err
 
 
+def test_dora_trains_and_is_used(train, tmp_path, command, model, data):
+    code, _, err = train("qlora", "--epochs", 4, "--dora", "--dropout", 0.1)
+    assert code == 0 and "Adapter: DoRA, rank 4" in err, err
+    record = json.loads((tmp_path / "qlora" / "run.json").read_text())
+    assert record["settings"]["dora"] is True and record["without_gradient"] == []
+    assert record["losses"][-1] < 0.7 * record["losses"][0]
+    code, out, err = command("explain", "--model", model, "--adapter", tmp_path / "qlora", "--json")
+    assert code == 0, err
+    assert [line for line in json.loads(out)["layers"] if line["op"] == "dora_linear"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_given_is_the_method_s_default_and_stands_in_the_record(method):
     values = MethodOptions().of(method)
@@ -104,8 +115,8 @@ def test_what_is_not_given_is_the_method_s_default_and_stands_in_the_record(meth
 def test_an_option_of_another_method_is_wrong_usage(train, tmp_path, method):
     samples = {
         "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "q_proj", "virtual_tokens": 4,
-        "init": "vocab", "init_text": "a", "prefix_projection": None, "width": 8, "reduction_factor": 2,
-        "placement": "houlsby", "activation": "gelu",
+        "init": "vocab", "init_text": "a", "prefix_projection": None, "dora": None, "width": 8,
+        "reduction_factor": 2, "placement": "houlsby", "activation": "gelu",
     }  # fmt: skip
     assert samples.keys() == MethodOptions.__dataclass_fields__.keys()
     for name in samples.keys() - DEFAULTS[method].keys():

@@ -1,6 +1,7 @@
 """Whole models by the way they take on a GPU, whose kernels are interpreted here on CPU tensors."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def test_padding_is_within_twice_the_own_error(as_on_a_gpu, side):
     check("Llama", torch.float32, ids, attention_mask=mask)
 
 
-def adapted():
-    """A model over NF4 with LoRA on every linear, whose B is not zero."""
+def adapted(dora):
+    """A model over NF4 with LoRA or DoRA on every linear, whose B is not zero."""
     model = pe.quantize_(make(hidden_size=64, intermediate_size=128, num_hidden_layers=1))
-    pe.attach(model, pe.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    pe.attach(model, pe.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=dora))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.1)
@@ -53,9 +54,18 @@ def dense(model, dtype):
     for module in twin.modules():
         if isinstance(module, pe.nn.NF4Linear):
             weight = reference_dequantize(module.nf4, torch.float64).to(dtype)
-            a, b = module.lora_A["default"], module.lora_B["default"]
-            module.forward = lambda x, w=weight, a=a, b=b: x @ w.t() + 2.0 * (x @ a.t()) @ b.t()
+            module.forward = partial(product, module, weight)
     return twin
+
+
+def product(module, weight, x):
+    """Plain torch's product of a layer with its adapter."""
+    a, b = module.lora_A["default"], module.lora_B["default"]
+    y = x @ weight.t() + 2.0 * (x @ a.t()) @ b.t()
+    if not module.lora["default"].dora:
+        return y
+    norm = torch.linalg.vector_norm((weight + 2.0 * b @ a).detach(), dim=1)
+    return y * (module.lora_magnitude_vector["default"] / norm)
 
 
 def loss_and_gradients(model, ids, labels):
@@ -65,16 +75,23 @@ def loss_and_gradients(model, ids, labels):
     return loss.detach(), torch.cat([g.flatten() for g in grads])
 
 
-def test_a_qlora_step_is_within_twice_the_error_of_plain_torch(as_on_a_gpu):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_qlora_step_is_within_twice_the_error_of_plain_torch(as_on_a_gpu, dora):
     """Every kernel of a step together: NF4 with LoRA, norms, rotary, attention, SwiGLU, the joined loss."""
-    model = adapted()
+    model = adapted(dora)
     ids = torch.randint(3, 61, (2, 9))
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
     exact = loss_and_gradients(dense(model, torch.float64), ids, labels)
     plain = loss_and_gradients(dense(model, torch.float32), ids, labels)
     report = pe.optimize(model)
     fused = {line.op for line in report.layers if line.fused and line.backend == "triton"}
-    assert fused >= {"lora_linear", "rms_norm", "attention", "swiglu", "linear_cross_entropy"}, str(report)
+    assert fused >= {
+        "dora_linear" if dora else "lora_linear",
+        "rms_norm",
+        "attention",
+        "swiglu",
+        "linear_cross_entropy",
+    }, str(report)
     got = loss_and_gradients(model, ids, labels)
     for name, *results in zip(("loss", "gradients"), got, plain, exact, strict=True):
         assert_twice_as_good(*results, what=name)

@@ -319,20 +319,6 @@ def test_lora_bias_is_scaled_as_in_peft(make):
     _same_step(mine, _step(twin))
 
 
-@pytest.mark.parametrize("base", ["dense", "bnb"])  # PEFT has no norm of an NF4Linear
-def test_dora_layers_run_peft_own_forward_and_the_report_says_why(make, base):
-    model = make(base, use_dora=True)
-    before = _step(model)
-    report = pe.optimize(model)
-    assert all(not line.fused and "DoRA" in line.reason for line in _lora_lines(report))
-    assert len(_lora_lines(report)) == LINEARS
-    assert {type(m).__module__ for m in _peft_layers(model)} <= {
-        "peft.tuners.lora.layer",
-        "peft.tuners.lora.bnb",
-    }
-    _same_step(_step(model), before)
-
-
 def test_dropout_keeps_the_expectation_repeats_with_the_seed_and_stops_in_eval(make, base):
     model = make(base, lora_dropout=0.5).train()
     pe.optimize(model)

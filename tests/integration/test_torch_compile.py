@@ -20,11 +20,12 @@ def device(request):
     return request.param
 
 
-def block_of(tiny_llama, device):
-    """A function of hidden states through one QLoRA Llama block, and what it trains."""
+def block_of(tiny_llama, device, dora=False):
+    """A function of hidden states through one QLoRA (or QDoRA) Llama block, and what it trains."""
     model = tiny_llama(torch.bfloat16, max_position_embeddings=2048, hidden_size=128).to(device)
     pe.quantize_(model)
-    pe.attach(model, pe.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    settings = dict(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, use_dora=dora)
+    pe.attach(model, pe.LoraConfig(**settings))
     pe.optimize(model)
     layer, rotary = model.model.layers[0].train(), model.model.rotary_emb
 
@@ -44,9 +45,10 @@ def step(block, parameters, hidden):
     return [out.detach(), *gradients]
 
 
-def test_a_qlora_block_trains_in_one_graph_with_two_compilations_over_all_lengths(tiny_llama, device):
+@pytest.mark.parametrize("dora", (False, True), ids=("lora", "dora"))
+def test_a_qlora_block_trains_in_one_graph_with_two_compilations_over_all_lengths(tiny_llama, device, dora):
     torch._dynamo.reset()
-    block, parameters = block_of(tiny_llama, device)
+    block, parameters = block_of(tiny_llama, device, dora)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     for length in (64, 128, 65, 200, 333, 512, 1000, 2048):
@@ -88,6 +90,16 @@ def test_opcheck_of_lora_linear(device, nf4, rank, p):
     for need_dx in (True, False):
         backward = dy, x, *base, a, b, h if rank else None, 0.5, p, seed, need_dx
         torch.library.opcheck(ops.lora_linear_backward.default, backward)
+
+
+def test_opcheck_of_dora_linear(device):
+    skip_without_kernels(device)
+    y, dy = (torch.randn(2, 3, 40, dtype=torch.bfloat16, device=device) for _ in range(2))
+    magnitude, norm, bias = (torch.rand(40, device=device) + 0.5 for _ in range(3))
+    torch.library.opcheck(torch.ops.peft_engine.dora_linear_forward, (y, magnitude, norm, bias))
+    torch.library.opcheck(torch.ops.peft_engine.dora_linear_forward, (y, magnitude, norm, None))
+    for need in (True, False):
+        torch.library.opcheck(torch.ops.peft_engine.dora_linear_backward, (dy, y, magnitude, norm, need))
 
 
 @pytest.mark.parametrize("double", (True, False))

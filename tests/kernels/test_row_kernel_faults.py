@@ -1,11 +1,12 @@
-"""Faults planted in rms_norm's, swiglu's, rotary's and the loss's Triton kernels are found, each by the
-interpreter or by the answer.
+"""Faults planted in the Triton kernels of rms_norm, swiglu, rotary, dora_linear and the loss are found, each
+by the interpreter or by the answer.
 """
 
 import importlib
 
 import faulty
 import pytest
+import test_dora_linear_triton as dora_test
 import test_linear_cross_entropy_triton as loss_test
 import test_rms_norm_triton as norm_test
 import test_rotary_triton as rotary_test
@@ -20,7 +21,7 @@ pytestmark = [
     ),
 ]
 WRONG = AssertionError
-NORM, ROTARY, LOSS = "rms_norm", "rotary", "linear_cross_entropy"
+NORM, ROTARY, DORA, LOSS = "rms_norm", "rotary", "dora_linear", "linear_cross_entropy"
 HALF, WHOLE = torch.bfloat16, torch.float32
 
 
@@ -42,6 +43,8 @@ CASES = {
     "halves": lambda: swiglu_test.test_halves_of_one_row_are_read_in_place("cpu", 1500),
     "heads": lambda: _heads(5, 3, 20, 12),
     "tiles": lambda: rotary_test.test_many_heads_take_several_tiles("cpu", pytest.MonkeyPatch()),
+    "dora": lambda: dora_test.check("cpu", 130, 270, WHOLE),
+    "zero": lambda: dora_test.test_a_norm_of_zero_gives_zero("cpu"),
     "loss": lambda: loss_test.test_losses_and_gradients_are_within_twice_the_reference_error(
         "cpu", WHOLE, 3, 9001
     ),
@@ -84,6 +87,19 @@ FAULTS = [
     (ROTARY, "rotate", "heads", "b * stride_cb + t *", "t *", WRONG),
     (ROTARY, "rotate", "tiles", "range(0, HEADS, BLOCK_H)", "range(0, BLOCK_H, BLOCK_H)", WRONG),
     (ROTARY, "rotate", "heads", "k + b * stride_kb", "k + b * stride_qb", OutOfBounds),
+    # factors, the bias, shares of the rows
+    (DORA, "forward", "dora", "(row < rows)[:, None]", "(row < rows + 1)[:, None]", OutOfBounds),
+    (DORA, "forward", "dora", "there = n < columns", "there = n < columns + 1", (OutOfBounds, Race)),
+    (DORA, "forward", "dora", "% blocks * BLOCK_N", "% blocks * 0", Race),
+    (DORA, "forward", "dora", "if HAS_BIAS:", "if not HAS_BIAS:", WRONG),
+    (DORA, "forward", "zero", "tl.maximum(tl.load(norm + n, there, other=1.0), TINY)",
+     "tl.load(norm + n, there, other=1.0)", WRONG),
+    (DORA, "backward", "dora", "(gradient * factor)", "gradient", WRONG),
+    (DORA, "backward", "dora", "tl.minimum(rows, first + share)", "first + share", (OutOfBounds, Race)),
+    (DORA, "backward", "dora", "sum += gradient *", "sum = gradient *", WRONG),
+    (DORA, "backward", "dora", "tl.program_id(1).to(tl.int64) * columns + n, tl.sum", "n, tl.sum", Race),
+    (DORA, "backward", "dora", "for s in range(shares)", "for s in range(1)", WRONG),
+    (DORA, "backward", "dora", "sum / tl.maximum", "sum * tl.maximum", WRONG),
     # the running maximum and sum
     (LOSS, "rows", "loss", "sum = sum * tl.exp(top - base) + ", "sum = sum + ", WRONG),
     (LOSS, "rows", "loss", "tl.maximum(top, tl.max(tile, 1))", "tl.max(tile, 1)", WRONG),
@@ -105,6 +121,7 @@ USERS = {
     "rms_norm": (norm_test, "forward", "backward"),
     "swiglu": (swiglu_test, "forward", "backward"),
     "rotary": (rotary_test, "rotate"),
+    "dora_linear": (dora_test, "forward", "backward"),
     "linear_cross_entropy": (loss_test, "cross_entropy_rows", "cross_entropy_columns"),
 }
 

@@ -35,6 +35,7 @@ SETTINGS = [
         alpha_pattern={r"0\.self_attn\.q_proj": 7},
         use_rslora=True,
     ),
+    dict(target_modules="all-linear", use_dora=True, bias="lora_only"),
     dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers"),
     dict(target_modules="all-linear", exclude_modules=["up_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"),
 ]

@@ -28,7 +28,7 @@ def test_an_unknown_config_key_is_named(llama, saved):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(use_dora=True),
+        dict(use_qalora=True),
         dict(layer_replication=[[0, 2]]),
         dict(trainable_token_indices=[3]),
         dict(lora_bias=True),

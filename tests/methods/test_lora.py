@@ -39,6 +39,7 @@ CONFIGS = [
     LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias="all"),
     LoraConfig(r=4, target_modules="all-linear", bias="lora_only"),
     LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+    LoraConfig(r=4, target_modules="all-linear", use_dora=True, bias="lora_only"),
 ]
 
 

@@ -18,6 +18,7 @@ from peft_engine.quantize import quantize_
         ALL,
         LoraConfig(r=4, target_modules=["q_proj"], bias="all"),
         LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["lm_head", "norm"]),
+        LoraConfig(r=4, target_modules="all-linear", use_dora=True),
     ],
 )
 def test_a_merged_model_computes_what_base_and_adapter_did(tiny_llama, config, nf4):
