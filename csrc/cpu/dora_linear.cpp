@@ -2,6 +2,7 @@
 // peft_engine/ops/dora_linear.py. y0 is (..., N), contiguous; m, n and bias are N floats.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -31,6 +32,8 @@ std::vector<float> factors(const Tensor& magnitude, const Tensor& norm) {
   return out;
 }
 
+constexpr int64_t kShare = 64;  // rows
+
 Tensor dora_linear_forward(Tensor y, Tensor magnitude, Tensor norm, std::optional<Tensor> bias) {
   const int64_t n = y.size(y.dim() - 1), rows = n > 0 ? y.numel() / n : 0;
   Tensor out = torch::stable::empty_like(y);
@@ -52,12 +55,20 @@ std::tuple<Tensor, Tensor> dora_linear_backward(Tensor dy, Tensor y, Tensor magn
   const std::vector<float> factor = factors(magnitude, norm);
   const void *pg = dy.const_data_ptr(), *py = y.const_data_ptr();
   void* po = dx.mutable_data_ptr();
-  float* pm = need_dm ? static_cast<float*>(dm.mutable_data_ptr()) : nullptr;
   const pe::Type type = pe::type_of(y);
-  const int64_t columns = PE_CALL(dora_linear_columns)();
-  pe::for_rows((n + columns - 1) / columns, (rows > 0 ? rows : 1) * columns, [&](int64_t first, int64_t last) {
-    PE_CALL(dora_linear_backward_columns)(pg, py, factor.data(), floats(norm), po, pm, type, rows, n, first, last);
+  // A share of the rows has sums of its own, which are added in order: the same bits with any number of threads.
+  const int64_t shares = (rows + kShare - 1) / kShare;
+  std::vector<float> sums(need_dm ? shares * n : 0);
+  pe::for_rows(shares, kShare * n, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) PE_CALL(dora_linear_backward_rows)
+    (pg, py, factor.data(), po, need_dm ? sums.data() + s * n : nullptr, type, n, s * kShare,
+     std::min(rows, (s + 1) * kShare));
   });
+  for (int64_t i = 0; need_dm && i < n; ++i) {
+    double total = 0.0;
+    for (int64_t s = 0; s < shares; ++s) total += sums[s * n + i];
+    static_cast<float*>(dm.mutable_data_ptr())[i] = static_cast<float>(total / std::fmax(floats(norm)[i], FLT_MIN));
+  }
   return {dx, dm};
 }
 

@@ -99,9 +99,8 @@ def dora_norm(
         squares = row_squares(weight)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         a, b = lora_a.detach().float(), lora_b.detach().float()
-        cross = (_times(weight, a) * b).sum(1)
-        own = (b @ (a @ a.t()) * b).sum(1)
-        return (squares + 2.0 * scaling * cross + scaling**2 * own).clamp_min(0.0).sqrt()
+        both = torch.addmm(_times(weight, a), b, a @ a.t(), beta=2.0 * scaling, alpha=scaling**2)
+        return (both * b).sum(1).add_(squares).clamp_min_(0.0).sqrt_()
 
 
 def _times(weight: torch.Tensor | NF4Tensor, a: torch.Tensor) -> torch.Tensor:
