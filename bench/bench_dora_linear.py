@@ -1,18 +1,20 @@
-"""DoRA: suite `dora`, a layer and a training step; and pytest-benchmark cases.
+"""DoRA: suite `dora`, a layer, a training step and generation; and pytest-benchmark cases.
 
 python -m bench.runner dora
 python -m pytest bench/bench_dora_linear.py --benchmark-only
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import measure, peers
+from bench.bench_generate import greedy
 from bench.bench_lora_linear import forward_backward
 from bench.bench_train import small_model
 from peft_engine.ops import dora_linear, lora_linear, nf4_quantize
@@ -21,9 +23,13 @@ LORA = "peft-engine, LoRA"  # the same adapter without magnitudes
 
 
 def dora(settings: measure.Settings) -> Iterator[measure.Row]:
-    """r=16 (fp32) over bf16, all gradients; then forward, backward and AdamW of SmolLM2 on 4x128 tokens."""
+    """r=16 (fp32) over bf16: a layer with all gradients; SmolLM2 on 4x128 tokens, AdamW; greedy."""
+    makers: dict[str, Callable[..., Any]] = {
+        **{name: partial(make, dora=True) for name, make in peers.MODELS.items()}, LORA: peers.our_model
+    }  # fmt: skip
     yield from _layer(settings)
-    yield from _step(settings)
+    yield from _step(settings, makers)
+    yield from greedy(settings, makers)
 
 
 def _layer(settings: measure.Settings) -> Iterator[measure.Row]:
@@ -43,13 +49,12 @@ def _layer(settings: measure.Settings) -> Iterator[measure.Row]:
         yield measure.row(case, name, "forward and backward", "ms", (s * 1e3 for s in seconds))
 
 
-def _step(settings: measure.Settings) -> Iterator[measure.Row]:
+def _step(settings: measure.Settings, makers: dict[str, Callable[..., Any]]) -> Iterator[measure.Row]:
     rows, length = (2, 16) if settings.quick else (4, 128)
     with tempfile.TemporaryDirectory() as folder:
         path = small_model(Path(folder)) if settings.quick else settings.model
-        makers = {name: partial(make, dora=True) for name, make in peers.MODELS.items()}
         contenders = {}
-        for name, make in {**makers, LORA: peers.our_model}.items():
+        for name, make in makers.items():
             model = make(path)
             batch = peers.tokens_batch(rows, length, model.config.vocab_size)
             adam = peers.optimizer(model)

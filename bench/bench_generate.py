@@ -2,12 +2,12 @@
 
     python -m bench.runner generate
 
-The one suite that evaluates: bitsandbytes repacks its weights here, which is its fastest mode.
+Here and in suite `dora` models evaluate: bitsandbytes repacks its weights, which is its fastest mode.
 """
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,15 @@ from bench.bench_train import small_model
 
 def generate(settings: measure.Settings) -> Iterator[measure.Row]:
     """`model.generate` of transformers on each, its key-value cache on; the prompt's pass is counted."""
+    yield from greedy(settings, peers.MODELS)
+
+
+def greedy(settings: measure.Settings, makers: Mapping[str, Callable[..., Any]]) -> Iterator[measure.Row]:
+    """The suite for any makers of models."""
     new, prompt = (4, 8) if settings.quick else (64, 32)
     with tempfile.TemporaryDirectory() as folder:
         path = small_model(Path(folder)) if settings.quick else settings.model
-        models = {name: make(path).eval() for name, make in peers.MODELS.items()}
+        models = {name: make(path).eval() for name, make in makers.items()}
         samples: dict[str, list[float]] = {name: [] for name in models}
         ids = peers.tokens_batch(1, prompt, 512)["input_ids"]
         for turn in range(1 + max(2, settings.rounds // 3)):

@@ -45,7 +45,6 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "nf4_product": bench_lora_linear.nf4_product,
     "dequantise": bench_nf4.dequantise,
     "qlora_layer": bench_lora_linear.qlora_layer,
-    "dora": bench_dora_linear.dora,
     "linear_cross_entropy": bench_linear_cross_entropy.loss,
     "dense_product": bench_dense.dense_product,
     "bottleneck": bench_bottleneck.layer,
@@ -58,6 +57,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "finetune": bench_train.finetune,
     "memory": bench_train.memory,
     "loss_parity": bench_train.loss_parity,
+    "dora": bench_dora_linear.dora,
     "generate": bench_generate.generate,
 }
 

@@ -54,10 +54,9 @@ def norm(
     scaling: float,
 ) -> torch.Tensor:
     """||W + s B A|| of each row, float32 (out_features,)."""
-    square = squares(layer, weight)
 
     def fresh() -> torch.Tensor:
-        return dora_norm(weight, lora_a, lora_b, scaling, squares=square)
+        return dora_norm(weight, lora_a, lora_b, scaling, squares=squares(layer, weight))
 
     if layer.training or torch.compiler.is_compiling():
         return fresh()
@@ -92,9 +91,10 @@ def _kept(
     scaling: float,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    if any(t.is_inference() for t in made_of):  # torch does not count their versions
+    try:
+        state = (scaling, *((t.data_ptr(), t._version) for t in made_of))
+    except RuntimeError:  # an inference tensor, whose versions torch does not count
         return make()
-    state = (scaling, *((t.data_ptr(), t._version) for t in made_of))
     kept = layer.__dict__.setdefault(KEPT, _Kept())
     found = kept.get(name)
     if found is None or found[0] != state:
