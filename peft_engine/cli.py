@@ -1,4 +1,4 @@
-"""The command `peft-engine`: train, compare, eval, generate, explain, doctor, bench.
+"""The command `peft-engine`: train, compare, eval, generate, merge, explain, doctor, bench.
 
 Progress and what is about to be done go to standard error, results to standard output; with --json that is
 one object and nothing else. Exit code 0: done; 1: failed, with one line on standard error (the traceback only
@@ -19,6 +19,7 @@ import typer
 import peft_engine
 from peft_engine.train.compare_command import compare
 from peft_engine.train.console import choice, command, quiet, say, table, usage
+from peft_engine.train.merge_command import merge
 from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
 from peft_engine.train.train_command import train
 
@@ -224,6 +225,9 @@ def generate(
                 }
             )
         say(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+
+
+app.command()(merge)
 
 
 @app.command()

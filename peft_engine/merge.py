@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,12 @@ ModelType = TypeVar("ModelType", bound=nn.Module)
 
 
 def merge_(
-    model: ModelType, name: str = "default", *, requantize: bool = False, untie: bool = False
+    model: ModelType,
+    name: str = "default",
+    *,
+    requantize: bool = False,
+    untie: bool = False,
+    watch: Callable[[int], None] | None = None,
 ) -> ModelType:
     """Folds adapter `name` into the model's own weights, in place, takes it off, and returns the model.
 
@@ -27,6 +33,7 @@ def merge_(
     rounded to it. Copied biases and modules become the base's. Other adapters stay attached, over the changed
     base. untie: a weight that the adapter changes and that another module shares (an output head tied to the
     embedding) becomes the changed module's own, and the config says so; without it such a merge is refused.
+    watch: called with the number of steps done, of two for each layer: it is checked, and merged.
     Raises ValueError, nothing changed, for a name that is not attached, for NaN or inf in the adapter or a
     merged weight, and for a tied weight.
     """
@@ -47,16 +54,20 @@ def merge_(
             f"merge_: {', '.join(tied)} is tied to another module, which the merge would change too; pass "
             "untie=True to give it a weight of its own"
         )
-    for path, layer in layers.items():
+    for count, (path, layer) in enumerate(layers.items(), 1):
         if not torch.isfinite(merged_weight(layer, name).to(_dtype(layer))).all():
             raise ValueError(
                 f"merge_: the merged weight of {path} overflows {_dtype(layer)}; load the base in a wider "
                 "dtype"
             )
+        if watch is not None:
+            watch(count)
 
     trainable: Any = base.peft_engine_trainable
-    for path, layer in layers.items():
+    for count, (path, layer) in enumerate(layers.items(), len(layers) + 1):
         _fold(layer, name, requantize, own=f"{path}.weight" in tied)
+        if watch is not None:
+            watch(count)
     values = {path: parameter.detach() for path, parameter in copied.items()}
     detach(base, name)
     for path, value in values.items():

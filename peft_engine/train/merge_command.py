@@ -1,0 +1,180 @@
+"""`peft-engine merge`: folds a LoRA adapter into its base, and writes a model that needs neither."""
+
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peft_engine.train.console import choice, command, quiet, say
+from peft_engine.train.options import Debug, Dtype, Json, Model, Quantize
+
+# What the drift is measured on where no rows are given.
+SAMPLE = (
+    "The house at the end of the street had been empty for years. Nobody in the village could say who owned "
+    "it, but on the first cold evening of October there was a light in the kitchen window.",
+    "To measure a small change, compare the whole distribution of the next token and not the likeliest "
+    "alone: for x in range(10): print(x * x)",
+    "Question: What is the capital of France? Answer: Paris. Question: How many days has a week? Answer: 7.",
+)
+ROWS, TOKENS = 16, 512  # of --data, at the most
+
+
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="Folder of a LoRA or DoRA adapter.")],
+    output: Annotated[Path, typer.Option(help="New folder for the merged model and its tokenizer.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Rows to measure the drift on, as train takes them. Default: a few sentences."),
+    ] = None,
+    quantize: Quantize = None,
+    dtype: Dtype = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Keep a 4-bit base in 4 bit: the merged weight is rounded to it."),
+    ] = False,
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie", help="Give a weight that the adapter changes and the embedding shares its own."
+        ),
+    ] = False,
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fold a LoRA or DoRA adapter into its base, and write the whole model.
+
+    The base is checked against the one that the adapter was trained on. W + s B A is summed in float32 and
+    rounded once. Over a base in 4 bit the adapter corrects the 4-bit weights, so these are what it is added
+    to, and the result is dense unless --requantize. How far the merged model is from base and adapter is
+    measured and printed. The folder appears when it is whole.
+
+    \b
+    Example:
+      peft-engine merge --model ./SmolLM2-135M --adapter out/movies --output out/movies-merged
+    """
+    with command(debug) as show:
+        from peft_engine.train.settings import DTYPES, QUANTIZE
+
+        choice("--quantize", quantize, QUANTIZE)
+        choice("--dtype", dtype, DTYPES)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise FileExistsError(f"--output {output}: there is something already; give a new folder")
+        quiet()
+        found = _merge(model, adapter, output, data, quantize, dtype, requantize, untie)
+        if json_:
+            show(found)
+        say(f"Next: peft-engine generate --model {output} --prompt ...")
+
+
+def _merge(
+    name: str,
+    adapter: Path,
+    output: Path,
+    data: Path | None,
+    quantize: str | None,
+    dtype: str | None,
+    requantize: bool,
+    untie: bool,
+) -> dict[str, Any]:
+    """Loads, merges, measures and writes; what `--json` shows."""
+    from peft_engine.merge import merge_
+    from peft_engine.methods import lora_layers
+    from peft_engine.train import models, progress
+
+    start = time.perf_counter()
+    quantize = quantize or models.recorded([adapter], "quantize")
+    dtype = dtype or models.recorded([adapter], "dtype") or "auto"
+    tokenizer = models.load_tokenizer(name)
+    how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
+    documents = _documents(tokenizer, data, models.load_config(name))
+    say(f"Loading {name}, {how}, dtype {dtype}, adapter {adapter}")
+    model = models.load_base(name, quantize=quantize, dtype=dtype)
+    (adapter_name,) = models.load_adapters(model, [adapter])
+    before = _predictions(model, documents)
+    layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]
+    say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
+    with progress.bar("Merging", 2 * len(layers)) as bar:  # each is checked first
+        merge_(model, adapter_name, requantize=requantize, untie=untie, watch=bar.update)
+    drift = _drift(before, _predictions(model, documents))
+    say(
+        f"Drift on {drift['tokens']} tokens: KL {drift['kl']:.2g} on average, the largest change of a "
+        f"log-probability of the likeliest {drift['largest']:.2g}, the likeliest token is the same for "
+        f"{100 * drift['same']:.1f} %"
+    )
+    size = _write(model, tokenizer, output)
+    say(f"Wrote {size / 2**20:,.1f} MiB to {output}")
+    return {
+        "output": output,
+        "base": name,
+        "adapter": adapter,
+        "layers": len(layers),
+        "bytes": size,
+        "drift": drift,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _documents(tokenizer: Any, data: Path | None, config: Any) -> list[list[int]]:
+    """Tokens to predict: of the first rows of `data`, or of the sample."""
+    from peft_engine.train.data import length_limit, read_rows, tokenize
+
+    limit = min(TOKENS, length_limit(config, None, 0))
+    if data is None:
+        found = [tokenizer(text)["input_ids"] for text in SAMPLE]
+    else:
+        found = [document.input_ids for document in tokenize(read_rows(data)[:ROWS], tokenizer, limit)]
+    return [ids[:limit] for ids in found if ids]
+
+
+def _predictions(model: Any, documents: list[list[int]]) -> list[Any]:
+    """The log-probabilities of the next token at each place, float32, of each document."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return [
+            model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+            .logits[0]
+            .float()
+            .log_softmax(-1)
+            for ids in documents
+        ]
+
+
+def _drift(before: list[Any], after: list[Any]) -> dict[str, Any]:
+    """How far `after` is from `before`: the mean KL divergence, the largest change of the log-probability of
+    a likeliest token, the share of places with the same one.
+    """
+    import torch
+
+    p, q = torch.cat(before), torch.cat(after)
+    likeliest = p.argmax(-1)
+    change = (p - q).gather(1, likeliest[:, None]).abs()
+    return {
+        "tokens": p.shape[0],
+        "kl": (p.exp() * (p - q)).sum(-1).mean().clamp_min(0.0).item(),
+        "largest": change.max().item(),
+        "same": (q.argmax(-1) == likeliest).float().mean().item(),
+    }
+
+
+def _write(model: Any, tokenizer: Any, output: Path) -> int:
+    """The model and its tokenizer, in a folder that appears when it is whole; the bytes written."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new = output.parent / f".{output.name}.saving-{secrets.token_hex(4)}"
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        for file in new.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        size = sum(file.stat().st_size for file in new.iterdir())
+        os.rename(new, output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return size
