@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.methods import copies, dora, lora_layers
+from peft_engine.methods import copies, derived, lora_layers
 from peft_engine.methods.attach import attached, detach, require, tensors, unwrap
 from peft_engine.methods.lora import LAYERS, LoraConfig
 from peft_engine.nn import NF4Linear
@@ -98,7 +98,7 @@ def _dtype(layer: Any) -> torch.dtype:
 def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
     """Puts the merged weight into a layer that still has the adapter; `own`: in a Parameter of its own."""
     weight, dtype = merged_weight(layer, name), _dtype(layer)
-    dora.forget(layer, base=True)  # what is kept of W for the adapters that stay
+    derived.forget(layer)  # what is made of W, for the adapters that stay
     if not isinstance(layer, NF4Linear):
         if own:
             layer.weight = nn.Parameter(weight.to(dtype), requires_grad=layer.weight.requires_grad)

@@ -17,7 +17,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
-from peft_engine.methods import dora
+from peft_engine.methods import derived, dora
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_linear import lora_linear
@@ -54,7 +54,7 @@ class _FusedLora(nn.Module):
         return y.to(given.dtype) if keeps else y
 
     def train(self, mode: bool = True) -> Any:
-        dora.forget(self, base=False)
+        derived.forget(self, but=dora.SQUARES)
         return super().train(mode)
 
 

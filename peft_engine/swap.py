@@ -15,7 +15,7 @@ import torch
 from peft_engine import dense, native
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import copies, dora, virtual_attention, walks
+from peft_engine.methods import copies, derived, virtual_attention, walks
 from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.lora import LoraLinear
 from peft_engine.nn import NF4Linear
@@ -70,7 +70,7 @@ def unoptimize(model: ModelType) -> ModelType:
             "undo that first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )
     for module in stand_ins.values():
-        for kept in ("_nf4", dora.KEPT):
+        for kept in ("_nf4", derived.KEPT):
             module.__dict__.pop(kept, None)
         _set_class(module, _stood_for(module))
     detach_head(model)

@@ -13,6 +13,7 @@ from peft_engine.kernels.lora_linear import tiles
 from peft_engine.kernels.launch import cdiv, launch
 
 BLOCK = 64
+MOST_RANK = 64  # rows of a tile: the adapters of a mixed batch are split as one, and 256 rows spilled
 
 
 @triton.jit
@@ -38,11 +39,8 @@ def terms_of_value(value, DTYPE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def write_terms(
-    a, terms, columns, rank, scaling, stride_r, stride_c, c, RANK: tl.constexpr, STEP: tl.constexpr
-):
-    """terms (3, rank, columns) of scaling * a, in its columns c."""
-    r = tl.arange(0, RANK)
+def write_terms(a, terms, columns, rank, scaling, stride_r, stride_c, r, c, STEP: tl.constexpr):
+    """terms (3, rank, columns) of scaling * a, in its rows r and columns c."""
     inside = (r < rank)[:, None] & (c < columns)[None, :]
     value = tl.load(a + r[:, None] * stride_r + c[None, :] * stride_c, inside, other=0).to(tl.float32)
     first, _, second, third = terms_of_value(value * scaling, terms.dtype.element_ty, STEP)
@@ -58,9 +56,10 @@ def terms_kernel(
     a, terms, columns, rank, stride_r, stride_c,
     RANK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """terms of a, a block of columns a program."""
+    """terms of a, RANK rows and a block of columns a program."""
+    r = (tl.program_id(1) * RANK + tl.arange(0, RANK)).to(tl.int64)  # of many adapters together: above 2^31
     c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    write_terms(a, terms, columns, rank, 1.0, stride_r, stride_c, c, RANK, STEP)
+    write_terms(a, terms, columns, rank, 1.0, stride_r, stride_c, r, c, STEP)
 
 
 def step_of(dtype: torch.dtype) -> int:
@@ -72,9 +71,10 @@ def split(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The terms (3, R, C) in `dtype` of a float32 matrix (R, C) of any strides."""
     rank, columns = a.shape
     terms = torch.empty(3, rank, columns, dtype=dtype, device=a.device)
+    block_r = min(tiles.padded_rank(rank), MOST_RANK)
     launch(
-        terms_kernel, (cdiv(columns, BLOCK),), (a, terms, columns, rank, *a.stride()),
-        {"RANK": tiles.padded_rank(rank), "STEP": step_of(dtype), "BLOCK": BLOCK},
+        terms_kernel, (cdiv(columns, BLOCK), cdiv(rank, block_r)), (a, terms, columns, rank, *a.stride()),
+        {"RANK": block_r, "STEP": step_of(dtype), "BLOCK": BLOCK},
         num_warps=4,
     )  # fmt: skip
     return terms

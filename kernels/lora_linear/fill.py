@@ -79,11 +79,13 @@ def fill_kernel(
                 TERMS,
             )  # fmt: skip
         else:
-            write_terms(b, terms, out_features, rank, scaling, stride_br, stride_bn, n, RANK, STEP)
+            r = tl.arange(0, RANK)
+            write_terms(b, terms, out_features, rank, scaling, stride_br, stride_bn, r, n, STEP)
     elif program < programs:
         k = (program - programs_b) * BLOCK + i
         if FORWARD:
-            write_terms(a, terms, columns, rank, 1.0, stride_ar, stride_ak, k, RANK, STEP)
+            r = tl.arange(0, RANK)
+            write_terms(a, terms, columns, rank, 1.0, stride_ar, stride_ak, r, k, STEP)
         else:
             write_below(
                 a, space, out_features, columns, rank, stride_ar, stride_ak, stride, k, WIDTH, RANK, TERMS
@@ -157,9 +159,10 @@ def _fill(space, base, out_features: int, a, b, scaling: float, rows: int, *, fo
         fill_kernel, (programs + out_features * chunks,),
         (
             packed, absmax if size else packed, nested_absmax if nested else packed,
-            offset if nested else packed, code(space.device), absmax_code(space.device), a, b, space,
-            space if terms is None else terms, arrivals, counters, out_features, columns, chunks, rank,
-            scaling, *a.stride(), *b.stride(), space.stride(0), programs_b, programs,
+            offset if nested else packed, code(space.device) if size else packed,
+            absmax_code(space.device) if size else packed, a, b, space, space if terms is None else terms,
+            arrivals, counters, out_features, columns, chunks, rank, scaling, *a.stride(), *b.stride(),
+            space.stride(0), programs_b, programs,
         ),
         {
             "FORWARD": forward, "WIDTH": term_width(rank), "RANK": padded,

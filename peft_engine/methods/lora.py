@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_engine import dispatch
-from peft_engine.methods import copies, dora, peft_config
+from peft_engine.methods import copies, derived, dora, peft_config
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_groups import lora_groups, sort_rows
 from peft_engine.ops.lora_linear import lora_linear
@@ -142,7 +142,7 @@ class _Lora(nn.Module):
     active_adapter: str | tuple[str | None, ...] | None
 
     def train(self, mode: bool = True) -> Any:
-        dora.forget(self, base=False)
+        derived.forget(self, but=dora.SQUARES)
         return super().train(mode)
 
 
@@ -247,17 +247,29 @@ def _grouped(
     adapter.
     """
     names = [name for name in known if name is not None]
-    rank = max(layer.lora[name].r for name in names)
-    stack_a, stack_b = [], []
-    for name in names:
-        settings, a, b = layer.lora[name], layer.lora_A[name], layer.lora_B[name]
-        stack_a.append(F.pad(a, (0, 0, 0, rank - settings.r)))
-        stack_b.append(F.pad(b * settings.scaling, (0, rank - settings.r)))
+    held = [t[name] for name in names for t in (layer.lora_A, layer.lora_B)]
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in held)) or torch.compiler.is_compiling():
+        a, b = _stacked(layer, names)
+    else:  # 15 launches a layer, for each decoded token
+        scalings = tuple(layer.lora[name].scaling for name in names)
+        a, b = derived.kept(layer, ("stack", *names), tuple(held), lambda: _stacked(layer, names), scalings)
     number = {row: names.index(name) for name in names for row in known[name]}
     adapters = tuple(number.get(row, -1) for row in range(x.shape[0]))
     rows = sort_rows(adapters, math.prod(x.shape[1:-1]), len(names), x.device)
     bias = layer._parameters["bias"]
-    return lora_groups(x, weight, torch.stack(stack_a), torch.stack(stack_b), rows, bias=bias)
+    return lora_groups(x, weight, a, b, rows, bias=bias)
+
+
+def _stacked(layer: Any, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (G, R, K) and s B (G, N, R) of the adapters, with zeros up to the largest rank."""
+    rank = max(layer.lora[name].r for name in names)
+    stack_a, stack_b = [], []
+    for name in names:
+        settings, a, b = layer.lora[name], layer.lora_A[name], layer.lora_B[name] * layer.lora[name].scaling
+        missing = rank - settings.r
+        stack_a.append(F.pad(a, (0, 0, 0, missing)) if missing else a)
+        stack_b.append(F.pad(b, (0, missing)) if missing else b)
+    return torch.stack(stack_a), torch.stack(stack_b)
 
 
 def _product(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import dora, lora, targets
+from peft_engine.methods import derived, dora, lora, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
 from peft_engine.methods.walks import kept
@@ -107,11 +107,10 @@ def remove(model: nn.Module, name: str) -> None:
 def remove_from_layer(layer: Any, name: str) -> None:
     """Takes one adapter's tensors out of a layer; without any left it is of the base's class again."""
     if layer.lora[name].dora:
-        dora.forget(layer, base=False)
         del layer.lora_magnitude_vector[name]
         if not layer.lora_magnitude_vector:
             del layer.lora_magnitude_vector
-            layer.__dict__.pop(dora.KEPT, None)
+    layer.__dict__.pop(derived.KEPT, None)
     del layer.lora_A[name], layer.lora_B[name], layer.lora[name]
     if not layer.lora:
         del layer.lora_A, layer.lora_B, layer.lora, layer.active_adapter

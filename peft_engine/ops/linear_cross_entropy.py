@@ -149,9 +149,15 @@ class Chunks(NamedTuple):
     columns: int
 
     def step(self, size: int, line_bytes: int, least: int) -> int:
-        """Rows (or columns) at a time: within nbytes, a sixteenth of many, all chunks about the same."""
+        """Rows (or columns) at a time: within nbytes, a sixteenth of many, all chunks about the same.
+
+        By fours, so that what belongs to a chunk starts at a multiple of 16 bytes: Triton compiles a kernel
+        anew for other addresses.
+        """
         most = max(1, min(self.nbytes // line_bytes, max(least, size // 16)))
-        return -(-size // -(-size // most))
+        four = 4 if most >= 4 else 1
+        even = -(-size // -(-size // (most // four * four)))
+        return -(-even // four) * four
 
 
 # Each chunk reads W once. On two cores of a Sapphire Rapids, bf16, vocabulary 49152, hidden 576, the two
@@ -320,8 +326,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         elif need_dw or need_db:
             dw, db = dw * grad, db * grad
-        dx = (dx * by_row[..., None]).to(dx.dtype) if need_dx else None
-        return dx, dw if need_dw else None, db if need_db else None, None, None, None, None, None, None
+        if need_dx:  # not with *, which would make a float32 copy of a half-precision dx first
+            dx = torch.mul(dx, by_row[..., None], out=torch.empty_like(dx))
+        return (
+            dx if need_dx else None,
+            dw if need_dw else None,
+            db if need_db else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _kernels(x, weight, labels, bias, ignore_index, reduction) -> torch.Tensor:

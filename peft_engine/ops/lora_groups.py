@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_engine import dispatch, native
+from peft_engine.kernels import scratch
 from peft_engine.ops.lora_linear import BASE, LoraLinearCall, flat_base, refuse_unless_triton
 from peft_engine.ops.lora_linear import reference as reference_alone
 from peft_engine.ops.nf4 import NF4Tensor
@@ -130,11 +131,16 @@ def _(
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-@torch.library.impl(native.library, "lora_groups_forward", "CUDA")
 def _forward_on_gpu(*arguments):
     from peft_engine.kernels.lora_groups.groups import forward
 
     return forward(*arguments)
+
+
+@torch.library.impl(native.library, "lora_groups_forward", "CUDA")
+def _(*arguments):
+    with scratch.fresh():
+        return _forward_on_gpu(*arguments)
 
 
 @torch.library.impl(native.library, "lora_groups_backward", "CUDA")

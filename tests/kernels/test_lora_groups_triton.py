@@ -63,6 +63,20 @@ def test_each_row_has_its_own_adapter_forward_and_backward(device, dtype, adapte
                 assert_twice_as_good(*results, f"{name}, adapters {adapters} x {each}, {dtype}, {adapter}")
 
 
+def test_many_adapters_are_split_in_tiles_of_their_ranks(device):
+    """9 x 12 ranks: a tile and a part of one."""
+    x, dy, a, b, weight, rows = make(device, (8, 0, 5), 3, torch.bfloat16, torch.float32, False, groups=9)
+    base = weight, None, None, None, 0
+    y, h = forward(x, *base, 72, a, b, *rows, None)
+    got = [y, *backward(dy, x, *base, a, b, h, *rows, True)]
+    same = plain(x, weight, a, b, rows, dy)
+    exact = plain(x.double(), weight.double(), a.double(), b.double(), rows, dy.double())
+    sizes = (t.double().abs() for t in (x, weight, a, b))
+    terms = plain(*sizes, rows, dy.double().abs())
+    for name, *results in zip(("y", "dx", "da", "db"), got, same, exact, terms, strict=True):
+        assert_twice_as_good(*(r.cpu() for r in results), name)
+
+
 def test_rows_without_an_adapter_are_the_bases_to_the_bit(device):
     x, _, a, b, weight, rows = make(device, (0, -1, 1), 20, torch.bfloat16, torch.float32, True)
     base = weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.blocksize

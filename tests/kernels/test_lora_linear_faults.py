@@ -159,6 +159,12 @@ def test_an_infinity_among_a_value_s_terms_is_found(tmp_path, monkeypatch, file,
         linear_test.test_what_is_too_large_for_float16_is_large_and_never_nan("cpu", where)
 
 
+def test_a_fault_in_the_tiles_of_many_adapters_is_found(tmp_path, monkeypatch):
+    install(monkeypatch, tmp_path, "adapter", "tl.program_id(1) * RANK", "0", [("down", "adapter")])
+    with pytest.raises((WRONG, Race)):
+        groups_test.test_many_adapters_are_split_in_tiles_of_their_ranks("cpu")
+
+
 @pytest.mark.parametrize(
     "file,old,new,found",
     [

@@ -1,8 +1,12 @@
 """Counters that the CUDA library's kernels find at 0: which calls share them, and which must not."""
 
+import importlib
+
 import pytest
 import torch
+from peft_engine.kernels.prefix_attention import decode
 
+import peft_engine.ops.lora_groups  # noqa: F401  (defines its raw ops)
 from peft_engine import native
 from peft_engine.kernels import scratch
 from peft_engine.kernels.scratch import fresh, zeroed
@@ -47,6 +51,37 @@ def test_streams_and_graphs_do_not_share(library):
     later = zeroed("down", 8, GPU, 1)
     assert later.data_ptr() not in {t.data_ptr() for t in [*eager, *graph]}
     assert [key[1] for key in scratch._captured] == [8]
+
+
+OPS = {
+    "lora_linear_forward": "lora_linear.forward",
+    "lora_groups_forward": "lora_groups.groups",
+    "prefix_attention_forward": "prefix_attention.forward",
+    "bottleneck_forward": "bottleneck.forward",
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_that_torch_compile_calls_keeps_nothing(monkeypatch, op):
+    """Those whose kernels ask for counters run inside fresh() when they are called through the dispatcher."""
+    asked = []
+    kernels = importlib.import_module(f"peft_engine.kernels.{OPS[op]}")
+    answer = torch.empty(0), torch.empty(0), torch.empty(0)
+    count = len(getattr(torch.ops.peft_engine, op).default._schema.returns)
+
+    def forward(*arguments):
+        asked.append(scratch._here.fresh)
+        return answer[:count]
+
+    monkeypatch.setattr(kernels, "forward", forward)
+    monkeypatch.setattr(decode, "refuse", lambda *arguments: "not asked here")
+    overload = getattr(torch.ops.peft_engine, op).default
+    given = {"Tensor": torch.empty(1, 1), "int": 1, "float": 1.0, "bool": False, "str": "relu"}
+    overload.redispatch(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
+        *(given.get(str(a.type)) for a in overload._schema.arguments),
+    )
+    assert asked == [True] and not getattr(scratch._here, "fresh", False)
 
 
 def test_what_torch_compile_calls_keeps_nothing(library):

@@ -8,7 +8,7 @@ from method_cases import IDS, edit_weights, quantized, refused, shake
 from torch import nn
 
 import peft_engine as pe
-from peft_engine.methods import dora
+from peft_engine.methods import derived, dora
 from peft_engine.methods.attach import tensors
 from peft_engine.methods.lora import MANY_ROWS
 
@@ -127,7 +127,7 @@ def test_a_name_that_is_given_again_has_a_norm_of_its_own():
     agrees(model)
     for _ in range(3):  # memory that is given back is often given again
         pe.detach(model)
-        assert dora.KEPT not in model[0].__dict__
+        assert derived.KEPT not in model[0].__dict__
         pe.attach(model, pe.LoraConfig(r=4, target_modules=["0"], use_dora=True, init_lora_weights=False))
         model.eval()
         shake(model)
@@ -139,7 +139,7 @@ def test_what_is_kept_is_not_copied_and_survives_inference_mode():
     with torch.inference_mode():
         model(torch.randn(2, 64))
     twin = copy.deepcopy(model)
-    assert not twin[0].__dict__[dora.KEPT] and model[0].__dict__[dora.KEPT]
+    assert not twin[0].__dict__[derived.KEPT] and model[0].__dict__[derived.KEPT]
     agrees(twin)
     model(torch.randn(2, 64)).sum().backward()  # the norm that inference mode left is saved for it
     assert model[0].lora_magnitude_vector["default"].grad.any()

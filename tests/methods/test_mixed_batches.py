@@ -1,10 +1,13 @@
 """A mixed batch as one grouped product, as on a GPU, gives what running each adapter's rows apart gives."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import peft_engine as pe
+from peft_engine.methods import lora
 from peft_engine.methods.lora import _grouped, _groups
 
 
@@ -42,11 +45,40 @@ def test_rows_grouped_by_adapter_give_what_rows_apart_give(nf4):
         torch.testing.assert_close(got, want)
 
 
-def test_rows_with_dropout_or_another_bias_are_not_grouped():
+def test_without_gradients_the_stacked_adapters_are_kept_until_one_changes(monkeypatch):
+    model = adapted(False)
+    layer, stacked, known = model.linear, [], {"large": [0], "small": [1], None: [2]}
+    monkeypatch.setattr(lora, "_stacked", lambda *a, f=lora._stacked: stacked.append(a) or f(*a))
+    x = torch.randn(3, 2, 64)
+
+    def check(times):
+        together = _grouped(layer, x, layer.weight, known)
+        with pe.active(model, ["large", "small", None]):
+            torch.testing.assert_close(together, layer(x))
+        assert len(stacked) == times
+
+    with torch.no_grad():
+        check(1)
+        check(1)
+        layer.lora_B["small"].mul_(2.0)
+        check(2)
+        layer.lora["large"] = dataclasses.replace(layer.lora["large"], scaling=3.0)
+        check(3)
+        model.eval()  # what was written to .data before is seen
+        check(4)
+    assert _grouped(layer, x, layer.weight, known).requires_grad and len(stacked) == 5
+    with torch.inference_mode():
+        check(5)  # what inference mode finds there may be saved for a backward
+
+
+def test_rows_with_dropout_another_bias_or_dora_are_not_grouped():
     model = adapted(False)
     layer = model.linear
     known = {"large": [0], None: [1]}
     assert _groups(layer, known)
+    settings = layer.lora["large"]
+    layer.lora["large"] = dataclasses.replace(settings, dora=True)
+    assert not _groups(layer, known)
     layer.lora["large"] = layer.lora["large"].__class__(5, 1.0, 0.1)
     assert not _groups(layer, known)
     assert _groups(layer.eval(), known)
