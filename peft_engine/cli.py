@@ -18,7 +18,7 @@ import typer
 
 import peft_engine
 from peft_engine.train.compare_command import compare
-from peft_engine.train.console import choice, command, quiet, say, table, usage
+from peft_engine.train.console import choice, command, next_command, quiet, say, table, usage
 from peft_engine.train.merge_command import merge
 from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
 from peft_engine.train.train_command import train
@@ -136,9 +136,9 @@ def evaluate(
             for i, found in enumerate(results):
                 show(table(found, str(folders[i]) if folders else "no adapter"))
         if folders:
-            say(f"Next: peft-engine generate --model {model} --adapter {folders[0]} --prompt ...")
+            next_command("generate", "--model", model, "--adapter", folders[0], "--prompt", "...")
         else:
-            say(f"Next: peft-engine train --model {model} --data train.jsonl --output out/adapter")
+            next_command("train", "--model", model, "--data", "train.jsonl", "--output", "out/adapter")
 
 
 @app.command()

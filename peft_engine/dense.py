@@ -70,6 +70,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     whose = library(weight)
     if x.numel() == 0 or x.numel() < LEAST_ROWS[whose] * x.shape[-1]:
         whose = "torch"
+    if bias is not None and whose != "torch":
+        bias = bias.contiguous()  # neither asks how it lies
     if whose == "oneDNN":
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if whose == "peft-engine":

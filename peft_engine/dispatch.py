@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from peft_engine import native
 
@@ -73,6 +74,11 @@ class Op:
         choice = self._cache.get(key)
         if choice is None:
             choice = self._cache[key] = self._choose(call)
+        if forward_ad._current_level >= 0 and choice.backend != "reference":  # kernels drop tangents
+            raise BackendError(
+                f"{self.name}: its kernels have no forward-mode derivatives (torch.func.jvp, dual tensors); "
+                'plain torch has: with peft_engine.force_backend("reference")'
+            )
         return choice
 
     def _choose(self, call: Any) -> Choice:

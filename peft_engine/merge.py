@@ -13,7 +13,7 @@ from peft_engine.methods.attach import attached, detach, require, tensors, unwra
 from peft_engine.methods.lora import LAYERS, LoraConfig
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.dora_linear import TINY
-from peft_engine.ops.nf4 import nf4_quantize
+from peft_engine.ops.nf4 import SCALES, nf4_quantize
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 
@@ -109,7 +109,7 @@ def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
         new = nf4_quantize(weight, blocksize=old.blocksize, double_quant=old.nested_absmax is not None)
         layer._hold(dataclasses.replace(new, dtype=dtype))
     else:
-        for buffer in ("absmax", "nested_absmax", "offset"):
+        for buffer in SCALES:
             del layer._buffers[buffer]
             layer._non_persistent_buffers_set.discard(buffer)
         for attribute in ("blocksize", "weight_dtype", "compute_dtype", "_nf4"):

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from peft_engine.ops.lora_linear import lora_linear
-from peft_engine.ops.nf4 import NF4Tensor, nf4_quantize
+from peft_engine.ops.nf4 import SCALES, NF4Tensor, nf4_quantize
 
-_SCALES = ("absmax", "nested_absmax", "offset")
 # What follows `weight` in the keys of one layer in a file.
 STORED = (
     "",
@@ -119,7 +118,7 @@ class NF4Linear(torch.nn.Linear):
         if not isinstance(packed, torch.nn.Parameter):
             packed = torch.nn.Parameter(packed, requires_grad=False)
         self.weight = packed
-        for name in _SCALES:
+        for name in SCALES:
             self.register_buffer(name, getattr(q, name), persistent=False)
         self.blocksize, self.weight_dtype = q.blocksize, q.dtype
         self._nf4 = None

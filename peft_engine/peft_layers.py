@@ -54,7 +54,7 @@ class _FusedLora(nn.Module):
         return y.to(given.dtype) if keeps else y
 
     def train(self, mode: bool = True) -> Any:
-        derived.forget(self, but=dora.SQUARES)
+        derived.forget(self, but=derived.BASE)
         return super().train(mode)
 
 
@@ -170,6 +170,8 @@ def _unfit(layer: Any) -> str | None:
     base = layer._modules["base_layer"]
     if layer.fan_in_fan_out or getattr(layer, "is_target_conv_1d_layer", False):
         return "the weight is stored transposed (fan_in_fan_out)"
+    if type(base) is nn.Linear and "weight" not in base._parameters:
+        return "the base weight is no parameter (pruned, or under weight_norm?)"
     if type(base) is nn.Linear:
         weight = _weight(base)
         if weight.requires_grad:

@@ -217,6 +217,8 @@ def _refusal(module: torch.nn.Module) -> str | None:
         return "is a transformers Conv1D, whose weight is stored transposed"
     if isinstance(module, torch.nn.Linear) and "forward" in module.__dict__:
         return "has its forward replaced (by accelerate's dispatch?); load the model on one device"
+    if isinstance(module, torch.nn.Linear) and "weight" not in module._parameters:
+        return "has a weight that is no parameter (pruned, or under weight_norm?)"
     known = (torch.nn.Linear, NF4Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
     if isinstance(module, torch.nn.Linear) and kind not in known:
         return f"is a {kind.__name__}, a subclass of nn.Linear"

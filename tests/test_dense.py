@@ -188,3 +188,9 @@ def test_explain_says_whose_product_runs(by_onednn, llama):
     assert "oneDNN" not in lines["model.layers.0.mlp.down_proj"]
     pe.unoptimize(model)
     assert not any("oneDNN" in line.reason for line in pe.explain(model).layers)
+
+
+def test_a_bias_may_lie_apart(by_onednn):
+    x, weight = torch.randn(40, 96), torch.randn(48, 96)
+    for bias in (torch.randn(48, 3)[:, 1], torch.randn(1).expand(48)):
+        torch.testing.assert_close(dense.linear(x, weight, bias), F.linear(x, weight, bias))

@@ -1,9 +1,11 @@
 """Tensors that a layer keeps because they are made of its others and take long to make.
 
-Each is kept by the memory and the version of what it is made of, which torch counts for every write but one
-through `.data`; a layer's train() forgets those that are an adapter's.
+Each is kept by the tensors that it is made of, their memory and their versions, which torch counts for every
+write but one through `.data` and those of fused optimizers. So nothing that is trained is kept while it is
+(`learns`), and a layer's train() forgets what is an adapter's.
 """
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -14,10 +16,13 @@ from peft_engine import dispatch
 Made = TypeVar("Made")
 
 KEPT = "_peft_engine_derived"  # in a layer's __dict__
+BASE = "||W||^2"  # what is made of the layer's own weight, which is frozen
 
 
 class _Kept(dict):
-    """By what for: what it was made of, and the value; a copy of the layer starts without."""
+    """By what for: what it was made of (settings, memory and versions; the tensors), and the value. A copy of
+    the layer starts without.
+    """
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Kept, ()
@@ -37,16 +42,30 @@ def kept(
         return make()
     held = layer.__dict__.setdefault(KEPT, _Kept())
     found = held.get(what)
-    if found is None or found[0] != state:
+    if (
+        found is None
+        or found[0] != state
+        # Memory that was given back may be another tensor's now, at the same version.
+        or any(ref() is not t for ref, t in zip(found[1], made_of, strict=True))
+    ):
         with dispatch.outside_inference():
-            found = held[what] = state, make()
-    return found[1]
+            found = held[what] = state, tuple(weakref.ref(t) for t in made_of), make()
+    return found[2]
+
+
+def learns(layer: Any, *tensors: torch.Tensor) -> bool:
+    """Whether the tensors may be in training: what is made of them then is not kept, and not kept on."""
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return layer.training
+    if KEPT in layer.__dict__:
+        forget(layer, but=BASE)
+    return True
 
 
 def found(layer: Any, what: Hashable) -> Any:
     """What was kept last, changed since or not; None for nothing."""
     held = layer.__dict__.get(KEPT, {}).get(what)
-    return None if held is None else held[1]
+    return None if held is None else held[2]
 
 
 def forget(layer: Any, *, but: Hashable = None) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine.methods import derived
+from peft_engine.nn import NF4Linear
 from peft_engine.ops.dora_linear import dora_linear, dora_norm, row_squares
 from peft_engine.ops.nf4 import NF4Tensor
-
-SQUARES = "||W||^2"  # what is kept of the layer's own weight; an adapter's norm is under its name
 
 
 def product(
@@ -47,17 +46,22 @@ def norm(
     def fresh() -> torch.Tensor:
         return dora_norm(weight, lora_a, lora_b, scaling, squares=squares(layer, weight))
 
-    if layer.training or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or derived.learns(layer, lora_a, lora_b):
         return fresh()
     return derived.kept(layer, ("norm", name), (_memory(weight), lora_a, lora_b), fresh, scaling)
 
 
 def squares(layer: Any, weight: torch.Tensor | NF4Tensor) -> torch.Tensor:
     """||W||^2 of each row, float32 (out_features,)."""
-    if torch.compiler.is_compiling():  # what attach left; no address or version can be asked for
-        before = derived.found(layer, SQUARES)
+    if torch.compiler.is_compiling():  # what attach or a load left; no address or version can be asked for
+        before = derived.found(layer, derived.BASE)
         return row_squares(weight) if before is None or before.device != weight.device else before
-    return derived.kept(layer, SQUARES, (_memory(weight),), lambda: row_squares(weight))
+    return derived.kept(layer, derived.BASE, (_memory(weight),), lambda: row_squares(weight))
+
+
+def base_of(layer: Any) -> torch.Tensor | NF4Tensor:
+    """The weight of one of our layers."""
+    return layer.nf4 if isinstance(layer, NF4Linear) else layer.weight
 
 
 def _memory(weight: torch.Tensor | NF4Tensor) -> torch.Tensor:

@@ -142,8 +142,13 @@ class _Lora(nn.Module):
     active_adapter: str | tuple[str | None, ...] | None
 
     def train(self, mode: bool = True) -> Any:
-        derived.forget(self, but=dora.SQUARES)
+        derived.forget(self, but=derived.BASE)
         return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self._modules.get("lora_magnitude_vector"):  # torch.compile takes what is there
+            dora.squares(self, dora.base_of(self))
 
 
 class LoraLinear(_Lora, nn.Linear):
@@ -246,13 +251,13 @@ def _grouped(
     """The mixed batch in one product: adapters stacked, smaller ranks padded with zeros, rows sorted by
     adapter.
     """
-    names = [name for name in known if name is not None]
+    names = sorted(name for name in known if name is not None)
     held = [t[name] for name in names for t in (layer.lora_A, layer.lora_B)]
-    if (torch.is_grad_enabled() and any(t.requires_grad for t in held)) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or derived.learns(layer, *held):
         a, b = _stacked(layer, names)
     else:  # 15 launches a layer, for each decoded token
         scalings = tuple(layer.lora[name].scaling for name in names)
-        a, b = derived.kept(layer, ("stack", *names), tuple(held), lambda: _stacked(layer, names), scalings)
+        a, b = derived.kept(layer, "stack", tuple(held), lambda: _stacked(layer, names), scalings)
     number = {row: names.index(name) for name in names for row in known[name]}
     adapters = tuple(number.get(row, -1) for row in range(x.shape[0]))
     rows = sort_rows(adapters, math.prod(x.shape[1:-1]), len(names), x.device)

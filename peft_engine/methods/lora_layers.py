@@ -11,7 +11,6 @@ from peft_engine.methods import derived, dora, lora, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
 from peft_engine.methods.walks import kept
-from peft_engine.nn import NF4Linear
 
 NAME, SLOT, DOES = "lora", "lora", "add to the same linear layers"
 CONFIG = LoraConfig
@@ -90,7 +89,7 @@ def install(
 
 def _direction_alone(layer: Any, name: str) -> torch.Tensor:
     """The magnitudes with which a DoRA adapter leaves W + s B A as it is: its norms."""
-    weight = layer.nf4 if isinstance(layer, NF4Linear) else layer.weight
+    weight = dora.base_of(layer)
     if weight.device.type == "meta":
         return torch.empty(layer.out_features, device="meta")
     return dora.norm(

@@ -285,6 +285,11 @@ def _check_layer(path: str, module: Any, who: str) -> None:
             raise TypeError(
                 f"{who}: {path} has its forward replaced (by a device map?); load the model on one device"
             )
+        if "weight" not in module._parameters:
+            raise TypeError(
+                f"{who}: the weight of {path} is no parameter (pruned, or under weight_norm?); make it one "
+                "first: torch.nn.utils.prune.remove, or remove_weight_norm"
+            )
         if copies.CHILD in module._modules and "weight" in module._modules[copies.CHILD][copies.BASE]:
             raise TypeError(
                 f"{who}: {path} is trained whole by another adapter (modules_to_save); a module is adapted "

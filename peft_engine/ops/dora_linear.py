@@ -68,8 +68,18 @@ def dora_linear(
             f"dora_linear: dropped must be as x, {tuple(x.shape)} {x.dtype}, got {tuple(dropped.shape)} "
             f"{dropped.dtype}"
         )
+    if bias is not None and (bias.shape != (n,) or bias.device != x.device):
+        raise ValueError(
+            f"dora_linear: bias must be (out_features,)=({n},) on {x.device}, got {tuple(bias.shape)} on "
+            f"{bias.device}"
+        )
     if norm is None:
         norm = dora_norm(weight, lora_a, lora_b, scaling)
+    elif norm.shape != (n,) or norm.dtype != torch.float32 or norm.device != x.device:
+        raise ValueError(
+            f"dora_linear: norm must be (out_features,)=({n},) float32 on {x.device}, got "
+            f"{tuple(norm.shape)} {norm.dtype} on {norm.device}; dora_norm makes it"
+        )
     y = lora_linear(x if dropped is None else dropped, weight, lora_a, lora_b, scaling)
     run = DORA_LINEAR.choose(DoraLinearCall(y.device.type, y.dtype)).run
     if dropped is None:
@@ -178,9 +188,8 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y, magnitude, norm, bias):
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, magnitude, norm)
-        ctx.bias = None if bias is None else bias.dtype
         run = _forward_on_gpu if dispatch.direct(y) else torch.ops.peft_engine.dora_linear_forward
-        return run(y, magnitude, norm, None if bias is None else bias.float())
+        return run(y, magnitude, norm, bias)
 
     @staticmethod
     @dispatch.first_order
@@ -190,14 +199,14 @@ class _Scale(torch.autograd.Function):
         run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.dora_linear_backward
         dy0, dm = run(dy, y if learns else dy, magnitude, norm, learns)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
-        return dy0, dm if learns else None, None, None if dbias is None else dbias.to(ctx.bias)
+        return dy0, dm if learns else None, None, dbias
 
 
 def _kernels(y, magnitude, norm, bias) -> torch.Tensor:
     y, magnitude, norm = y.contiguous(), magnitude.contiguous(), norm.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, magnitude, bias)):
         return _Scale.apply(y, magnitude, norm, bias)
-    bias = None if bias is None else bias.float()
     if dispatch.direct(y):
         return _forward_on_gpu(y, magnitude, norm, bias)
     return torch.ops.peft_engine.dora_linear_forward.default(y, magnitude, norm, bias)

@@ -11,10 +11,10 @@ absmax / nested_absmax.
 The bytes are those of bitsandbytes 0.50 for the same input.
 """
 
+import dataclasses
 import functools
 import json
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from peft_engine import dispatch, native
 
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
+SCALES = ("absmax", "nested_absmax", "offset")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # The 16 quantiles of N(0, 1), scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
@@ -53,7 +54,7 @@ def _absmax_code() -> torch.Tensor:
 ABSMAX_CODE = _absmax_code()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class NF4Tensor:
     """A weight in NF4.
 
@@ -84,8 +85,6 @@ class NF4Tensor:
                 f"NF4Tensor: a weight of shape {self.shape} packs into {-(-numel // 2)} bytes of uint8, "
                 f"got {self.packed.numel()} of {self.packed.dtype}"
             )
-        if not self.packed.is_contiguous():
-            raise ValueError("NF4Tensor: packed must be contiguous; call .contiguous() on it")
         if self.absmax.numel() != blocks:
             raise ValueError(
                 f"NF4Tensor: a weight of shape {self.shape} in blocks of {self.blocksize} has {blocks} "
@@ -97,6 +96,13 @@ class NF4Tensor:
                 "NF4Tensor: absmax in uint8 needs nested_absmax and offset, absmax in float32 takes neither; "
                 f"got {self.absmax.dtype} and nested_absmax {given}"
             )
+        for name in ("packed", *SCALES):  # kernels read them as they lie
+            t = getattr(self, name)
+            small = name == "packed" or (name == "absmax" and self.nested_absmax is not None)
+            dtype = torch.uint8 if small else torch.float32
+            if t is not None and (t.dtype != dtype or not t.is_contiguous()):
+                got = f"{t.dtype} of strides {t.stride()}"
+                raise ValueError(f"NF4Tensor: {name} must be {dtype} and contiguous, got {got}")
         if self.nested_absmax is not None and (
             self.offset is None or self.nested_absmax.numel() != -(-blocks // NESTED_BLOCKSIZE)
         ):
@@ -122,7 +128,7 @@ class NF4Tensor:
     def require_one_device(self, who: str) -> None:
         """ValueError when the scales are not on the device of the packed bytes."""
         here = self.packed.device
-        for name in ("absmax", "nested_absmax", "offset"):  # asked for every product
+        for name in SCALES:  # asked for every product
             part = getattr(self, name)
             if part is not None and part.device != here:
                 where = f"the packed weight is on {here} and its {name} on {part.device}"
@@ -131,10 +137,8 @@ class NF4Tensor:
     def to(self, device: torch.device, packed: torch.Tensor | None = None) -> "NF4Tensor":
         """A copy on `device`; `packed`, when given, already holds the packed bytes there."""
         packed = self.packed.to(device, copy=True) if packed is None else packed
-        absmax = self.absmax.to(device, copy=True)
-        nested = None if self.nested_absmax is None else self.nested_absmax.to(device, copy=True)
-        offset = None if self.offset is None else self.offset.to(device, copy=True)
-        return NF4Tensor(packed, absmax, nested, offset, self.shape, self.blocksize, self.dtype)
+        held = {name: t.to(device, copy=True) for name in SCALES if (t := getattr(self, name)) is not None}
+        return dataclasses.replace(self, packed=packed, **held)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight as a dense tensor of `dtype` (its own when None)."""
@@ -195,10 +199,9 @@ class NF4Tensor:
         if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes seen as another dtype
             packed = packed.contiguous().view(torch.uint8)
         packed = packed.reshape(-1, 1).contiguous()
-        if offset is not None:
-            offset = offset.to(packed.device)
-        if not nested:
-            absmax = absmax.float()
+        if offset is not None and nested_absmax is not None:
+            offset, nested_absmax = offset.to(packed.device), nested_absmax.float().contiguous()
+        absmax = absmax.contiguous() if nested else absmax.float().contiguous()
         return cls(packed, absmax, nested_absmax, offset, shape, blocksize, dtype)
 
 
@@ -287,10 +290,8 @@ def reference_dequantize(q: NF4Tensor, dtype: torch.dtype, out: torch.Tensor | N
         n = values.numel()
         bytes_ = packed[start // 2 : (start + n + 1) // 2]
         index = torch.stack((bytes_ >> 4, bytes_ & 15), dim=1).reshape(-1)[:n]
-        scale = absmax[start // q.blocksize : -(-(start + n) // q.blocksize)].repeat_interleave(q.blocksize)[
-            :n
-        ]
-        values.copy_(code[index.int()] * scale)
+        scale = absmax[start // q.blocksize : -(-(start + n) // q.blocksize)]
+        values.copy_(code[index.int()] * scale.repeat_interleave(q.blocksize)[:n])
     return out
 
 

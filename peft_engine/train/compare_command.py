@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_engine.train import options as o
-from peft_engine.train.console import command, say, usage
+from peft_engine.train.console import command, next_command, say, usage
 from peft_engine.train.method_options import METHODS
 
 
@@ -113,4 +113,4 @@ def compare(
         if failed:
             say(f"peft-engine: error: compare: failed: {', '.join(failed)}; the reasons stand in the table")
             raise typer.Exit(1)
-        say(f"Next: peft-engine generate --model {model} --adapter {output / names[0]} --prompt ...")
+        next_command("generate", "--model", model, "--adapter", output / names[0], "--prompt", "...")

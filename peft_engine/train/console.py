@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,11 @@ import typer
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def next_command(*words: object) -> None:
+    """Says which command to type next, as a shell reads it."""
+    say(f"Next: {shlex.join(['peft-engine', *map(str, words)])}")
 
 
 @contextlib.contextmanager
@@ -37,6 +44,9 @@ def command(debug: bool) -> Iterator[Callable[..., None]]:
         if debug:
             raise
         say("peft-engine: interrupted")
+        raise typer.Exit(1) from None
+    except BrokenPipeError:  # by `| head`, say: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         raise typer.Exit(1) from None
     except Exception as error:
         if debug:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_engine.train.console import choice, command, quiet, say
+from peft_engine.train.console import choice, command, next_command, quiet, say
 from peft_engine.train.options import Debug, Dtype, Json, Model, Quantize
 
 # What the drift is measured on where no rows are given.
@@ -68,7 +68,7 @@ def merge(
         found = _merge(model, adapter, output, data, quantize, dtype, requantize, untie)
         if json_:
             show(found)
-        say(f"Next: peft-engine generate --model {output} --prompt ...")
+        next_command("generate", "--model", output, "--prompt", "...")
 
 
 def _merge(
@@ -99,7 +99,10 @@ def _merge(
     layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]
     say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
     with progress.bar("Merging", 2 * len(layers)) as bar:  # each is checked first
-        merge_(model, adapter_name, requantize=requantize, untie=untie, watch=bar.update)
+        try:
+            merge_(model, adapter_name, requantize=requantize, untie=untie, watch=bar.update)
+        except ValueError as error:
+            raise ValueError(str(error).replace("untie=True", "--untie")) from error
     drift = _drift(before, _predictions(model, documents))
     say(
         f"Drift on {drift['tokens']} tokens: KL {drift['kl']:.2g} on average, the largest change of a "

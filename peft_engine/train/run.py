@@ -94,7 +94,7 @@ def _checkpoint(settings: RunSettings) -> Path | None:
     checkpoint = last_checkpoint(output)
     if checkpoint is None:
         raise RunError(
-            f"--resume: {output} holds no checkpoint; leave --resume out to start from the beginning"
+            f"--resume: {output} holds no whole checkpoint; leave --resume out to start from the beginning"
         )
     before, now = run_record(checkpoint).get("settings", {}), settings.to_dict()
     if before.get("prefix_projection"):

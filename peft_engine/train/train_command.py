@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_engine.train import options as o
-from peft_engine.train.console import choice, command, quiet, say, usage
+from peft_engine.train.console import choice, command, next_command, quiet, say, usage
 from peft_engine.train.method_options import METHODS
 from peft_engine.train.method_options import learning_rate as default_rate
 
@@ -127,4 +127,4 @@ def train(
                 "its losses to loss.png"
             )
         test = eval_data or "test.jsonl"
-        say(f"Next: peft-engine eval --model {model} --adapter {output} --data {test}")
+        next_command("eval", "--model", model, "--adapter", output, "--data", test)

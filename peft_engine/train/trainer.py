@@ -108,10 +108,11 @@ def train(
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, None when there is none."""
+    files = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json")
     found = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in output.glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdigit() and (folder / "trainer_state.json").is_file()
+        if folder.name.rpartition("-")[2].isdigit() and all((folder / file).is_file() for file in files)
     )
     return found[-1][1] if found else None
 
@@ -255,6 +256,7 @@ class _AdapterTrainer(transformers.Trainer):
             self.outcome.best_step = self.state.global_step
         before[self.state.global_step] = loss
         self.watch(self.outcome, self.state.max_steps, loss)
+        self.control.should_evaluate = False  # or the end of the epoch asks for the same again
         return {"eval_loss": loss}
 
     def untouched(self) -> bool:

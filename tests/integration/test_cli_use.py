@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import typer
 from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine import LoraConfig, attach, save_adapter
 from peft_engine.cli import main
+from peft_engine.train import console
 from peft_engine.train.data import encode_completion, encode_prompt, pack, read_rows, tokenize
 from peft_engine.train.evaluate import label_scores, task_of, token_f1
 from peft_engine.train.generate import prompts_from
@@ -304,3 +307,19 @@ def test_a_broken_record_is_named(command, model, adapter, data, tmp_path):
     (broken / "run.json").write_text("{")
     code, _, err = command("eval", "--model", model, "--adapter", broken, "--data", data)
     assert code == 1 and "run.json" in err.strip().splitlines()[-1]
+
+
+def test_the_next_command_is_what_a_shell_reads(capsys):
+    console.next_command("eval", "--model", Path("my model"), "--prompt", "...")
+    assert capsys.readouterr().err == "Next: peft-engine eval --model 'my model' --prompt ...\n"
+
+
+def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):
+    """As `peft-engine generate ... | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(typer.Exit) as end, console.command(False) as show:
+            show("a line")
+    assert end.value.exit_code == 1 and capfd.readouterr().err == ""

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import peft_engine as pe
 
@@ -396,4 +397,14 @@ def test_a_trained_base_weight_keeps_peft_forward(make):
     before = _step(model)
     report = pe.optimize(model)
     assert all("trained" in line.reason for line in _lora_lines(report))
+    _same_step(_step(model), before)
+
+
+def test_a_pruned_base_layer_keeps_peft_own_forward(make):
+    model = make("dense")
+    layer = next(_peft_layers(model))
+    prune.l1_unstructured(layer.get_base_layer(), "weight", amount=0.3)
+    before = _step(model)
+    report = pe.optimize(model)
+    assert [line.reason for line in _lora_lines(report) if not line.fused and "no parameter" in line.reason]
     _same_step(_step(model), before)

@@ -118,6 +118,10 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(model, do
         )
     checkpoint = last_checkpoint(tmp_path / "killed")
     assert checkpoint is not None and checkpoint.name == "checkpoint-3"
+    for file in ("optimizer.pt", "rng_state.pth"):  # without them the run would go on as another one
+        (checkpoint / file).rename(tmp_path / file)
+        assert last_checkpoint(tmp_path / "killed") is None
+        (tmp_path / file).rename(checkpoint / file)
     torch.manual_seed(99)
     again = model(dropout=0.1, quantized=quantized, adapter=checkpoint)
     resumed = train(
@@ -153,9 +157,11 @@ def test_the_evaluation_loss_weighs_every_labelled_token_alike(model, documents)
 
 def test_with_evaluation_data_the_best_state_is_what_is_left(model, documents, tmp_path):
     made = model()
-    states = {}
+    states, evaluated = {}, []
 
     def watch(outcome, total, eval_loss):
+        if eval_loss is not None:
+            evaluated.append(outcome.steps)
         if eval_loss is None and outcome.steps == 7:  # from here on it is worse
             with torch.no_grad():
                 for path, parameter in made.named_parameters():
@@ -172,6 +178,7 @@ def test_with_evaluation_data_the_best_state_is_what_is_left(model, documents, t
         eval_documents=documents[:5],
         watch=watch,
     )
+    assert evaluated == list(range(1, 9))  # at the end of an epoch, too, once
     best = min(states, key=lambda step: states[step][0])
     assert outcome.saved == "best" and outcome.best_step == best
     assert outcome.eval_losses == {step: loss for step, (loss, _) in states.items()}

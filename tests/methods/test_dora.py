@@ -115,6 +115,47 @@ def test_the_norm_is_kept_in_evaluation_until_something_changes(monkeypatch):
     assert len(formed) == count + 2
 
 
+def test_a_fused_optimizer_s_steps_are_seen_in_evaluation_mode_too():
+    """torch counts no version of what they write."""
+    model, twin = layer(), layer()
+    x, losses = torch.randn(8, 64), []
+    for side, fused in ((model, True), (twin, False)):
+        trained = [p for p in side.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.1, fused=fused)
+        for _ in range(4):
+            loss = side(x).square().mean()
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            agrees(side)  # without gradients, between the steps
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+
+
+def test_memory_that_another_tensor_has_now_is_not_taken_for_it():
+    model = layer()
+    agrees(model)
+    a, parameters = model[0].lora_A["default"], model[0].lora_A
+    held = model[0].__dict__[derived.KEPT]
+    twin = nn.Parameter(a.detach().clone())
+    with torch.no_grad():
+        twin.mul_(3.0)
+    parameters["default"] = twin
+    # As if the new one lay where the old one did, written to as often.
+    state, refs, value = held["norm", "default"]
+    state = (*state[:2], (twin.data_ptr(), twin._version), *state[3:])
+    held["norm", "default"] = state, refs, value
+    agrees(model)
+
+
+def test_what_torch_compile_takes_is_of_the_weights_that_were_loaded():
+    model, other = layer(), layer()
+    with torch.no_grad():
+        other[0].weight.mul_(3.0)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(derived.found(model[0], derived.BASE), dora.row_squares(other[0].weight))
+
+
 def test_a_write_through_data_is_seen_in_training():
     model = layer().train()
     agrees(model)

@@ -3,12 +3,15 @@
 import time
 
 import pytest
+import torch
 import transformers
 from method_cases import ALL
 from torch import nn
+from torch.nn.utils import prune
 
 from peft_engine.methods import LoraConfig, active, attach, detach
 from peft_engine.nn import NF4Linear
+from peft_engine.quantize import quantize_
 
 
 def state(model: nn.Module) -> dict:
@@ -171,3 +174,18 @@ def test_a_pattern_that_takes_forever_is_refused_in_a_second(llama):
     with pytest.raises(ValueError, match=r"takes over 1.0 s to compare.*without a repeat inside a repeat"):
         attach(llama(), LoraConfig(target_modules=r"(.|.)*[X-Z]"))
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("how", ["pruned", "weight_norm"])
+def test_a_weight_that_is_no_parameter_is_refused_by_name(tiny_llama, how):
+    model = tiny_llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    if how == "pruned":
+        prune.l1_unstructured(layer, "weight", amount=0.3)
+    else:
+        torch.nn.utils.weight_norm(layer)
+    with pytest.raises(TypeError, match=r"weight of model.layers.0.self_attn.q_proj is no parameter"):
+        attach(model, LoraConfig(target_modules="all-linear"))
+    with pytest.raises((TypeError, ValueError), match=r"q_proj has a weight that is no parameter"):
+        quantize_(model)
+    attach(model, LoraConfig(target_modules=["k_proj"]))

@@ -47,7 +47,7 @@ def test_rows_grouped_by_adapter_give_what_rows_apart_give(nf4):
 
 def test_without_gradients_the_stacked_adapters_are_kept_until_one_changes(monkeypatch):
     model = adapted(False)
-    layer, stacked, known = model.linear, [], {"large": [0], "small": [1], None: [2]}
+    layer, stacked, known = model.eval().linear, [], {"large": [0], "small": [1], None: [2]}
     monkeypatch.setattr(lora, "_stacked", lambda *a, f=lora._stacked: stacked.append(a) or f(*a))
     x = torch.randn(3, 2, 64)
 
@@ -68,7 +68,12 @@ def test_without_gradients_the_stacked_adapters_are_kept_until_one_changes(monke
         check(4)
     assert _grouped(layer, x, layer.weight, known).requires_grad and len(stacked) == 5
     with torch.inference_mode():
-        check(5)  # what inference mode finds there may be saved for a backward
+        check(6)
+        check(6)
+    with torch.no_grad(), pe.active(model, ["small", "large", None]):  # another order: the same stack
+        known = {"small": [0], "large": [1], None: [2]}
+        torch.testing.assert_close(_grouped(layer, x, layer.weight, known), layer(x))
+        assert len(stacked) == 6
 
 
 def test_rows_with_dropout_another_bias_or_dora_are_not_grouped():

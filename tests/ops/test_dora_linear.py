@@ -215,3 +215,34 @@ def test_it_traces_whole(isa):
     assert torch.equal(y, run(*leaves))
     want = torch.autograd.grad(run(*leaves).sum(), leaves)
     assert all(torch.equal(g, w) for g, w in zip(torch.autograd.grad(y.sum(), leaves), want, strict=True))
+
+
+def test_a_bias_and_a_norm_that_do_not_fit_are_named():
+    x, weight, a, b, m = (
+        torch.randn(3, 8),
+        torch.randn(5, 8),
+        torch.randn(2, 8),
+        torch.randn(5, 2),
+        torch.rand(5),
+    )
+    for bias in (torch.ones(1), torch.tensor(1.0), torch.ones(10)):
+        with pytest.raises(ValueError, match=r"bias must be \(out_features,\)=\(5,\)"):
+            public(x, weight, a, b, m, 1.0, bias=bias)
+    for norm in (torch.ones(1), torch.ones(5).double(), torch.ones(5).bfloat16()):
+        with pytest.raises(ValueError, match=r"norm must be \(out_features,\)=\(5,\) float32"):
+            public(x, weight, a, b, m, 1.0, norm=norm)
+
+
+def test_a_bias_may_lie_apart(isa):
+    x, weight, a, b, m = (
+        torch.randn(3, 8),
+        torch.randn(5, 8),
+        torch.randn(2, 8),
+        torch.randn(5, 2),
+        torch.rand(5),
+    )
+    for bias in (torch.randn(5, 3)[:, 1], torch.randn(1).expand(5)):
+        for learns in (False, True):
+            bias = bias.detach().requires_grad_(learns)
+            got = public(x, weight, a, b, m, 1.0, bias=bias)
+            assert torch.equal(got, public(x, weight, a, b, m, 1.0, bias=bias.detach().contiguous()))

@@ -369,3 +369,16 @@ def test_a_row_has_the_same_bits_alone_and_among_a_few(isa, dtype, nf4):
                     assert torch.equal(lora_linear(x[part], weight, a, b, 0.5), y[part]), (threads, part)
     finally:
         torch.set_num_threads(before)
+
+
+def test_forward_mode_derivatives_are_refused_and_plain_torch_has_them(backend):
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+
+    def y(x):
+        return lora_linear(x, weight, None, None, 1.0)
+
+    if backend != "reference":
+        with pytest.raises(dispatch.BackendError, match="lora_linear: its kernels have no forward-mode"):
+            torch.func.jvp(y, (x,), (x,))
+    with dispatch.force_backend("reference"):
+        assert torch.equal(torch.func.jvp(y, (x,), (x,))[1], y(x))
