@@ -19,7 +19,7 @@ constexpr int kMaxSlots = 256;      // of a target; their weights lie in shared 
 constexpr int kMaxHeadDim = 256;
 constexpr int kPrefixSlot = 32;   // keys of the prefix: short, since it may be float32, which is not read ahead
 constexpr int kLeastSlot = 64;    // real keys
-constexpr int kBlocksWanted = 8;  // on each multiprocessor, as long as slots do not get shorter than that
+constexpr int kBlocksWanted = 4;  // on each multiprocessor (two are there at once), slots not shorter than that
 
 inline int rows_of_kernel(int rows) { return rows <= 4 ? 4 : 8; }
 

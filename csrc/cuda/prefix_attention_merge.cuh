@@ -34,6 +34,23 @@ __device__ __forceinline__ float2 weigh(float2* states, int count, int apart) {
   return make_float2(top, total);
 }
 
+// The same by a warp, which shares out the softmaxes among its lanes.
+template <typename T>
+__device__ __forceinline__ float2 weigh_together(float2* states, int count, int apart) {
+  const int lane = threadIdx.x % 32;
+  float top = no_score(), total = 0.0f;
+  for (int s = lane; s < count; s += 32) top = fmaxf(top, states[s * apart].x);
+  for (int other = 16; other > 0; other /= 2) top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, other));
+  const float base = base_of(top);
+  for (int s = lane; s < count; s += 32) {
+    const float weight = power<T>(states[s * apart].x - base);
+    total = fmaf(states[s * apart].y, weight, total);
+    states[s * apart].x = weight;
+  }
+  for (int other = 16; other > 0; other /= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, other);
+  return make_float2(top, total);
+}
+
 // The block's part of each of its targets.
 template <typename T, typename S, int kN, int kRows>
 __device__ void store_parts(const Call& call, const Work& work, unsigned char* shared) {
@@ -59,7 +76,29 @@ __device__ void store_parts(const Call& call, const Work& work, unsigned char* s
   }
 }
 
-// out and lse of a target whose parts are all there.
+// kWide values of a row of out, from those of all slots, `apart` from each other.
+template <typename T, int kWide, int kRows>
+__device__ __forceinline__ void add_up(const float* parts, int64_t apart, const float2* states, int slots, float scale,
+                                       T* out) {
+  float total[kWide] = {};
+#pragma unroll 16
+  for (int slot = 0; slot < slots; ++slot) {
+    const float* from = parts + slot * apart;
+    const float weight = states[slot * kRows].x;
+    if constexpr (kWide == 4) {
+      const float4 part = *reinterpret_cast<const float4*>(from);
+      total[0] = fmaf(part.x, weight, total[0]), total[1] = fmaf(part.y, weight, total[1]);
+      total[2] = fmaf(part.z, weight, total[2]), total[3] = fmaf(part.w, weight, total[3]);
+    } else {
+      total[0] = fmaf(*from, weight, total[0]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) round_to(out + i, total[i] * scale);
+}
+
+// out and lse of a target whose parts are all there. It is one block's, at the end: what counts is how often it waits for
+// memory in turn, so 16 slots are on their way at once, four values of each.
 template <typename T, int kRows>
 __device__ void finish(const Call& call, const Work& work, int b, unsigned char* shared) {
   const int slots = call.plan.slots(), rows = min(kRows, call.rows() - work.first_row);
@@ -70,26 +109,29 @@ __device__ void finish(const Call& call, const Work& work, int b, unsigned char*
     if (i % kRows < rows) states[i] = parts.sums[i];
   }
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) < rows) {
-    const int row = work.first_row + threadIdx.x, query = row / call.group;
+  for (int in_tile = threadIdx.x / 32; in_tile < rows; in_tile += kWarps) {
+    const int row = work.first_row + in_tile, query = row / call.group;
     const int head = work.head * call.group + row % call.group;
-    const float2 whole = weigh<T>(states + threadIdx.x, slots, kRows);
-    states[threadIdx.x].y = whole.y == 0.0f ? 0.0f : 1.0f / whole.y;  // a row that sees nothing gives zeros
+    const float2 whole = weigh_together<T>(states + in_tile, slots, kRows);
+    if (threadIdx.x % 32 != 0) continue;
+    states[in_tile].y = whole.y == 0.0f ? 0.0f : 1.0f / whole.y;  // a row that sees nothing gives zeros
     call.lse[(int64_t{b} * call.kv_heads * call.group + head) * call.queries + query] =
         whole.y == 0.0f ? no_score() : log_of<T>(whole.x, whole.y);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * call.head_dim; i += kThreads) {
-    const int in_tile = i / call.head_dim, d = i % call.head_dim, row = work.first_row + in_tile;
-    float total = 0.0f;
-#pragma unroll 8
-    for (int slot = 0; slot < slots; ++slot) {
-      const float part = parts.values[(int64_t{slot} * kRows + in_tile) * call.head_dim + d];
-      total = fmaf(part, states[slot * kRows + in_tile].x, total);
+  const bool fours = call.head_dim % 4 == 0;  // the workspace's parts then lie at multiples of 16 bytes
+  const int wide = fours ? 4 : 1, groups = call.head_dim / wide;
+  for (int i = threadIdx.x; i < rows * groups; i += kThreads) {
+    const int in_tile = i / groups, d = i % groups * wide, row = work.first_row + in_tile;
+    const float* values = parts.values + in_tile * call.head_dim + d;
+    const int64_t apart = int64_t{kRows} * call.head_dim;
+    T* out = static_cast<T*>(call.out) + b * call.out_batch +
+             (work.head * call.group + row % call.group) * call.out_head + row / call.group * call.out_query + d;
+    if (fours) {
+      add_up<T, 4, kRows>(values, apart, states + in_tile, slots, states[in_tile].y, out);
+    } else {
+      add_up<T, 1, kRows>(values, apart, states + in_tile, slots, states[in_tile].y, out);
     }
-    const int64_t to = b * call.out_batch + (work.head * call.group + row % call.group) * call.out_head +
-                       row / call.group * call.out_query;
-    round_to(static_cast<T*>(call.out) + to + d, total * states[in_tile].y);
   }
 }
 
