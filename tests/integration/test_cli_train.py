@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_adapter(train, tmp_path, mode
 
 
 def test_resume_without_a_checkpoint_and_with_other_settings_is_refused(train, tmp_path):
-    _failed(train("--resume"), "--resume", "holds no checkpoint")
+    _failed(train("--resume"), "--resume", "holds no whole checkpoint")
     assert train("--max-steps", 2)[0] == 0
     _failed(train("--resume", "--dropout", 0.5), "other settings", "dropout was 0.0, is 0.5")
 
