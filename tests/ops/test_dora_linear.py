@@ -64,6 +64,12 @@ def case(rows, k, n, rank, dtype, *, nf4, adapter=torch.float32, scale=1.0, drop
     check(x, weight, a, b, m, randn(n).to(dtype), dy, mask=mask, what=what)
 
 
+def small(rows=3, k=8, n=5, rank=2):
+    """x, weight, A, B, magnitude."""
+    shapes = (rows, k), (n, k), (rank, k), (n, rank), (n,)
+    return [torch.randn(*shape) for shape in shapes]
+
+
 SHAPES = [(1, 64, 16, 4), (3, 128, 33, 16), (17, 100, 50, 3), (130, 192, 700, 8), (40, 77, 31, 5)]
 
 
@@ -168,18 +174,11 @@ def test_a_frozen_magnitude_keeps_no_product(isa):
 def test_without_gradient_no_autograd_node_is_made(isa, monkeypatch):
     monkeypatch.setattr(_Scale, "apply", None)
     with torch.no_grad():
-        arguments = torch.randn(1, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2), torch.rand(5)
-        assert dora_linear(*arguments, 1.0).shape == (1, 5)
+        assert dora_linear(*small(), 1.0).shape == (3, 5)
 
 
 def test_under_autocast_the_norm_stays_in_float32(isa):
-    x, weight, a, b, m = (
-        torch.randn(3, 64),
-        torch.randn(48, 64),
-        torch.randn(4, 64),
-        torch.randn(48, 4),
-        torch.rand(48),
-    )
+    x, weight, a, b, m = small(k=64, n=48, rank=4)
     for base in (weight, nf4_quantize(weight)):
         plain = dora_norm(base, a, b, 0.5)
         with torch.autocast("cpu", torch.bfloat16):
@@ -188,13 +187,7 @@ def test_under_autocast_the_norm_stays_in_float32(isa):
 
 
 def test_wrong_arguments_are_named():
-    x, weight, a, b, m = (
-        torch.randn(3, 8),
-        torch.randn(5, 8),
-        torch.randn(2, 8),
-        torch.randn(5, 2),
-        torch.rand(5),
-    )
+    x, weight, a, b, m = small()
     with pytest.raises(ValueError, match=r"magnitude must be \(out_features,\)=\(5,\).*got \(4,\)"):
         public(x, weight, a, b, m[:4], 1.0)
     with pytest.raises(ValueError, match=r"dropped must be as x, \(3, 8\).*got \(2, 8\)"):
@@ -218,13 +211,7 @@ def test_it_traces_whole(isa):
 
 
 def test_a_bias_and_a_norm_that_do_not_fit_are_named():
-    x, weight, a, b, m = (
-        torch.randn(3, 8),
-        torch.randn(5, 8),
-        torch.randn(2, 8),
-        torch.randn(5, 2),
-        torch.rand(5),
-    )
+    x, weight, a, b, m = small()
     for bias in (torch.ones(1), torch.tensor(1.0), torch.ones(10)):
         with pytest.raises(ValueError, match=r"bias must be \(out_features,\)=\(5,\)"):
             public(x, weight, a, b, m, 1.0, bias=bias)
@@ -234,13 +221,7 @@ def test_a_bias_and_a_norm_that_do_not_fit_are_named():
 
 
 def test_a_bias_may_lie_apart(isa):
-    x, weight, a, b, m = (
-        torch.randn(3, 8),
-        torch.randn(5, 8),
-        torch.randn(2, 8),
-        torch.randn(5, 2),
-        torch.rand(5),
-    )
+    x, weight, a, b, m = small()
     for bias in (torch.randn(5, 3)[:, 1], torch.randn(1).expand(5)):
         for learns in (False, True):
             bias = bias.detach().requires_grad_(learns)
