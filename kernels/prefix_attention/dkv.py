@@ -18,6 +18,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     probabilities,
     product,
     program,
+    rows_anew,
     scores,
     seen_by,
     sum_product,
@@ -171,17 +172,20 @@ def dkv_kernel(
 
 @triton.jit
 def prefix_kernel(
-    q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, tiles, per_copy, share, scale,
-    stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp,
-    stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
+    q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, blocks, per_copy, share,
+    scale, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh,
+    stride_pvp, stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
     GROUP: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of the prefix, from one share of its rows: those of `per_copy` rows of the batch.
+    """dk and dv of a block of the prefix, from `share` tiles of the packed rows of `per_copy` batch rows.
 
+    A tile is of one batch row: to find that of each packed row would take a division for each.
     dk and dv (shares, G, Hkv, P, D), contiguous. Every row sees every key: no mask, no bias.
     """
-    tile, head, copy = program(tiles, kv_heads)
+    pid = tl.program_id(0)  # no tile is heavier than another: as they lie, which takes fewer registers
+    tile, of = pid % blocks, pid // blocks
+    head, copy = (of % kv_heads).to(tl.int64), (of // kv_heads).to(tl.int64)
     d = tl.arange(0, D)
     inside = (d < HEAD_DIM)[None, :]
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,23 +197,23 @@ def prefix_kernel(
     unit = scale if EXACT else scale * LOG2_E
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
     dv_sum = dk_sum
-    each = queries * GROUP
+    each = tl.cdiv(queries * GROUP, BLOCK_M)
     begin = tl.program_id(1) * share
-    for at in range(begin, tl.minimum(begin + share, per_copy * each), BLOCK_M):
-        m = at + tl.arange(0, BLOCK_M)
-        r = tl.minimum(m, per_copy * each - 1)
-        batch = copy * per_copy + r // each
-        t, h = packed(r % each, head, queries, GROUP)
+    for i in range(begin, tl.minimum(begin + share, per_copy * each)):
+        batch = copy * per_copy + i // each
+        m = i % each * BLOCK_M + tl.arange(0, BLOCK_M)
+        t, h = packed(m, head, queries, GROUP)
         row = batch * stride_lb + h * queries + t
-        lse_of = tl.where(m < per_copy * each, unless_empty(tl.load(lse + row), EXACT), float("inf"))
+        lse_of = tl.where(m < queries * GROUP, unless_empty(tl.load(lse + row), EXACT), float("inf"))
         q_at = at_rows(q + batch * stride_qb, h, t, stride_qh, stride_qt)
         g_at = at_rows(dout + batch * stride_gb, h, t, stride_gh, stride_gt)
         dk_sum, dv_sum = gradient_of_keys(
             dk_sum, dv_sum, key, value, q_at[:, None] + d[None, :], g_at[:, None] + d[None, :], lse_of,
             tl.load(delta + row), q_at, n, t, t, unit, inside, False, False, EXACT,
         )  # fmt: skip
+    n = rows_anew(tile, share, BLOCK_N)
     stored = (n < prefix)[:, None] & inside
-    row = (copy * kv_heads + head) * prefix + n
+    row = of.to(tl.int64) * prefix + n
     at = tl.program_id(1).to(tl.int64) * stride_s + row[:, None] * HEAD_DIM + d[None, :]
     tl.store(dk + at, (dk_sum * scale).to(dk.dtype.element_ty), stored)
     tl.store(dv + at, dv_sum.to(dv.dtype.element_ty), stored)
@@ -252,7 +256,7 @@ def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> No
     copies, kv_heads, prefix, _ = prefix_k.shape
     block_n, block_m, warps, stages = tiles.tile("prefix", call)
     programs, per_copy = cdiv(prefix, block_n), q.shape[0] // copies
-    share, shares = tiles.shares(per_copy * call.rows, programs * kv_heads, block_m)
+    share, shares = tiles.shares(per_copy * cdiv(call.rows, block_m), programs * kv_heads)
     parts = dk, dv
     if shares > 1:
         parts = tuple(torch.empty(shares, *t.shape, dtype=torch.float32, device=t.device) for t in parts)

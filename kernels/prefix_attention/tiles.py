@@ -7,12 +7,18 @@ tile form it twice: two warpgroups of sm_90 take 128 rows, and 8 warps of mma.sy
 
 from peft_engine.kernels.prefix_attention.call import Call
 
+from peft_engine.kernels.launch import cdiv
 from peft_engine.kernels.tiles import MANY, Entry, Table, Tile, entries_for, tile_of
+
+# Keys that all heads of one row of the batch have together, up to which blocks of 128 would be less than two
+# programs for each of an H200's 132 multiprocessors.
+FEW_KEYS = 264 * 128
 
 # kernel: architecture: (rows up to, head_dim up to, tile in half precision, tile in float32)
 # attend  BLOCK_M (packed rows), BLOCK_N (keys), warps, stages; of the forward
 # dq      the same, of the backward
-# dkv     BLOCK_N (keys), BLOCK_M (packed rows in each turn), warps, stages
+# dkv     BLOCK_N (keys), BLOCK_M (packed rows in each turn), warps, stages; not by rows, but by a batch row's
+#         keys: blocks of 128 are read for half as often, blocks of 64 are twice as many programs
 # prefix  the same; a prefix is one or two blocks of 64
 # A bias takes registers: with one, the kernels have tiles of their own.
 TABLE: Table = {
@@ -26,7 +32,7 @@ TABLE: Table = {
         ),
         86: (
             (16, 128, (16, 64, 4, 2), (16, 32, 4, 1)),
-            (16, 256, (16, 32, 4, 2), (16, 16, 4, 1)),
+            (16, 256, (16, 64, 8, 2), (16, 16, 4, 1)),
             (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
             (MANY, 128, (128, 32, 8, 2), (32, 32, 8, 1)),
             (MANY, 256, (64, 64, 8, 1), (16, 16, 4, 1)),
@@ -107,8 +113,10 @@ TABLE: Table = {
             (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
         ),
         90: (
+            (FEW_KEYS, 64, (64, 64, 4, 2), (32, 32, 8, 1)),
+            (FEW_KEYS, 128, (64, 32, 4, 2), (16, 16, 4, 1)),
             (MANY, 64, (128, 64, 8, 2), (32, 32, 8, 1)),
-            (MANY, 128, (64, 32, 4, 2), (16, 16, 4, 1)),
+            (MANY, 128, (128, 32, 8, 2), (16, 16, 4, 1)),
             (MANY, 256, (32, 64, 8, 1), (16, 16, 4, 1)),
         ),
         100: (
@@ -168,11 +176,15 @@ CHUNK = 256  # keys; 512 KiB of a head of 128, so that a batch of one has enough
 
 
 def tile(kernel: str, call: Call) -> Tile:
-    """The tile of a kernel for a call's packed rows, head_dim and bias."""
+    """The tile of a kernel for a call's packed rows or keys, head_dim and bias.
+
+    Never by the batch: what a row gives does not change with the batch it is in.
+    """
+    size = call.k.shape[1] * call.k.shape[2] if kernel == "dkv" else call.rows
     if call.bias is not None and f"{kernel}, bias" in TABLE:
         kernel = f"{kernel}, bias"
     q = call.q
-    return tile_of("prefix_attention", TABLE, kernel, call.rows, q.shape[3], q.dtype, q.device)
+    return tile_of("prefix_attention", TABLE, kernel, size, q.shape[3], q.dtype, q.device)
 
 
 def entries(kernel: str, arch: int) -> tuple[Entry, ...]:
@@ -187,13 +199,12 @@ def chunks(rows: int, keys: int) -> tuple[int, int]:
     """
     if rows > SPLIT_ROWS or keys <= CHUNK:
         return keys, 1
-    return CHUNK, -(-keys // CHUNK)
+    return CHUNK, cdiv(keys, CHUNK)
 
 
-def shares(rows: int, programs: int, block_m: int) -> tuple[int, int]:
-    """Rows in a share for the prefix's gradient, and the number of shares: of 8 tiles or more, and about two
+def shares(number: int, programs: int) -> tuple[int, int]:
+    """Tiles in a share of a `number` for the prefix's gradient, and the shares: of 8 or more, and about two
     programs for each of an H200's 132 multiprocessors where one share is `programs`.
     """
-    number = max(1, min(-(-264 // programs), rows // (8 * block_m)))
-    share = block_m * -(-rows // (number * block_m))
-    return share, -(-rows // share)
+    share = cdiv(number, max(1, min(cdiv(264, programs), number // 8)))
+    return share, cdiv(number, share)
