@@ -10,6 +10,7 @@ import triton.language as tl
 from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
+    LENGTHS,
     LOG2_E,
     at_rows,
     block,
@@ -106,7 +107,7 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
     return some_from, some_to, tl.where(together, all_from, some_to), tl.where(together, all_to, some_to)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dkv_kernel(
     q, k, v, first, last, bias, dout, lse, delta, dk, dv, queries, keys, kv_heads, tiles, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -170,7 +171,7 @@ def dkv_kernel(
     tl.store(dv_at, dv_sum.to(dv.dtype.element_ty), stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prefix_kernel(
     q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, blocks, per_copy, share,
     scale, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh,
@@ -219,7 +220,7 @@ def prefix_kernel(
     tl.store(dv + at, dv_sum.to(dv.dtype.element_ty), stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_kernel(parts_k, parts_v, dk, dv, numel, parts, BLOCK: tl.constexpr):
     """dk and dv from their shares (parts, numel), added up in order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -5,6 +5,7 @@ import triton.language as tl
 from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
+    LENGTHS,
     LOG2_E,
     at_rows,
     block,
@@ -61,7 +62,7 @@ def row_sums(a_at, b_at, columns, ROWS: tl.constexpr, STEP: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, dout, out, lse, delta, dq,
     queries, keys, prefix, kv_heads, tiles, scale,

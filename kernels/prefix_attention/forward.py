@@ -11,6 +11,7 @@ import triton.language as tl
 from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
+    LENGTHS,
     LN_2,
     LOG2_E,
     at_rows,
@@ -57,7 +58,7 @@ def attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, out, lse, queries, keys, prefix, kv_heads, tiles, chunk,
     scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -129,7 +130,7 @@ def forward_kernel(
     tl.store(lse + h * queries + t, tl.where(empty, float("-inf"), natural), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def merge_kernel(
     partial, lse_of, out, lse, rows, chunks, queries, heads, stride_ob, stride_oh, stride_ot,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,

@@ -13,6 +13,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Eight waves of an H200's 132 multiprocessors: of more the last is short against the rest, and what all heads
 # read together outgrows the L2.
 FEW_PROGRAMS = tl.constexpr(8 * 132)
+# What changes with the lengths and the size of a batch. No access is wider for one of these that is divisible
+# by 16, and a training run would compile every kernel for all cases of all of them.
+LENGTHS = ["queries", "keys", "prefix", "tiles", "chunk", "chunks", "per_copy", "share", "parts", "rows"]
+LENGTHS += ["stride_lb", "stride_lc"]  # from one row of the batch to the next in lse, which has no padding
 
 
 @triton.jit
