@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peft_engine.kernels import launch as launcher
+from peft_engine.kernels import tiles
 from peft_engine.kernels.launch import cdiv, launch
 
 
@@ -172,3 +173,20 @@ def test_constants_come_last_and_in_their_order(kernel):
 )
 def test_cdiv(a, b, out):
     assert cdiv(a, b) == out
+
+
+def test_a_device_is_asked_once_for_its_capability(monkeypatch):
+    asked = []
+
+    def capability(device):
+        asked.append(device)
+        return (9, 0) if device == 7 else (8, 6)
+
+    tiles._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 8)
+    for _ in range(3):
+        assert tiles.architecture(torch.device("cuda", 7)) == 90
+        assert tiles.architecture(torch.device("cuda")) == 86
+    assert asked == [7, 8]
+    tiles._capability.cache_clear()
