@@ -192,6 +192,15 @@ def entries(kernel: str, arch: int) -> tuple[Entry, ...]:
     return entries_for(TABLE[kernel], arch)
 
 
+def prefix_stages(call: Call, block_m: int, stages: int) -> int:
+    """Of the loop over the prefix: keys and values are asked for together, before the loop, with two.
+
+    A float32 prefix, as a trainer holds it, takes twice the shared memory of a block of real keys, and where
+    registers are short, as with a bias, its turn spills.
+    """
+    return min(stages, 2) if block_m > 16 and call.bias is None and call.q.shape[3] <= 128 else 1
+
+
 def chunks(rows: int, keys: int) -> tuple[int, int]:
     """Keys in a chunk of the forward, and the number of chunks.
 
