@@ -28,6 +28,8 @@ from peft_engine.kernels.prefix_attention.parts import (
 
 from peft_engine.kernels.launch import cdiv, launch
 
+SCANNED = tl.constexpr(1024)  # queries in a turn of `queries_that_see`
+
 
 @triton.jit
 def gradient_of_keys(
@@ -84,7 +86,8 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
     """The queries from the first to the last that see a key of [start, end), and those among them that see
     all of these keys, where they lie together (else none).
     """
-    # Of each of STEP lanes, and reduced once: a reduction has barriers, and each block of keys runs the loop.
+    # Of each of STEP lanes, and reduced once, all ends together: a reduction has barriers, and each block of
+    # keys runs the loop, whose turns wait for memory. No load is wider: rows of any length are not aligned.
     some_from = queries + tl.zeros((STEP,), tl.int32)
     all_from = some_from
     some_to = tl.zeros((STEP,), tl.int32)
@@ -94,15 +97,18 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
         t = at + tl.arange(0, STEP)
         a = tl.load(first + t, t < queries, other=end)
         z = tl.load(last + t, t < queries, other=0)
-        some = (a < end) & (z > start) & (a < z)
-        every = (a <= start) & (z >= end)
-        some_from = tl.minimum(some_from, tl.where(some, t, queries))
-        some_to = tl.maximum(some_to, tl.where(some, t + 1, 0))
-        all_from = tl.minimum(all_from, tl.where(every, t, queries))
-        all_to = tl.maximum(all_to, tl.where(every, t + 1, 0))
-        number += every.to(tl.int32)
-    some_from, some_to = tl.min(some_from, 0), tl.max(some_to, 0)
-    all_from, all_to = tl.min(all_from, 0), tl.max(all_to, 0)
+        sees = (a < end) & (z > start) & (a < z)
+        whole = (a <= start) & (z >= end)
+        some_from = tl.minimum(some_from, tl.where(sees, t, queries))
+        some_to = tl.maximum(some_to, tl.where(sees, t + 1, 0))
+        all_from = tl.minimum(all_from, tl.where(whole, t, queries))
+        all_to = tl.maximum(all_to, tl.where(whole, t + 1, 0))
+        number += whole.to(tl.int32)
+    ends = tl.join(tl.join(some_from, -some_to), tl.join(all_from, -all_to))
+    some, every = tl.split(tl.min(ends, 0))
+    some_from, some_to = tl.split(some)
+    all_from, all_to = tl.split(every)
+    some_to, all_to = -some_to, -all_to
     together = tl.sum(number, 0) == all_to - all_from
     return some_from, some_to, tl.where(together, all_from, some_to), tl.where(together, all_to, some_to)
 
@@ -137,7 +143,7 @@ def dkv_kernel(
     all_to = some_to
     if INTERVALS:
         some_from, some_to, all_from, all_to = queries_that_see(
-            first + batch * queries, last + batch * queries, queries, start, end, 256
+            first + batch * queries, last + batch * queries, queries, start, end, SCANNED
         )
     elif CAUSAL:
         some_from = tl.maximum(start - (keys - queries), 0)

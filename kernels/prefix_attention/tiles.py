@@ -1,8 +1,9 @@
 """The tiles of prefix_attention's kernels: a table for each, by architecture, packed rows and head_dim.
 
-Nothing tunes at run time. Not one was timed on a GPU: they are those with the fewest instructions for a pair
-of row and key, counted, among the ones that compile without spills. Warps that cover more than a product's
-tile form it twice: two warpgroups of sm_90 take 128 rows, and 8 warps of mma.sync 64 keys where D is 256.
+Nothing tunes at run time. Not one was timed on a GPU: of those tried that compile without spills they mostly
+have the fewest instructions for a pair of row and key, counted. Warps that cover more than a product's tile
+form it twice: two warpgroups of sm_90 take 128 rows, and 8 warps of mma.sync 64 keys where D is 256. Where no
+other tile was free of spills, as with a bias, some still do.
 """
 
 from peft_engine.kernels.prefix_attention.call import Call

@@ -7,7 +7,7 @@ import torch
 from accuracy import assert_twice_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_engine.kernels.prefix_attention import parts, tiles
+from peft_engine.kernels.prefix_attention import dkv, parts, tiles
 from peft_engine.kernels.prefix_attention.backward import backward
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.forward import forward
@@ -301,3 +301,11 @@ def test_programs_are_right_in_both_orders(most, monkeypatch):
     monkeypatch.setattr(parts, "FEW_PROGRAMS", most)
     with small_tiles():
         check(*case(heads=4, kv_heads=2, queries=40, keys=40, head_dim=16), CAUSAL)
+
+
+def test_the_queries_that_see_a_block_are_found_in_several_turns(monkeypatch):
+    monkeypatch.setattr(dkv, "SCANNED", 8)
+    with small_tiles():
+        for kind in KINDS:
+            ends = intervals(kind, 2, 19, 37)
+            check(*case(keys=37, dtype=torch.bfloat16), (*ends, None, False), what=kind)
