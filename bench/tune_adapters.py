@@ -67,8 +67,10 @@ def table_tile(name: str, shape: tuple[int, ...], rows: int, device: torch.devic
 
     op, _, kernel = name.partition(".")
     table = importlib.import_module(f"peft_engine.kernels.{op}.tiles").TABLE
-    packed = rows * (shape[0] // shape[1]) if op == "prefix_attention" else rows
-    return tile_of(op, table, kernel, packed, shape[-1], torch.bfloat16, device)
+    size = rows
+    if op == "prefix_attention":  # packed rows; of dkv the keys of all heads
+        size *= shape[1] if kernel == "dkv" else shape[0] // shape[1]
+    return tile_of(op, table, kernel, size, shape[-1], torch.bfloat16, device)
 
 
 def call_of(name: str, shape: tuple[int, ...], rows: int, device: torch.device) -> tuple[Call, int]:

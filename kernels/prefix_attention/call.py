@@ -1,6 +1,7 @@
 """A call's tensors as the kernels take them: pointers, sizes, strides, constants, in the kernels' order."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import triton
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of a forward or a backward, every last dimension dense; a bias spreads by strides of 0."""
+    """The inputs of a forward or a backward, every last dimension dense; a bias spreads by strides of 0.
+
+    What is made of all of them is made once for the three kernels of a backward.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -41,7 +45,7 @@ class Call:
         """q, k, v, prefix_k, prefix_v."""
         return self.q, self.k, self.v, self.prefix_k, self.prefix_v
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """q, k, v, prefix_k, prefix_v, first, last, bias; q in the place of what is not given."""
         masks = (self.q if t is None else t for t in (self.first, self.last, self.bias))
@@ -52,7 +56,7 @@ class Call:
         """queries, keys, prefix, kv_heads."""
         return self.q.shape[2], self.k.shape[2], self.prefix_k.shape[2], self.k.shape[1]
 
-    @property
+    @cached_property
     def strides(self) -> tuple[int, ...]:
         """Of q, k, v, prefix_k, prefix_v and bias, all but the last dimension's."""
         bias = (0, 0, 0)
@@ -66,7 +70,7 @@ class Call:
         """A prefix that the batch shares is read from its one copy."""
         return (0 if t.shape[0] == 1 else t.stride(0)), *t.stride()[1:3]
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         head_dim = self.q.shape[3]
         return {

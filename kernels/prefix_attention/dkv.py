@@ -10,6 +10,7 @@ import triton.language as tl
 from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
+    LENGTHS,
     LOG2_E,
     at_rows,
     block,
@@ -18,6 +19,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     probabilities,
     product,
     program,
+    rows_anew,
     scores,
     seen_by,
     sum_product,
@@ -25,6 +27,8 @@ from peft_engine.kernels.prefix_attention.parts import (
 )
 
 from peft_engine.kernels.launch import cdiv, launch
+
+SCANNED = tl.constexpr(1024)  # queries in a turn of `queries_that_see`
 
 
 @triton.jit
@@ -82,7 +86,8 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
     """The queries from the first to the last that see a key of [start, end), and those among them that see
     all of these keys, where they lie together (else none).
     """
-    # Of each of STEP lanes, and reduced once: a reduction has barriers, and each block of keys runs the loop.
+    # Of each of STEP lanes, and reduced once, all ends together: a reduction has barriers, and each block of
+    # keys runs the loop, whose turns wait for memory. No load is wider: rows of any length are not aligned.
     some_from = queries + tl.zeros((STEP,), tl.int32)
     all_from = some_from
     some_to = tl.zeros((STEP,), tl.int32)
@@ -92,20 +97,23 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
         t = at + tl.arange(0, STEP)
         a = tl.load(first + t, t < queries, other=end)
         z = tl.load(last + t, t < queries, other=0)
-        some = (a < end) & (z > start) & (a < z)
-        every = (a <= start) & (z >= end)
-        some_from = tl.minimum(some_from, tl.where(some, t, queries))
-        some_to = tl.maximum(some_to, tl.where(some, t + 1, 0))
-        all_from = tl.minimum(all_from, tl.where(every, t, queries))
-        all_to = tl.maximum(all_to, tl.where(every, t + 1, 0))
-        number += every.to(tl.int32)
-    some_from, some_to = tl.min(some_from, 0), tl.max(some_to, 0)
-    all_from, all_to = tl.min(all_from, 0), tl.max(all_to, 0)
+        sees = (a < end) & (z > start) & (a < z)
+        whole = (a <= start) & (z >= end)
+        some_from = tl.minimum(some_from, tl.where(sees, t, queries))
+        some_to = tl.maximum(some_to, tl.where(sees, t + 1, 0))
+        all_from = tl.minimum(all_from, tl.where(whole, t, queries))
+        all_to = tl.maximum(all_to, tl.where(whole, t + 1, 0))
+        number += whole.to(tl.int32)
+    ends = tl.join(tl.join(some_from, -some_to), tl.join(all_from, -all_to))
+    some, every = tl.split(tl.min(ends, 0))
+    some_from, some_to = tl.split(some)
+    all_from, all_to = tl.split(every)
+    some_to, all_to = -some_to, -all_to
     together = tl.sum(number, 0) == all_to - all_from
     return some_from, some_to, tl.where(together, all_from, some_to), tl.where(together, all_to, some_to)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dkv_kernel(
     q, k, v, first, last, bias, dout, lse, delta, dk, dv, queries, keys, kv_heads, tiles, scale,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -135,7 +143,7 @@ def dkv_kernel(
     all_to = some_to
     if INTERVALS:
         some_from, some_to, all_from, all_to = queries_that_see(
-            first + batch * queries, last + batch * queries, queries, start, end, 256
+            first + batch * queries, last + batch * queries, queries, start, end, SCANNED
         )
     elif CAUSAL:
         some_from = tl.maximum(start - (keys - queries), 0)
@@ -169,19 +177,22 @@ def dkv_kernel(
     tl.store(dv_at, dv_sum.to(dv.dtype.element_ty), stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prefix_kernel(
-    q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, tiles, per_copy, share, scale,
-    stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp,
-    stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
+    q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, blocks, per_copy, share,
+    scale, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh,
+    stride_pvp, stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
     GROUP: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of the prefix, from one share of its rows: those of `per_copy` rows of the batch.
+    """dk and dv of a block of the prefix, from `share` tiles of the packed rows of `per_copy` batch rows.
 
+    A tile is of one batch row: to find that of each packed row would take a division for each.
     dk and dv (shares, G, Hkv, P, D), contiguous. Every row sees every key: no mask, no bias.
     """
-    tile, head, copy = program(tiles, kv_heads)
+    pid = tl.program_id(0)  # no tile is heavier than another: as they lie, which takes fewer registers
+    tile, of = pid % blocks, pid // blocks
+    head, copy = (of % kv_heads).to(tl.int64), (of // kv_heads).to(tl.int64)
     d = tl.arange(0, D)
     inside = (d < HEAD_DIM)[None, :]
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -193,29 +204,29 @@ def prefix_kernel(
     unit = scale if EXACT else scale * LOG2_E
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
     dv_sum = dk_sum
-    each = queries * GROUP
+    each = tl.cdiv(queries * GROUP, BLOCK_M)
     begin = tl.program_id(1) * share
-    for at in range(begin, tl.minimum(begin + share, per_copy * each), BLOCK_M):
-        m = at + tl.arange(0, BLOCK_M)
-        r = tl.minimum(m, per_copy * each - 1)
-        batch = copy * per_copy + r // each
-        t, h = packed(r % each, head, queries, GROUP)
+    for i in range(begin, tl.minimum(begin + share, per_copy * each)):
+        batch = copy * per_copy + i // each
+        m = i % each * BLOCK_M + tl.arange(0, BLOCK_M)
+        t, h = packed(m, head, queries, GROUP)
         row = batch * stride_lb + h * queries + t
-        lse_of = tl.where(m < per_copy * each, unless_empty(tl.load(lse + row), EXACT), float("inf"))
+        lse_of = tl.where(m < queries * GROUP, unless_empty(tl.load(lse + row), EXACT), float("inf"))
         q_at = at_rows(q + batch * stride_qb, h, t, stride_qh, stride_qt)
         g_at = at_rows(dout + batch * stride_gb, h, t, stride_gh, stride_gt)
         dk_sum, dv_sum = gradient_of_keys(
             dk_sum, dv_sum, key, value, q_at[:, None] + d[None, :], g_at[:, None] + d[None, :], lse_of,
             tl.load(delta + row), q_at, n, t, t, unit, inside, False, False, EXACT,
         )  # fmt: skip
+    n = rows_anew(tile, share, BLOCK_N)
     stored = (n < prefix)[:, None] & inside
-    row = (copy * kv_heads + head) * prefix + n
+    row = of.to(tl.int64) * prefix + n
     at = tl.program_id(1).to(tl.int64) * stride_s + row[:, None] * HEAD_DIM + d[None, :]
     tl.store(dk + at, (dk_sum * scale).to(dk.dtype.element_ty), stored)
     tl.store(dv + at, dv_sum.to(dv.dtype.element_ty), stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def sum_kernel(parts_k, parts_v, dk, dv, numel, parts, BLOCK: tl.constexpr):
     """dk and dv from their shares (parts, numel), added up in order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -252,7 +263,7 @@ def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> No
     copies, kv_heads, prefix, _ = prefix_k.shape
     block_n, block_m, warps, stages = tiles.tile("prefix", call)
     programs, per_copy = cdiv(prefix, block_n), q.shape[0] // copies
-    share, shares = tiles.shares(per_copy * call.rows, programs * kv_heads, block_m)
+    share, shares = tiles.shares(per_copy * cdiv(call.rows, block_m), programs * kv_heads)
     parts = dk, dv
     if shares > 1:
         parts = tuple(torch.empty(shares, *t.shape, dtype=torch.float32, device=t.device) for t in parts)

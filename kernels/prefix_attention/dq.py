@@ -5,6 +5,7 @@ import triton.language as tl
 from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
+    LENGTHS,
     LOG2_E,
     at_rows,
     block,
@@ -61,7 +62,7 @@ def row_sums(a_at, b_at, columns, ROWS: tl.constexpr, STEP: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, dout, out, lse, delta, dq,
     queries, keys, prefix, kv_heads, tiles, scale,
@@ -71,7 +72,7 @@ def dq_kernel(
     stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq and delta (B, Hq, T) of a tile of packed rows."""
     tile, head, batch = program(tiles, kv_heads)
@@ -100,7 +101,7 @@ def dq_kernel(
         tl.zeros((BLOCK_M, D), tl.float32), q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of,
         prefix_k + batch * stride_pkb + head * stride_pkh, prefix_v + batch * stride_pvb + head * stride_pvh,
         stride_pkp, stride_pvp, 0, prefix, tl.cdiv(prefix, BLOCK_N), 0, 0, none, none + prefix, bias_at, unit,
-        d, True, False, EXACT, HEAD_DIM, D, BLOCK_N, 1,
+        d, True, False, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
     )  # fmt: skip
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
     start, end = tl.min(a, 0), tl.max(z, 0)
@@ -133,6 +134,9 @@ def gradient_of_queries(call: Call, dout, out, lse, delta, dq, scale: float) -> 
             *call.inputs, dout, out, lse, delta, dq, *call.sizes, programs, scale, *call.strides,
             *dout.stride()[:3], *out.stride()[:3], *dq.stride()[:3], lse.stride(0),
         ),
-        {**call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages},
+        {
+            **call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,
+            "PREFIX_STAGES": tiles.prefix_stages(call, block_m, stages),
+        },
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
+    LENGTHS,
     LN_2,
     LOG2_E,
     at_rows,
@@ -57,7 +58,7 @@ def attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, out, lse, queries, keys, prefix, kv_heads, tiles, chunk,
     scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -65,7 +66,7 @@ def forward_kernel(
     stride_oc, stride_ob, stride_oh, stride_ot, stride_lc, stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
     EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of packed rows, over the chunk's part of [prefix; keys].
 
@@ -94,7 +95,7 @@ def forward_kernel(
         acc, top, total, q_tile, prefix_k + batch * stride_pkb + head * stride_pkh,
         prefix_v + batch * stride_pvb + head * stride_pvh, stride_pkp, stride_pvp,
         start, end, tl.cdiv(end - start, BLOCK_N), 0, 0, none, none + end, bias_at, unit, d,
-        True, False, EXACT, HEAD_DIM, D, BLOCK_N, 1,
+        True, False, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
     )  # fmt: skip
 
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
@@ -129,7 +130,7 @@ def forward_kernel(
     tl.store(lse + h * queries + t, tl.where(empty, float("-inf"), natural), there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def merge_kernel(
     partial, lse_of, out, lse, rows, chunks, queries, heads, stride_ob, stride_oh, stride_ot,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, CHUNKS: tl.constexpr,
@@ -184,7 +185,10 @@ def forward(
             *call.inputs, to, to_lse, *call.sizes, programs, chunk, scale,
             *call.strides, to.stride(0) if chunks > 1 else 0, *to.stride()[-4:-1], lse.numel(), lse.stride(0),
         ),
-        {**call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages},
+        {
+            **call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,
+            "PREFIX_STAGES": tiles.prefix_stages(call, block_m, stages),
+        },
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if chunks > 1:

@@ -10,6 +10,13 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Eight waves of an H200's 132 multiprocessors: of more the last is short against the rest, and what all heads
+# read together outgrows the L2.
+FEW_PROGRAMS = tl.constexpr(8 * 132)
+# What changes with the lengths and the size of a batch. No access is wider for one of these that is divisible
+# by 16, and a training run would compile every kernel for all cases of all of them.
+LENGTHS = ["queries", "keys", "prefix", "tiles", "chunk", "chunks", "per_copy", "share", "parts", "rows"]
+LENGTHS += ["stride_lb", "stride_lc"]  # from one row of the batch to the next in lse, which has no padding
 
 
 @triton.jit
@@ -35,11 +42,17 @@ def sum_product(a, b, acc):
 
 @triton.jit
 def program(tiles, kv_heads):
-    """Tile, key head and batch row (both 64-bit) of this program; those that read the same keys are next."""
+    """Tile, key head and batch row (both 64-bit) of this program.
+
+    Of few programs the first tiles of all heads come first, which the callers make the heaviest, so that the
+    light ones fill up the last wave; of many those that read the same keys are next to each other.
+    """
     pid = tl.program_id(0)
-    head = pid // tiles % kv_heads
-    batch = pid // tiles // kv_heads
-    return pid % tiles, head.to(tl.int64), batch.to(tl.int64)
+    few = tl.num_programs(0) < FEW_PROGRAMS
+    heads = tl.num_programs(0) // tiles
+    tile = tl.where(few, pid // heads, pid % tiles)
+    row = tl.where(few, pid % heads, pid // tiles)
+    return tile, (row % kv_heads).to(tl.int64), (row // kv_heads).to(tl.int64)
 
 
 @triton.jit

@@ -33,7 +33,8 @@ def variants() -> Iterator[Variant]:
                             continue
                         call = launch_of(kernel, rows, head_dim, dtype)
                         name = f"{NAMES[dtype]}, head_dim {head_dim}"
-                        name += ", bias" * ("bias" in kernel) + f", {rows} rows" * (rows < MANY)
+                        unit = "keys" if "dkv" in kernel else "rows"
+                        name += ", bias" * ("bias" in kernel) + f", {rows} {unit}" * (rows < MANY)
                         yield from _named(call, name, arch, dtype)
             if arch in FEW_ARCHS:
                 yield from _others(arch)
@@ -42,9 +43,11 @@ def variants() -> Iterator[Variant]:
 def launch_of(kernel: str, rows: int, head_dim: int, dtype: torch.dtype) -> Callable[[], Any]:
     """A launch for one entry: a prompt of 1000 tokens, or the token after it; 4 query heads a key head."""
     kernel, _, bias = kernel.partition(", ")
-    tokens = min(1000, rows // 4)
-    q, k = _meta(2, 32, tokens, head_dim, dtype), _meta(2, 8, 1000, head_dim, dtype)
-    added = _meta(1, 32, tokens, 1000, dtype) if bias else None
+    tokens, keys = min(1000, rows // 4), 1000
+    if kernel == "dkv" and rows == MANY:  # its tile goes by the keys of all heads
+        keys = 5000
+    q, k = _meta(2, 32, tokens, head_dim, dtype), _meta(2, 8, keys, head_dim, dtype)
+    added = _meta(1, 32, tokens, keys, dtype) if bias else None
     # the prefix as a trainer holds it: float32, shared by the batch
     call = Call(q, k, k, *(_meta(1, 8, 20, head_dim, torch.float32),) * 2, None, None, added, True)
     row, dq, dk = torch.empty(q.shape[:3], device="meta"), by_token(q), by_token(k)

@@ -3,7 +3,8 @@
 Triton binds and specialises all arguments anew at every launch, 30 us for a kernel of 25 (measured, triton
 3.6, one core); a layer's forward and backward are a dozen launches. Here a compiled kernel is found by the
 arguments themselves, and for values that are new by what Triton specialises on: the types, the pointers'
-alignment, integers that are 1, divisible by 16, or 64 bits wide.
+alignment, integers that are 1, divisible by 16, or 64 bits wide; of integers that a kernel's decorator names
+in do_not_specialize, as what changes with the length of a batch, only the last.
 """
 
 from typing import Any
@@ -75,9 +76,11 @@ def launch(
 def _specialised(kernel, device, arguments, constants, options) -> tuple[Any, ...]:
     """What Triton compiles a kernel anew for."""
     key: list[Any] = [id(kernel), device, *constants.values(), *options.values()]
-    for a in arguments:
+    alike = getattr(kernel, "do_not_specialize", ())
+    for name, a in zip(kernel.arg_names, arguments, strict=False):  # the constants come last
         if isinstance(a, torch.Tensor):
             key += a.dtype, a.data_ptr() % 16 == 0
         elif isinstance(a, int):
-            key.append((a == 1, a % 16 == 0, -(2**31) <= a < 2**31))
+            narrow = -(2**31) <= a < 2**31
+            key.append(narrow if name in alike else (a == 1, a % 16 == 0, narrow))
     return tuple(key)

@@ -5,6 +5,7 @@ An architecture without entries takes those of the nearest one below that has so
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -47,6 +48,11 @@ def architecture(device: torch.device) -> int:
         return _pretended
     if device.type != "cuda":
         return 90
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

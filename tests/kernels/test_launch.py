@@ -1,9 +1,12 @@
 """The launcher: one compilation for what Triton specialises on, and the compiled kernel found again."""
 
+import inspect
+
 import pytest
 import torch
 
 from peft_engine.kernels import launch as launcher
+from peft_engine.kernels import tiles
 from peft_engine.kernels.launch import cdiv, launch
 
 
@@ -100,6 +103,50 @@ def test_an_integer_is_not_taken_for_a_float(kernel):
     assert len(kernel.compiled) == 2 and [number for number, _, _ in kernel.ran] == [1]
 
 
+def test_what_a_kernel_says_not_to_specialise_on_is_not_compiled_anew(kernel):
+    kernel.do_not_specialize = ["n"]
+    for n in (1, 32, 33, 2**31 - 1):
+        run(kernel, X, n)
+    assert len(kernel.compiled) == 1
+    run(kernel, X, 2**31)  # but 64 bits are another type
+    assert len(kernel.compiled) == 2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64)])
+def test_all_lengths_share_the_compiled_kernels_of_prefix_attention(heads, kv_heads, head_dim, monkeypatch):
+    """By this launcher's key as by Triton's own."""
+    from peft_engine.kernels.prefix_attention import dkv, dq, forward
+    from peft_engine.kernels.prefix_attention.backward import backward
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    ours, tritons = set(), set()
+
+    def note(kernel, grid, arguments, constants, **options):
+        jit = kernel if isinstance(kernel, JITFunction) else JITFunction(kernel.fn, **kernel.kwargs)
+        ours.add((jit.__name__, launcher._specialised(jit, None, arguments, constants, options)[1:]))
+        binder = create_function_from_signature(inspect.signature(jit.fn), jit.params, backend)
+        _, specialised, _ = binder(*arguments, **constants)
+        tritons.add((jit.__name__, tuple(specialised), *constants.values()))
+
+    for module in (forward, dq, dkv):
+        monkeypatch.setattr(module, "launch", note)
+    prefix = torch.empty(1, kv_heads, 20, head_dim, device="meta")
+    for batch, tokens in ((1, 65), (1, 128), (3, 1000), (4, 2048), (2, 257), (17, 512)):
+        q, k = (
+            torch.empty(batch, tokens, n, head_dim, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+            for n in (heads, kv_heads)
+        )
+        masks = None, None, None, True
+        out, lse = forward.forward(q, k, k, prefix, prefix, *masks, 0.1)
+        backward(q, q, k, k, prefix, prefix, out, lse, *masks, 0.1)
+    names = {"forward_kernel", "dq_kernel", "dkv_kernel", "prefix_kernel", "sum_kernel"}
+    assert sorted(name for name, *_ in tritons) == sorted(names)
+    assert sorted(name for name, _ in ours) == sorted(names)
+
+
 def test_two_kernels_are_two(kernel):
     other = Kernel()
     for each in (kernel, other, kernel, other):
@@ -126,3 +173,20 @@ def test_constants_come_last_and_in_their_order(kernel):
 )
 def test_cdiv(a, b, out):
     assert cdiv(a, b) == out
+
+
+def test_a_device_is_asked_once_for_its_capability(monkeypatch):
+    asked = []
+
+    def capability(device):
+        asked.append(device)
+        return (9, 0) if device == 7 else (8, 6)
+
+    tiles._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 8)
+    for _ in range(3):
+        assert tiles.architecture(torch.device("cuda", 7)) == 90
+        assert tiles.architecture(torch.device("cuda")) == 86
+    assert asked == [7, 8]
+    tiles._capability.cache_clear()

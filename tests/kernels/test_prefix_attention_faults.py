@@ -76,7 +76,10 @@ FAULTS = [
     ("dkv", "for p in range(parts):", "for p in range(1):", WRONG, many_rows),
     ("dkv", "cdiv(prefix, block_n), q.shape[0] // copies", "cdiv(prefix, block_n), 1", WRONG, causal),
     ("dkv", "tl.program_id(1).to(tl.int64) * stride_s", "tl.program_id(1).to(tl.int64) * 0", Race, many_rows),
-    ("dkv", "batch = copy * per_copy + r // each", "batch = copy * per_copy", WRONG, causal),
+    ("dkv", "batch = copy * per_copy + i // each", "batch = copy * per_copy", WRONG, causal),
+    # the programs: a tile that two have, in the order for few
+    ("parts", "tl.where(few, pid % heads, pid // tiles)", "tl.where(few, pid % tiles, pid // tiles)",
+     (Race, OutOfBounds, WRONG), causal),
     # the gradients
     ("dq", "p * (dp - delta[:, None])", "p * dp", WRONG, causal),
     ("dkv", "p * (dp - delta[None, :])", "p * dp", WRONG, causal),

@@ -7,8 +7,9 @@ import torch
 from accuracy import assert_twice_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft_engine.kernels.prefix_attention import tiles
+from peft_engine.kernels.prefix_attention import dkv, parts, tiles
 from peft_engine.kernels.prefix_attention.backward import backward
+from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.forward import forward
 
 from peft_engine.kernels.tiles import setting
@@ -279,3 +280,32 @@ def check_far_keys(forward, monkeypatch):
     with mended(only=(0,)):
         out, _ = forward(tensors[0], *far, *tensors[3:], *masks, 0.25)
     torch.testing.assert_close(out, expected[0])
+
+
+def test_the_tile_of_dkv_goes_by_the_keys_of_a_row_and_never_by_the_batch():
+    """Blocks of 64 keys while those of 128 would be too few programs."""
+
+    def block(batch, kv_heads, keys, head_dim):
+        k = torch.empty(batch, kv_heads, keys, head_dim, dtype=torch.bfloat16, device="meta")
+        return tiles.tile("dkv", Call(k, k, k, k, k, None, None, None, True))[0]
+
+    for head_dim in (64, 128):
+        assert {block(batch, 3, 2048, head_dim) for batch in (1, 8, 64)} == {64}
+        assert block(1, 32, 2048, head_dim) == 128
+    with setting("dkv", (128, 32, 8, 2)):
+        check(*case(queries=140, keys=140, head_dim=16, dtype=torch.bfloat16), CAUSAL)
+
+
+@pytest.mark.parametrize("most", (0, 1 << 20))
+def test_programs_are_right_in_both_orders(most, monkeypatch):
+    monkeypatch.setattr(parts, "FEW_PROGRAMS", most)
+    with small_tiles():
+        check(*case(heads=4, kv_heads=2, queries=40, keys=40, head_dim=16), CAUSAL)
+
+
+def test_the_queries_that_see_a_block_are_found_in_several_turns(monkeypatch):
+    monkeypatch.setattr(dkv, "SCANNED", 8)
+    with small_tiles():
+        for kind in KINDS:
+            ends = intervals(kind, 2, 19, 37)
+            check(*case(keys=37, dtype=torch.bfloat16), (*ends, None, False), what=kind)
