@@ -1,6 +1,6 @@
 """The one runner of all benchmarks: a table, bench/results/<device>/<suite>.csv, and the same drawn.
 
-python -m bench.runner                            every suite, at full size (about 30 minutes on 2 cores)
+python -m bench.runner                            every suite, at full size (about 40 minutes on 2 cores)
 python -m bench.runner nf4_product train_step     these
 python -m bench.runner --quick                    tiny sizes, into out/bench: does it run?
 python -m bench.runner --draw                     the pictures again, from the CSVs
