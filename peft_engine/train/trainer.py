@@ -7,6 +7,7 @@ the optimiser, the schedule and the random generators.
 """
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -108,13 +109,21 @@ def train(
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, None when there is none."""
-    files = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json")
     found = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in output.glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdigit() and all((folder / file).is_file() for file in files)
+        if folder.name.rpartition("-")[2].isdigit() and _is_whole(folder)
     )
     return found[-1][1] if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    files = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json")
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / file).is_file() for file in files)
 
 
 def evaluation_loss(

@@ -122,6 +122,10 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(model, do
         (checkpoint / file).rename(tmp_path / file)
         assert last_checkpoint(tmp_path / "killed") is None
         (tmp_path / file).rename(checkpoint / file)
+    state = (checkpoint / "trainer_state.json").read_text()
+    (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2])
+    assert last_checkpoint(tmp_path / "killed") is None
+    (checkpoint / "trainer_state.json").write_text(state)
     torch.manual_seed(99)
     again = model(dropout=0.1, quantized=quantized, adapter=checkpoint)
     resumed = train(
