@@ -4,10 +4,8 @@ python -m bench.runner dora
 python -m pytest bench/bench_dora_linear.py --benchmark-only
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ import torch
 from bench import measure, peers
 from bench.bench_generate import greedy
 from bench.bench_lora_linear import forward_backward
-from bench.bench_train import small_model
+from bench.bench_train import step_seconds
 from peft_engine.ops import dora_linear, lora_linear, nf4_quantize
 
 LORA = "peft-engine, LoRA"  # the same adapter without magnitudes
@@ -28,7 +26,9 @@ def dora(settings: measure.Settings) -> Iterator[measure.Row]:
         **{name: partial(make, dora=True) for name, make in peers.MODELS.items()}, LORA: peers.our_model
     }  # fmt: skip
     yield from _layer(settings)
-    yield from _step(settings, makers)
+    case, _, samples = step_seconds(settings, makers)
+    for name, seconds in samples.items():
+        yield measure.row(case, name, "step", "s", seconds)
     yield from greedy(settings, makers)
 
 
@@ -47,20 +47,6 @@ def _layer(settings: measure.Settings) -> Iterator[measure.Row]:
     for name, seconds in measure.interleave(contenders, settings.rounds).items():
         case = f"layer {size}x{size}, {rows} rows, r={peers.RANK}"
         yield measure.row(case, name, "forward and backward", "ms", (s * 1e3 for s in seconds))
-
-
-def _step(settings: measure.Settings, makers: dict[str, Callable[..., Any]]) -> Iterator[measure.Row]:
-    rows, length = (2, 16) if settings.quick else (4, 128)
-    with tempfile.TemporaryDirectory() as folder:
-        path = small_model(Path(folder)) if settings.quick else settings.model
-        contenders = {}
-        for name, make in makers.items():
-            model = make(path)
-            batch = peers.tokens_batch(rows, length, model.config.vocab_size)
-            adam = peers.optimizer(model)
-            contenders[name] = lambda model=model, adam=adam, batch=batch: peers.step(model, adam, batch)
-        for name, seconds in measure.interleave(contenders, settings.rounds).items():
-            yield measure.row(f"{rows}x{length} tokens, all labelled", name, "step", "s", seconds)
 
 
 @pytest.mark.parametrize("side", ["dora_linear", "lora_linear"])

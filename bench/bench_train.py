@@ -14,8 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,19 +64,27 @@ def model_and_rows(settings: measure.Settings, folder: str, count: int) -> tuple
 
 def train_step(settings: measure.Settings) -> Iterator[measure.Row]:
     """Forward, backward, AdamW on 4x128 tokens, all labelled; r=16 on every linear, bf16, adapters fp32."""
+    case, tokens, samples = step_seconds(settings, peers.MODELS)
+    for name, seconds in samples.items():
+        yield measure.row(case, name, "step", "s", seconds)
+        yield measure.row(case, name, "rate", "tokens/s", (tokens / s for s in seconds))
+
+
+def step_seconds(
+    settings: measure.Settings, makers: Mapping[str, Callable[..., Any]]
+) -> tuple[str, int, dict[str, list[float]]]:
+    """What is done in a step, its tokens, and the seconds it took each maker's model."""
+    rows, length = (2, 16) if settings.quick else (4, 128)
     with tempfile.TemporaryDirectory() as folder:
         path = small_model(Path(folder)) if settings.quick else settings.model
         contenders = {}
-        for name, make in peers.MODELS.items():
+        for name, make in makers.items():
             model = make(path)
-            rows, length = (2, 16) if settings.quick else (4, 128)
             batch = peers.tokens_batch(rows, length, model.config.vocab_size)
             adam = peers.optimizer(model)
             contenders[name] = lambda model=model, adam=adam, batch=batch: peers.step(model, adam, batch)
-        for name, seconds in measure.interleave(contenders, settings.rounds).items():
-            case = f"{rows}x{length} tokens, all labelled"
-            yield measure.row(case, name, "step", "s", seconds)
-            yield measure.row(case, name, "rate", "tokens/s", (rows * length / s for s in seconds))
+        samples = measure.interleave(contenders, settings.rounds)
+    return f"{rows}x{length} tokens, all labelled", rows * length, samples
 
 
 # --- the demo's data -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import typer
 
 import peft_engine
 from peft_engine.train.compare_command import compare
-from peft_engine.train.console import choice, command, next_command, quiet, say, table, usage
+from peft_engine.train.console import check_base, choice, command, next_command, quiet, say, table, usage
 from peft_engine.train.merge_command import merge
 from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
 from peft_engine.train.train_command import train
@@ -56,23 +56,10 @@ def _load(
     """The fused model, its tokenizer, the adapters' names; says what it does."""
     from peft_engine.train import models
 
-    quantize = quantize or models.recorded(adapters, "quantize")
-    dtype = dtype or models.recorded(adapters, "dtype") or "auto"
-    tokenizer = models.load_tokenizer(model)
-    how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
-    say(f"Loading {model}, {how}, dtype {dtype}" + "".join(f", adapter {folder}" for folder in adapters))
-    loaded = models.load_base(model, quantize=quantize, dtype=dtype)
-    names = models.load_adapters(loaded, adapters)
+    loaded, tokenizer, names = models.load(model, adapters, quantize, dtype)
     report = peft_engine.optimize(loaded)
     say(f"Layers: {report.fused_count} of {report.total} fused")
     return loaded, tokenizer, names
-
-
-def _check_base(quantize: str | None, dtype: str | None) -> None:
-    from peft_engine.train.settings import DTYPES, QUANTIZE
-
-    choice("--quantize", quantize, QUANTIZE)
-    choice("--dtype", dtype, DTYPES)
 
 
 @app.command(name="eval")
@@ -104,7 +91,7 @@ def evaluate(
       peft-engine eval --model ./SmolLM2-135M --adapter out/movies --data test.jsonl --json
     """
     with command(debug) as show:
-        _check_base(quantize, dtype)
+        check_base(quantize, dtype)
         choice("--task", task, ("classify", "generate"))
         from peft_engine.train import progress
         from peft_engine.train.data import length_limit, read_rows
@@ -179,7 +166,7 @@ def generate(
       with rows as {"prompt": "Review: fun! Sentiment:", "adapter": "movies"}
     """
     with command(debug) as show:
-        _check_base(quantize, dtype)
+        check_base(quantize, dtype)
         if (prompt is None) == (prompt_file is None):
             raise typer.BadParameter("give --prompt or --prompt-file, one of them")
         quiet()
@@ -246,7 +233,7 @@ def explain(
       peft-engine explain --model ./SmolLM2-135M --quantize nf4
     """
     with command(debug) as show:
-        _check_base(quantize, dtype)
+        check_base(quantize, dtype)
         quiet()
         loaded, _, _ = _load(model, adapter or [], quantize, dtype)
         report = peft_engine.explain(loaded)

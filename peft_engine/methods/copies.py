@@ -19,6 +19,7 @@ from peft_engine.methods.walks import kept
 OURS = "peft_engine_"  # how the names of the children begin that hold what a method adds
 CHILD = f"{OURS}copies"
 BASE = "__base__"
+LORA_PARTS = {"lora_A", "lora_B", "lora_magnitude_vector"}  # what an adapter adds to a linear layer
 
 
 def is_ours(path: str) -> bool:
@@ -43,7 +44,7 @@ def whole(model: nn.Module, roots: Iterable[str]) -> list[str]:
     for root in roots:
         module = model.get_submodule(root)
         for path, parameter in module.named_parameters(root, remove_duplicate=False):
-            if {"lora_A", "lora_B", "lora_magnitude_vector"} & set(path.split(".")):
+            if LORA_PARTS & set(path.split(".")):
                 raise ValueError(
                     f"attach: modules_to_save: {root} holds the adapter tensor {path}; a module is adapted "
                     "or trained whole, the same for all adapters of a model"

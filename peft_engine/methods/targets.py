@@ -257,9 +257,7 @@ def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> l
 
 def _own(path: str) -> bool:
     """Whether a module is the base's, and not one that an adapter put there."""
-    return not copies.is_ours(path) and not {"lora_A", "lora_B", "lora_magnitude_vector"} & set(
-        path.split(".")
-    )
+    return not copies.is_ours(path) and not copies.LORA_PARTS & set(path.split("."))
 
 
 def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) -> None:

@@ -85,6 +85,14 @@ def choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
         raise typer.BadParameter(f"{option}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
+def check_base(quantize: str | None, dtype: str | None) -> None:
+    """Of the options that say how the base is loaded."""
+    from peft_engine.train.settings import DTYPES, QUANTIZE
+
+    choice("--quantize", quantize, QUANTIZE)
+    choice("--dtype", dtype, DTYPES)
+
+
 def quiet() -> None:
     """The bars and advice of the libraries below would drown ours."""
     import transformers

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_engine.train.console import choice, command, next_command, quiet, say
+from peft_engine.train.console import check_base, command, next_command, quiet, say
 from peft_engine.train.options import Debug, Dtype, Json, Model, Quantize
 
 # What the drift is measured on where no rows are given.
@@ -58,10 +58,7 @@ def merge(
       peft-engine merge --model ./SmolLM2-135M --adapter out/movies --output out/movies-merged
     """
     with command(debug) as show:
-        from peft_engine.train.settings import DTYPES, QUANTIZE
-
-        choice("--quantize", quantize, QUANTIZE)
-        choice("--dtype", dtype, DTYPES)
+        check_base(quantize, dtype)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise FileExistsError(f"--output {output}: there is something already; give a new folder")
         quiet()
@@ -85,16 +82,12 @@ def _merge(
     from peft_engine.merge import merge_
     from peft_engine.methods import lora_layers
     from peft_engine.train import models, progress
+    from peft_engine.train.data import read_rows
 
     start = time.perf_counter()
-    quantize = quantize or models.recorded([adapter], "quantize")
-    dtype = dtype or models.recorded([adapter], "dtype") or "auto"
-    tokenizer = models.load_tokenizer(name)
-    how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
-    documents = _documents(tokenizer, data, models.load_config(name))
-    say(f"Loading {name}, {how}, dtype {dtype}, adapter {adapter}")
-    model = models.load_base(name, quantize=quantize, dtype=dtype)
-    (adapter_name,) = models.load_adapters(model, [adapter])
+    rows = None if data is None else read_rows(data)[:ROWS]  # what is wrong with them is told at once
+    model, tokenizer, (adapter_name,) = models.load(name, [adapter], quantize, dtype)
+    documents = _documents(tokenizer, rows, model.config)
     before = _predictions(model, documents)
     layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]
     say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
@@ -122,15 +115,15 @@ def _merge(
     }
 
 
-def _documents(tokenizer: Any, data: Path | None, config: Any) -> list[list[int]]:
-    """Tokens to predict: of the first rows of `data`, or of the sample."""
-    from peft_engine.train.data import length_limit, read_rows, tokenize
+def _documents(tokenizer: Any, rows: list[Any] | None, config: Any) -> list[list[int]]:
+    """Tokens to predict: of the rows, or of the sample."""
+    from peft_engine.train.data import length_limit, tokenize
 
     limit = min(TOKENS, length_limit(config, None, 0))
-    if data is None:
+    if rows is None:
         found = [tokenizer(text)["input_ids"] for text in SAMPLE]
     else:
-        found = [document.input_ids for document in tokenize(read_rows(data)[:ROWS], tokenizer, limit)]
+        found = [document.input_ids for document in tokenize(rows, tokenizer, limit)]
     return [ids[:limit] for ids in found if ids]
 
 

@@ -18,6 +18,7 @@ from peft_engine.checkpoint import load_adapter
 from peft_engine.methods import active
 from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
+from peft_engine.train.console import say
 
 RECORD = "run.json"
 
@@ -70,6 +71,22 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load(
+    name: str, adapters: Sequence[Path], quantize: str | None, dtype: str | None
+) -> tuple[Any, Any, list[str]]:
+    """The model with its adapters, its tokenizer, the adapters' names; says what it loads.
+
+    quantize and dtype: None takes what the adapters were trained on.
+    """
+    quantize = quantize or recorded(adapters, "quantize")
+    dtype = dtype or recorded(adapters, "dtype") or "auto"
+    tokenizer = load_tokenizer(name)
+    how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
+    say(f"Loading {name}, {how}, dtype {dtype}" + "".join(f", adapter {folder}" for folder in adapters))
+    model = load_base(name, quantize=quantize, dtype=dtype)
+    return model, tokenizer, load_adapters(model, adapters)
 
 
 def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
