@@ -12,6 +12,7 @@ import triton.language as tl
 from peft_engine.kernels.dora_linear.forward import TINY, factor_of
 
 from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.tiles import row_shares
 
 BLOCK_M, BLOCK_N, WARPS = 32, 64, 4
 PROGRAMS = 8 * 132  # eight of an H200's multiprocessors' programs, for enough bytes in flight. Not timed.
@@ -65,8 +66,7 @@ def backward(
         return dy0, dm
     rows, blocks = dy.numel() // columns, cdiv(columns, BLOCK_N)
     wanted = max(1, min(cdiv(PROGRAMS, blocks), rows // SHARE))
-    share = max(1, BLOCK_M * cdiv(cdiv(rows, wanted), BLOCK_M))
-    shares = max(1, cdiv(rows, share))  # without rows one, which writes zeros
+    share, shares = row_shares(rows, wanted, BLOCK_M)
     partial = torch.empty(shares, columns, dtype=torch.float32, device=dy.device) if need_dm else norm
     launch(
         backward_kernel, (blocks, shares), (dy, y, magnitude, norm, dy0, partial, rows, columns, share),

@@ -12,6 +12,7 @@ import triton.language as tl
 from peft_engine.kernels.rms_norm.forward import tile_of
 
 from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.tiles import row_shares
 
 BLOCK_M, BLOCK_N = 32, 64  # of dw_kernel
 SHARE = 256  # rows of one of its programs, at the least
@@ -105,8 +106,7 @@ def backward(
 def _weight_gradient(dy, x, rstd, dw, rows: int, columns: int) -> None:
     blocks = cdiv(columns, BLOCK_N)
     wanted = max(1, min(cdiv(2 * MULTIPROCESSORS, blocks), rows // SHARE))
-    share = max(1, BLOCK_M * cdiv(cdiv(rows, wanted), BLOCK_M))
-    shares = max(1, cdiv(rows, share))  # without rows one, which writes zeros
+    share, shares = row_shares(rows, wanted, BLOCK_M)
     partial = torch.empty(shares, columns, dtype=torch.float32, device=x.device)
     launch(
         dw_kernel, (blocks, shares), (dy, x, rstd, partial, rows, columns, share),

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from peft_engine.kernels.launch import cdiv
+
 MANY = 1 << 62
 Found = TypeVar("Found")
 
@@ -40,6 +42,14 @@ def entries_for(table: Mapping[int, Found], arch: int) -> Found:
     """A kernel's entries for an architecture (compute capability times ten)."""
     kin = [a for a in table if a <= arch and (a in _SMALL) == (arch in _SMALL)] or [min(table)]
     return table[max(kin)]
+
+
+def row_shares(rows: int, wanted: int, block_m: int) -> tuple[int, int]:
+    """Rows in each of about `wanted` shares, whole tiles of block_m, and the shares: without rows one, which
+    writes zeros.
+    """
+    share = max(1, block_m * cdiv(cdiv(rows, wanted), block_m))
+    return share, max(1, cdiv(rows, share))
 
 
 def architecture(device: torch.device) -> int:
