@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_engine.adapter_files import in_order, read_header, write_at_once
 from peft_engine.merge import merge_
-from peft_engine.methods import copies
+from peft_engine.methods import copies, sharded
 from peft_engine.methods.attach import check_name, install, require, unwrap
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.methods.registry import METHODS, Method, method_of
@@ -36,21 +36,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """Writes adapter `name` to `directory` as PEFT would, and returns the folder.
 
     The two files appear at once or not at all: a failed write leaves what the folder held before. Other files
-    in it stay. Raises ValueError for an adapter that is not attached, is empty, holds NaN or inf, or is
-    untouched by training (it does nothing, or is as it started, and every copied bias or module equals the
-    base's); OSError when the disk refuses.
+    in it stay. Of a model that fully_shard has spread over processes each must call this; the first writes.
+    Raises ValueError for an adapter that is not attached, is empty, holds NaN or inf, or is untouched by
+    training (it does nothing, or is as it started, and every copied bias or module equals the base's);
+    OSError when the disk refuses.
     """
     base = unwrap(model)
     config = require(base, name, "save_adapter")
+    sharded.refuse_flat(base, "save_adapter")
     method = method_of(config, "save_adapter")
-    held = {**method.stored(base, name), **copies.of(base, name)}
-    _refuse_worthless(base, method, {path: t.detach() for path, t in held.items()}, name)
-    stored = {_plain(method.key(base, path, name)): t.detach().cpu().contiguous() for path, t in held.items()}
+    parts = {**method.stored(base, name), **copies.of(base, name)}
+    held = {path: sharded.whole(t.detach()) for path, t in parts.items()}
+    _refuse_worthless(base, method, held, name)
+    stored = {_plain(method.key(base, path, name)): t.cpu().contiguous() for path, t in held.items()}
     fields = {"base_model_name_or_path": _base_name(base), **method.to_file(base, config, name)}
     ours = {"name": name, "base_sample": _base_sample(base)}
     data = in_order(safetensors.torch.save(stored, {"format": "pt", OURS: json.dumps(ours)}))
     text = json.dumps(fields, indent=2, sort_keys=True)
-    return write_at_once(Path(directory), {CONFIG: text.encode(), method.WEIGHTS: data})
+    files = {CONFIG: text.encode(), method.WEIGHTS: data}
+    sharded.on_first(lambda: write_at_once(Path(directory), files), list(parts.values()))
+    return Path(directory)
 
 
 def _refuse_worthless(model: nn.Module, method: Method, held: dict[str, torch.Tensor], name: str) -> None:
@@ -63,7 +68,7 @@ def _refuse_worthless(model: nn.Module, method: Method, held: dict[str, torch.Te
     why = method.untouched(model, name)
     copied = copies.of(model, name)
     if why and not any(
-        not torch.equal(t, copies.base_of(*copies.owner(model, p))) for p, t in copied.items()
+        not torch.equal(held[p], sharded.whole(copies.base_of(*copies.owner(model, p)))) for p in copied
     ):
         raise ValueError(
             f"{who} is untouched by training: {why}; was its gradient cut off? (adapters_without_gradient "
@@ -91,6 +96,7 @@ def load_adapter(
     hold NaN or inf, with their keys.
     """
     base, folder = unwrap(model), Path(directory)
+    sharded.refuse(base, "load_adapter")
     where = f"load_adapter: {folder}"
     fields = _read_config(folder)
     method = _method_of_file(fields, f"load_adapter: {folder / CONFIG}")
@@ -296,7 +302,7 @@ def _base_sample(model: nn.Module) -> list[float] | None:
         return None
     if not isinstance(embedding, nn.Embedding) or embedding.weight.device.type == "meta":
         return None
-    weight = copies.base_of(embedding, "weight").detach()
+    weight = sharded.whole(copies.base_of(embedding, "weight").detach())
     rows = torch.linspace(0, min(weight.shape[0], 1024) - 1, 16).long()
     columns = torch.linspace(0, weight.shape[1] - 1, 16).long()
     return weight[rows.to(weight.device)][:, columns.to(weight.device)].float().flatten().tolist()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.methods import copies, derived, lora_layers
+from peft_engine.methods import copies, derived, lora_layers, sharded
 from peft_engine.methods.attach import attached, detach, require, tensors, unwrap
 from peft_engine.methods.lora import LAYERS, LoraConfig
 from peft_engine.nn import NF4Linear
@@ -38,6 +38,7 @@ def merge_(
     merged weight, and for a tied weight.
     """
     base = unwrap(model)
+    sharded.refuse(base, "merge_")
     if not isinstance(require(base, name, "merge_"), LoraConfig):
         raise ValueError(
             f"merge_: {name!r} is no LoRA adapter, and what it computes is no change of a weight: keep it "

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from peft_engine.heads import FusedHeadLinear
-from peft_engine.methods import copies
+from peft_engine.methods import copies, sharded
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
 
@@ -37,6 +37,7 @@ def quantize_(
     linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches nothing.
     """
     _check_blocksize("quantize_", blocksize)
+    sharded.refuse(model, "quantize_")
     chosen, dense = select_linears(model, skip_modules, "quantize_")
     if not chosen:
         raise ValueError("quantize_: the model has no nn.Linear left to quantise")

@@ -176,6 +176,15 @@ def _np_dtype(dtype: Any) -> np.dtype:
 _stock_np_dtype = interpreter._get_np_dtype
 
 
+def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+    """A scalar is an array of one: from numpy 2.4 on, int() of it raises (Triton 3.6 calls that)."""
+    _stock_patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+_stock_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
 class _Executor(interpreter.GridExecutor):
     """Runs the programs of a launch, in a shuffled order where asked."""
 
@@ -300,7 +309,7 @@ def mended(shuffle: int | None = None, only: Sequence[int] | None = None) -> Ite
     builder = interpreter.interpreter_builder
     function = interpreter.InterpretedFunction
     before = interpreter.GridExecutor, interpreter._get_np_dtype, builder.__class__, _shuffle, _only
-    call = function.__call__
+    call, interpreter._patch_lang_tensor = function.__call__, _patch_lang_tensor
     function.__call__ = _call_device_function
     interpreter.GridExecutor, interpreter._get_np_dtype = _Executor, _np_dtype
     builder.__class__ = _Builder
@@ -309,4 +318,4 @@ def mended(shuffle: int | None = None, only: Sequence[int] | None = None) -> Ite
         yield
     finally:
         interpreter.GridExecutor, interpreter._get_np_dtype, builder.__class__, _shuffle, _only = before
-        function.__call__ = call
+        function.__call__, interpreter._patch_lang_tensor = call, _stock_patch_lang_tensor

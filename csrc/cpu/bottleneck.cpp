@@ -25,7 +25,7 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
-const void* data_of(const Maybe& t) { return t ? t->const_data_ptr() : nullptr; }
+const void* data_of(const Maybe& t) { return t ? pe::values_of(*t) : nullptr; }
 
 Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::relu;
@@ -38,9 +38,9 @@ Activation activation_of(const std::string& name) {
 BottleneckAdapter adapter_of(const Tensor& down, const Maybe& down_bias, const Tensor& up, const Maybe& up_bias,
                              const Maybe& norm, const Maybe& norm_bias, const std::string& activation, double scaling) {
   BottleneckAdapter a{};
-  a.down = down.const_data_ptr();
+  a.down = pe::values_of(down);
   a.down_bias = data_of(down_bias);
-  a.up = up.const_data_ptr();
+  a.up = pe::values_of(up);
   a.up_bias = data_of(up_bias);
   a.type = type_of(down);
   a.norm = data_of(norm);
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& x, Maybe residual, c
   BottleneckForward f{};
   f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
   f.rows = x.size(0);
-  f.x = x.const_data_ptr();
-  f.residual = residual ? residual->const_data_ptr() : f.x;
+  f.x = pe::values_of(x);
+  f.residual = residual ? pe::values_of(*residual) : f.x;
   f.type = type_of(x);
   f.eps = static_cast<float>(eps);
   Tensor y = like(x, {f.rows, f.adapter.features}), middle = like(down, {f.rows, f.adapter.width});
@@ -91,10 +91,10 @@ Gradients backward_op(const Tensor& dy, const Tensor& x, const Tensor& middle, c
   BottleneckBackward f{};
   f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
   f.rows = dy.size(0);
-  f.dy = dy.const_data_ptr();
-  f.x = x.const_data_ptr();
-  f.middle = middle.const_data_ptr();
-  f.stats = static_cast<const float*>(stats.const_data_ptr());
+  f.dy = pe::values_of(dy);
+  f.x = pe::values_of(x);
+  f.middle = pe::values_of(middle);
+  f.stats = static_cast<const float*>(pe::values_of(stats));
   f.type = type_of(dy);
   f.residual_is_x = residual_is_x;
   const auto maybe = [](const Maybe& t) { return t ? &*t : nullptr; };

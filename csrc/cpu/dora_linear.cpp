@@ -22,7 +22,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+const float* floats(const Tensor& t) { return static_cast<const float*>(pe::values_of(t)); }
 
 // m / n; a row of zeros, which has no direction, stays one.
 std::vector<float> factors(const Tensor& magnitude, const Tensor& norm) {
@@ -38,7 +38,7 @@ Tensor dora_linear_forward(Tensor y, Tensor magnitude, Tensor norm, std::optiona
   const int64_t n = y.size(y.dim() - 1), rows = n > 0 ? y.numel() / n : 0;
   Tensor out = torch::stable::empty_like(y);
   const std::vector<float> factor = factors(magnitude, norm);
-  const void* py = y.const_data_ptr();
+  const void* py = pe::values_of(y);
   void* po = out.mutable_data_ptr();
   const float* pb = bias ? floats(*bias) : nullptr;
   const pe::Type type = pe::type_of(y);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> dora_linear_backward(Tensor dy, Tensor y, Tensor magn
   Tensor dx = torch::stable::empty_like(dy);
   Tensor dm = need_dm ? torch::stable::empty_like(magnitude) : pe::like(magnitude, {0});
   const std::vector<float> factor = factors(magnitude, norm);
-  const void *pg = dy.const_data_ptr(), *py = y.const_data_ptr();
+  const void *pg = pe::values_of(dy), *py = pe::values_of(y);
   void* po = dx.mutable_data_ptr();
   const pe::Type type = pe::type_of(y);
   // A share of the rows has sums of its own, which are added in order: the same bits with any number of threads.

@@ -38,15 +38,15 @@ Adapter adapter_of(const std::optional<Tensor>& a, const std::optional<Tensor>& 
                    const std::optional<Tensor>& seed) {
   Adapter out;
   if (!a) return out;
-  out.a = a->const_data_ptr();
-  out.b = b->const_data_ptr();
+  out.a = pe::values_of(*a);
+  out.b = pe::values_of(*b);
   out.type = type_of(*a);
   out.rank = a->size(0);
   out.scaling = static_cast<float>(scaling);
   if (p > 0.0) {
     out.dropout_p = static_cast<float>(p);
     out.threshold = static_cast<uint32_t>(std::llrint(p * 4294967296.0));
-    out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(pe::values_of(*seed)));
   }
   return out;
 }
@@ -65,12 +65,12 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std
     f.rows *= x.size(d);
   }
   shape.push_back(out_features);
-  f.x = x.const_data_ptr();
+  f.x = pe::values_of(x);
   f.type = type_of(x);
   f.w = matrix_of(weight, absmax, nested_absmax, offset, blocksize, out_features, k);
   f.adapter = adapter_of(lora_a, lora_b, scaling, dropout_p, seed);
   if (bias) {
-    f.bias = bias->const_data_ptr();
+    f.bias = pe::values_of(*bias);
     f.bias_type = type_of(*bias);
   }
   Tensor y = empty(shape.data(), static_cast<int64_t>(shape.size()), x.scalar_type());
@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   LoraLinearBackward f{};
   f.rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) f.rows *= x.size(d);
-  f.dy = dy.const_data_ptr();
-  f.x = x.const_data_ptr();
+  f.dy = pe::values_of(dy);
+  f.x = pe::values_of(x);
   f.type = type_of(dy);
   f.w = matrix_of(weight, absmax, nested_absmax, offset, blocksize, n, k);
   f.adapter = adapter_of(lora_a, lora_b, scaling, dropout_p, seed);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   Tensor db = lora_b ? torch::stable::empty_like(*lora_b) : like(dy, {0});
   if (need_dx) f.dx = dx.mutable_data_ptr();
   if (adapter_grads) {
-    f.h = static_cast<const float*>(h->const_data_ptr());
+    f.h = static_cast<const float*>(pe::values_of(*h));
     f.da = da.mutable_data_ptr();
     f.db = db.mutable_data_ptr();
   }

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> quantize_op(const Tensor& weight, int64_t blocksize) 
   Tensor packed = torch::stable::new_empty(weight, {(n + 1) / 2, 1}, torch::headeronly::ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(weight, {blocks}, torch::headeronly::ScalarType::Float);
   const Type type = type_of(weight);
-  const void* from = weight.const_data_ptr();
+  const void* from = pe::values_of(weight);
   uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   float* scales = static_cast<float*>(absmax.mutable_data_ptr());
   torch::stable::parallel_for(0, blocks, kGrain / blocksize, [&](int64_t begin, int64_t end) {

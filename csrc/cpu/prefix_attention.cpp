@@ -56,11 +56,11 @@ PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v,
   x.shared = prefix_k.size(0) == 1;
   x.causal = causal;
   x.scale = static_cast<float>(scale);
-  x.first = first ? static_cast<const int32_t*>(first->const_data_ptr()) : nullptr;
-  x.last = last ? static_cast<const int32_t*>(last->const_data_ptr()) : nullptr;
+  x.first = first ? static_cast<const int32_t*>(pe::values_of(*first)) : nullptr;
+  x.last = last ? static_cast<const int32_t*>(pe::values_of(*last)) : nullptr;
   x.q = heads4(q), x.k = heads4(k), x.v = heads4(v), x.prefix_k = heads4(prefix_k), x.prefix_v = heads4(prefix_v);
   if (bias) {
-    x.bias = bias->const_data_ptr(), x.bias_type = pe::type_of(*bias);
+    x.bias = pe::values_of(*bias), x.bias_type = pe::type_of(*bias);
     const auto stride = [&](int d) { return bias->size(d) == 1 ? 0 : bias->stride(d); };
     x.bias_batch = stride(0), x.bias_head = stride(1), x.bias_query = stride(2), x.bias_key = bias->stride(3);
   }

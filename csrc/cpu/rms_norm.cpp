@@ -24,7 +24,7 @@ Tensor floats(int64_t n) { return pe::empty({n}, torch::headeronly::ScalarType::
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps, double offset) {
   const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;
   Tensor y = torch::stable::empty_like(x), rstd = floats(rows);
-  const void *px = x.const_data_ptr(), *pw = weight.const_data_ptr();
+  const void *px = pe::values_of(x), *pw = pe::values_of(weight);
   void* py = y.mutable_data_ptr();
   float* pr = static_cast<float*>(rstd.mutable_data_ptr());
   const pe::Type type = pe::type_of(x), weight_type = pe::type_of(weight);
@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight,
   const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;
   Tensor dx = need_dx ? torch::stable::empty_like(x) : pe::like(x, {0});
   Tensor dw = need_dw ? torch::stable::empty_like(weight) : pe::like(weight, {0});
-  const void *pg = dy.const_data_ptr(), *px = x.const_data_ptr(), *pw = weight.const_data_ptr();
-  const float* pr = static_cast<const float*>(rstd.const_data_ptr());
+  const void *pg = pe::values_of(dy), *px = pe::values_of(x), *pw = pe::values_of(weight);
+  const float* pr = static_cast<const float*>(pe::values_of(rstd));
   const pe::Type type = pe::type_of(x), weight_type = pe::type_of(weight);
   if (need_dx) {
     void* out = dx.mutable_data_ptr();

@@ -40,9 +40,9 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
   Tensor q_out = pe::like(q, {batch, tokens, q.size(2), head_dim}),
          k_out = pe::like(k, {batch, tokens, k.size(2), head_dim});
   const pe::Type type = pe::type_of(q);
-  const pe::Angles angles{cos.const_data_ptr(), sin.const_data_ptr(), cos.size(0) == 1 ? 0 : tokens * rotated};
-  const pe::Heads qs{q.const_data_ptr(), q_out.mutable_data_ptr(), q.size(2), q.stride(0), q.stride(2), q.stride(1)};
-  const pe::Heads ks{k.const_data_ptr(), k_out.mutable_data_ptr(), k.size(2), k.stride(0), k.stride(2), k.stride(1)};
+  const pe::Angles angles{pe::values_of(cos), pe::values_of(sin), cos.size(0) == 1 ? 0 : tokens * rotated};
+  const pe::Heads qs{pe::values_of(q), q_out.mutable_data_ptr(), q.size(2), q.stride(0), q.stride(2), q.stride(1)};
+  const pe::Heads ks{pe::values_of(k), k_out.mutable_data_ptr(), k.size(2), k.stride(0), k.stride(2), k.stride(1)};
   pe::for_rows(batch * tokens, (qs.heads + ks.heads) * head_dim, [&](int64_t first, int64_t last) {
     PE_CALL(rotary_tokens)(qs, angles, type, tokens, head_dim, rotated, transposed, first, last);
     PE_CALL(rotary_tokens)(ks, angles, type, tokens, head_dim, rotated, transposed, first, last);

@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 Tensor swiglu_forward(Tensor gate, Tensor up) {
   const int64_t rows = gate.size(0), n = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
   Tensor y = pe::like(gate, {rows, n});
-  const void *pg = gate.const_data_ptr(), *pu = up.const_data_ptr();
+  const void *pg = pe::values_of(gate), *pu = pe::values_of(up);
   void* py = y.mutable_data_ptr();
   const pe::Type type = pe::type_of(gate);
   pe::for_rows(rows, n, [&](int64_t first, int64_t last) {
@@ -34,7 +34,7 @@ Tensor swiglu_forward(Tensor gate, Tensor up) {
 std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up) {
   const int64_t rows = gate.size(0), n = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
   Tensor dgate = pe::like(gate, {rows, n}), dup = pe::like(up, {rows, n});
-  const void *pd = dy.const_data_ptr(), *pg = gate.const_data_ptr(), *pu = up.const_data_ptr();
+  const void *pd = pe::values_of(dy), *pg = pe::values_of(gate), *pu = pe::values_of(up);
   void *og = dgate.mutable_data_ptr(), *ou = dup.mutable_data_ptr();
   const pe::Type type = pe::type_of(gate);
   pe::for_rows(rows, n, [&](int64_t first, int64_t last) {

@@ -28,6 +28,15 @@ inline Type type_of(const Tensor& t) {
   }
 }
 
+// Where a tensor's values lie. FSDP frees a weight's memory between its uses, and the tensor stays.
+inline const void* values_of(const Tensor& t) {
+  const void* values = t.const_data_ptr();
+  STD_TORCH_CHECK(values || t.numel() == 0, "peft_engine: the memory of a tensor of ", t.numel(),
+                  " elements was freed. Under fully_shard a weight is there while its module runs, forward or backward: "
+                  "run whole modules");
+  return values;
+}
+
 // A new contiguous tensor on the CPU. torch::stable::new_empty goes through the dispatcher and takes three times as long.
 inline Tensor empty(const int64_t* sizes, int64_t dims, torch::headeronly::ScalarType dtype) {
   int64_t strides[16], stride = 1;
@@ -54,7 +63,7 @@ inline Matrix matrix_of(const Tensor& weight, const std::optional<Tensor>& absma
                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& offset,
                         int64_t blocksize, int64_t rows, int64_t cols) {
   Matrix w;
-  w.data = weight.const_data_ptr();
+  w.data = values_of(weight);
   w.rows = rows;
   w.cols = cols;
   if (!absmax) {
@@ -64,11 +73,11 @@ inline Matrix matrix_of(const Tensor& weight, const std::optional<Tensor>& absma
   w.type = Type::nf4;
   w.block_shift = std::countr_zero(static_cast<uint64_t>(blocksize));
   if (nested_absmax) {
-    w.absmax_index = static_cast<const uint8_t*>(absmax->const_data_ptr());
-    w.nested_absmax = static_cast<const float*>(nested_absmax->const_data_ptr());
-    w.offset = *static_cast<const float*>(offset->const_data_ptr());
+    w.absmax_index = static_cast<const uint8_t*>(values_of(*absmax));
+    w.nested_absmax = static_cast<const float*>(values_of(*nested_absmax));
+    w.offset = *static_cast<const float*>(values_of(*offset));
   } else {
-    w.absmax = static_cast<const float*>(absmax->const_data_ptr());
+    w.absmax = static_cast<const float*>(values_of(*absmax));
   }
   return w;
 }

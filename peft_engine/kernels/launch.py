@@ -14,6 +14,10 @@ import torch
 _compiled: dict[tuple[Any, ...], Any] = {}  # by what Triton specialises on
 _seen: dict[tuple[Any, ...], Any] = {}  # by the values, for tensors at multiples of 16 bytes
 _MOST_SEEN = 4096  # batches of many lengths leave that many behind
+_FREED = (
+    "the memory of a tensor {} was freed. Under fully_shard a weight is there while its module runs, forward "
+    "or backward: run whole modules"
+)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -38,6 +42,8 @@ def launch(
         if isinstance(a, torch.Tensor):
             device = device or a.device
             at = a.data_ptr()
+            if not at and a.numel():
+                raise RuntimeError(f"{kernel.__name__}: {_FREED.format(tuple(a.shape))}")
             bits |= at
             key.append(a.dtype)
             raw.append(at)  # an address as it is: for a tensor Triton asks the driver whether it is the GPU's

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.methods import copies, lora_layers, walks
+from peft_engine.methods import copies, lora_layers, sharded, walks
 from peft_engine.methods.registry import METHODS, Config, method_of
 from peft_engine.methods.targets import with_head
 
@@ -31,6 +31,7 @@ def attach(model: ModelType, config: Config, name: str = "default") -> ModelType
     """
     base = unwrap(model)
     method = method_of(config, "attach")
+    sharded.refuse(base, "attach")
     check_name(base, name, "attach")
     config = with_head(base, config)
     install(base, config, name, method.resolve(base, config, "attach", True))
@@ -50,6 +51,7 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
         require(base, name, "detach")
     if not names:
         return model
+    sharded.refuse(base, "detach")
     now: Which = base.peft_engine_active  # type: ignore[assignment]
     activate(base, None)
     walks.forget(base)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_engine.methods import peft_config
+from peft_engine.methods import peft_config, sharded
 from peft_engine.methods.bottleneck_config import UNSUPPORTED, BottleneckConfig
 from peft_engine.methods.bottleneck_layers import CHILD, leaf_names
 from peft_engine.methods.bottleneck_sites import Site, holder_of
@@ -63,7 +63,7 @@ def config_to_file(model: Any, config: BottleneckConfig, name: str) -> dict[str,
     return {
         "config": fields,
         "hidden_size": hidden,
-        "model_class": type(model).__name__,
+        "model_class": sharded.kind(model).__name__,
         "model_name": getattr(model, "name_or_path", None) or None,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": name,

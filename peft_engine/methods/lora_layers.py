@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import derived, dora, lora, targets
+from peft_engine.methods import derived, dora, lora, sharded, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
 from peft_engine.methods.walks import kept
@@ -22,12 +22,12 @@ resolve, from_file = targets.resolve, lora.from_file
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted layers with their paths."""
-    return ((path, module) for path, module in model.named_modules() if type(module) in BASES)
+    return ((path, module) for path, module in model.named_modules() if is_adapted(module))
 
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a linear layer with adapters."""
-    return type(module) in BASES
+    return sharded.kind(module) in BASES
 
 
 def refuse_mixed(model: nn.Module, name: str) -> str | None:
@@ -99,7 +99,7 @@ def _direction_alone(layer: Any, name: str) -> torch.Tensor:
 
 def remove(model: nn.Module, name: str) -> None:
     """Takes adapter `name` out of every layer; a layer without any is of the base's class again."""
-    for layer in [m for m in model.modules() if type(m) in BASES and name in m.lora]:  # type: ignore[operator]
+    for layer in [found for _, found in layers(model) if name in found.lora]:
         remove_from_layer(layer, name)
 
 
@@ -146,7 +146,7 @@ def untouched(model: nn.Module, name: str) -> str:
     mine = [layer for _, layer in layers(model) if name in layer.lora]
     if any(layer.lora_B[name].any() for layer in mine):
         return ""
-    scaled = [layer for layer in mine if layer.lora[name].dora]
+    scaled = [layer for layer in mine if layer.lora[name].dora and not sharded.is_sharded(layer.weight)]
     if any(
         not torch.equal(layer.lora_magnitude_vector[name], _direction_alone(layer, name)) for layer in scaled
     ):

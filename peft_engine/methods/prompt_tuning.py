@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import prompt_learning, virtual_tokens
+from peft_engine.methods import prompt_learning, sharded, virtual_tokens
 from peft_engine.methods.attention_sites import Stack, stacks
 from peft_engine.methods.prompt_learning import (
     STORED,
@@ -95,9 +95,14 @@ class PromptEncoder(nn.Module):
         dtype = stack.get_input_embeddings().weight.dtype
         with virtual_tokens.own_pass(stack, tokens, name) as lives:
             # A copy: some models scale their embeddings in place.
-            stack(inputs_embeds=self.embedding.weight[None].to(dtype, copy=True), use_cache=False)
+            out = stack(inputs_embeds=self.embedding.weight[None].to(dtype, copy=True), use_cache=False)
             # A decoder's attention to an encoder does not run where there is none.
-            return [() if live.caught is None else (live.caught[0][0], live.caught[1][0]) for live in lives]
+            found: list[tuple] = [
+                () if live.caught is None else (live.caught[0][0], live.caught[1][0]) for live in lives
+            ]
+        if torch.is_grad_enabled() and sharded.gathers(stack):
+            found = [tuple(sharded.after(out[0], kv)) if kv else () for kv in found]
+        return found
 
     def change_inputs(self, stack: Any, kwargs: dict) -> dict:
         """The inputs of an encoder, with the prompt written in front of their embeddings."""

@@ -190,3 +190,13 @@ def test_a_device_is_asked_once_for_its_capability(monkeypatch):
         assert tiles.architecture(torch.device("cuda")) == 86
     assert asked == [7, 8]
     tiles._capability.cache_clear()
+
+
+def test_memory_that_was_freed_is_told_and_not_read(kernel):
+    x = torch.zeros(3, 5)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"kernel: the memory of a tensor \(3, 5\) was freed"):
+        run(kernel, on_gpu(x), 16)
+    assert not kernel.compiled
+    run(kernel, on_gpu(torch.zeros(0)), 16)  # an empty tensor has none
+    assert len(kernel.compiled) == 1
