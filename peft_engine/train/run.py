@@ -1,5 +1,6 @@
 """One training run from its settings: the checks, the data, the model, the loop, and the record."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ class RunError(ValueError):
 def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """Trains as `settings` say, tells of it through `say`, and returns what run.json holds."""
     output = settings.output
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            f"train: runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']} (torchrun? accelerate "
+            "launch?): several would write one folder; in a loop of your own DistributedDataParallel and "
+            "fully_shard work, docs/methods.md says how"
+        )
     resume_from = _checkpoint(settings)
     rows = read_rows(settings.data)
     eval_rows = read_rows(settings.eval_data) if settings.eval_data else []

@@ -253,6 +253,12 @@ def test_a_disk_that_fills_while_saving_is_one_line_and_keeps_the_checkpoint_bef
     assert train(*options, 4, "--resume")[0] == 0
 
 
+def test_several_processes_are_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = train()
+    assert code == 1 and "runs in one process, and WORLD_SIZE is 2" in err and not (tmp_path / "out").exists()
+
+
 def test_a_missing_model_folder_is_named(train, tmp_path):
     _failed(train(model=tmp_path / "none"), f"--model {tmp_path / 'none'}", "no such folder")
     (tmp_path / "empty").mkdir()

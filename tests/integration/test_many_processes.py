@@ -92,14 +92,34 @@ def work(rank: int, folder: Path) -> None:
         model = adapted(method)
         backward(DistributedDataParallel(model), mine)
         found["ddp", method] = gradients(model)
-        model = sharded(adapted(method), every=method in ("lora", "dora"))
+        model = adapted(method)
+        if method in ("qlora", "prompt"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        sharded(model, every=method in ("lora", "dora"))
         backward(model, mine)
         found["fsdp", method] = {name: grad.full_tensor() for name, grad in gradients(model).items()}
         step(model)
         pe.save_adapter(model, folder / f"fsdp-{method}", name="task")
+    found["switched"] = switched(mine)
     found["errors"] = [error(model, folder, what) for what in ERRORS]
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def switched(rows: torch.Tensor) -> list[set[str]]:
+    """The adapters whose tensors have a gradient, as `active` switches after fully_shard."""
+    model = base()
+    pe.attach(model, CONFIGS["lora"], name="first")
+    pe.attach(model, CONFIGS["bottleneck"], name="second")
+    pe.optimize(model)
+    sharded(model, every=True).train()
+    out = []
+    for which in ("first", "second", ["first", "second"]):
+        pe.active(model, which)
+        backward(model, rows)
+        out.append({part for name in gradients(model) for part in name.split(".")} & {"first", "second"})
+        model.zero_grad()
+    return out
 
 
 def error(model: LlamaForCausalLM, folder: Path, what: str) -> str:
@@ -186,6 +206,11 @@ def test_a_sharded_model_s_file_is_that_of_one_process(two, tmp_path, method):
         torch.testing.assert_close(
             fresh.eval()(input_ids=ids()).logits, model.eval()(input_ids=ids()).logits, rtol=1e-3, atol=1e-4
         )
+
+
+def test_active_switches_a_sharded_model(two):
+    for found in two[1]:
+        assert found["switched"] == [{"first"}, {"second"}, {"first", "second"}]
 
 
 @pytest.mark.parametrize("what", ["attach", "load_adapter", "merge_", "detach", "quantize_"])
