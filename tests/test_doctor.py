@@ -15,7 +15,7 @@ from peft_engine import doctor, native
 def test_it_names_backends_versions_processor_and_gpu_in_plain_values():
     found = json.loads(json.dumps(doctor.diagnose()))
     assert set(found) == {"backends", "versions", "cpu", "gpu", "toolchain", "problems"}
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(found["backends"]) == {"cuda", "triton", "cpu", "reference"}
     assert found["cpu"]["model"] and found["cpu"]["cores"] >= 1
     if native.load_error() is None:
