@@ -1,6 +1,7 @@
 """The bytes of an adapter folder: written at once or not at all, a safetensors header read without trust."""
 
 import ctypes
+import errno
 import glob
 import json
 import math
@@ -39,8 +40,8 @@ def write_at_once(folder: Path, contents: dict[str, bytes]) -> Path:
                 out.flush()
                 os.fsync(out.fileno())
         _sync(new)
-        if not folder.exists():
-            os.rename(new, folder)
+        if _appeared(new, folder):
+            pass
         elif {entry.name for entry in folder.iterdir()} <= contents.keys() and _exchange(new, folder):
             pass
         else:  # other files live there: one rename a file, and mostly only the weights have changed
@@ -55,6 +56,19 @@ def write_at_once(folder: Path, contents: dict[str, bytes]) -> Path:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
+
+
+def _appeared(new: Path, folder: Path) -> bool:
+    """Renames `new` where there is no folder; False where there is, or another process was faster."""
+    if folder.exists():
+        return False
+    try:
+        os.rename(new, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def _sync(folder: Path) -> None:

@@ -292,6 +292,21 @@ def test_a_kill_between_any_two_steps_leaves_the_old_or_the_new_adapter(
     assert seen == {"done", "killed"}
 
 
+def test_a_process_that_saves_the_same_folder_first_is_followed(llama, tmp_path, monkeypatch):
+    """As when every process of a DistributedDataParallel saves."""
+    folder, rename, trained = tmp_path / "adapter", os.rename, shake(attach(llama(), ALL))
+
+    def slower(a, b):
+        monkeypatch.setattr(os, "rename", rename)
+        save_adapter(trained, folder)
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", slower)
+    save_adapter(trained, folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+
+
 def test_what_a_killed_save_left_is_cleared_away_an_hour_later(llama, saved):
     old, young = (saved.parent / f".adapter.saving-{kind}" for kind in ("old", "young"))
     for folder in (old, young):
