@@ -40,11 +40,8 @@ def write_at_once(folder: Path, contents: dict[str, bytes]) -> Path:
                 out.flush()
                 os.fsync(out.fileno())
         _sync(new)
-        if _appeared(new, folder):
-            pass
-        elif {entry.name for entry in folder.iterdir()} <= contents.keys() and _exchange(new, folder):
-            pass
-        else:  # other files live there: one rename a file, and mostly only the weights have changed
+        if not _appeared(new, folder) and not _swapped(new, folder, contents):
+            # other files live there: one rename a file, and mostly only the weights have changed
             for file, data in reversed(contents.items()):
                 if not (folder / file).is_file() or (folder / file).read_bytes() != data:
                     os.replace(new / file, folder / file)
@@ -69,6 +66,11 @@ def _appeared(new: Path, folder: Path) -> bool:
             raise
         return False
     return True
+
+
+def _swapped(new: Path, folder: Path, contents: dict[str, bytes]) -> bool:
+    """Swaps the folders where nothing but what is written anew would go with the old one."""
+    return {entry.name for entry in folder.iterdir()} <= contents.keys() and _exchange(new, folder)
 
 
 def _sync(folder: Path) -> None:
