@@ -25,6 +25,7 @@ from peft_engine.activations import spare_width
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.methods import virtual_attention
 from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
+from peft_engine.methods.sharded import class_of
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
@@ -371,7 +372,7 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
 
     ("", "") beside None for a module that no op here stands for.
     """
-    kind = type(module)
+    kind = class_of(module)
     fused = _FUSED.get(kind)
     if fused is None:
         op = next((op for suffix, op in _SUFFIXES.items() if kind.__name__.endswith(suffix)), "")

@@ -18,6 +18,7 @@ from peft_engine.heads import attach_head, describe_head, detach_head
 from peft_engine.methods import copies, derived, virtual_attention, walks
 from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.lora import LoraLinear
+from peft_engine.methods.sharded import class_of
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.bottleneck import ALIASES, BOTTLENECK, BottleneckCall
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
@@ -33,6 +34,7 @@ NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
 BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN, the faster one in torch here"
 SLOW = "a dense weight without an adapter, and torch has no fast product of {} here; float32 is faster"
+SHARDED = "fully_shard has made it a class of its own; call peft_engine.optimize first"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"
 
 
@@ -51,7 +53,7 @@ def optimize(model: torch.nn.Module) -> Report:
         for module in model.modules():
             if _is_peft_layer(module) is adapters and _unreplaced(module):
                 fused, _, _ = _fused_class(module)
-                if fused is not None and type(module) is not fused:
+                if fused is not None and type(module) is class_of(module) is not fused:
                     _set_class(module, fused)
     attach_head(model)
     return explain(model)
@@ -69,6 +71,9 @@ def unoptimize(model: ModelType) -> ModelType:
             f"unoptimize: the forward of {replaced[0]} was replaced after optimize and calls the fused one; "
             "undo that first (accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )
+    wrapped = [name for name, module in stand_ins.items() if type(module) is not class_of(module)]
+    if wrapped:
+        raise ValueError(f"unoptimize: {wrapped[0]} is of a class that fully_shard has made of the fused one")
     for module in stand_ins.values():
         for kept in ("_nf4", derived.KEPT):
             module.__dict__.pop(kept, None)
@@ -124,14 +129,14 @@ def _set_class(module: torch.nn.Module, kind: type) -> None:
 
 
 def _is_stand_in(module: torch.nn.Module) -> bool:
-    return type(module).__module__ in STAND_INS
+    return class_of(module).__module__ in STAND_INS
 
 
 def _stood_for(module: torch.nn.Module) -> type:
     """The class as the model had it."""
     if not _is_stand_in(module):
-        return type(module)
-    return next(c for c in type(module).__mro__ if not c.__module__.startswith("peft_engine."))
+        return class_of(module)
+    return next(c for c in class_of(module).__mro__ if not c.__module__.startswith("peft_engine."))
 
 
 def _refuse_repacked(model: torch.nn.Module) -> None:
@@ -230,7 +235,7 @@ def _not_fused(name: str, module: torch.nn.Module) -> LayerReport:
     if not _unreplaced(module):
         reason = REPLACED
     elif fused is not None:
-        reason = NOT_YET
+        reason = NOT_YET if type(module) is class_of(module) else SHARDED
     return _own(name, module, op, reason)
 
 
@@ -261,7 +266,7 @@ def _product_line(
 
 def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> LayerReport:
     """A line for a dense linear layer without an adapter."""
-    if type(module) not in (torch.nn.Linear, LoraLinear):
+    if class_of(module) not in (torch.nn.Linear, LoraLinear):
         return _own(name, module, "linear", f"no kernel for {type(module).__name__}")
     whose, weight = "torch", module.weight
     if _is_stand_in(model.get_submodule(name.rpartition(".")[0])):  # a fused layer calls it

@@ -63,7 +63,7 @@ def config_to_file(model: Any, config: BottleneckConfig, name: str) -> dict[str,
     return {
         "config": fields,
         "hidden_size": hidden,
-        "model_class": sharded.kind(model).__name__,
+        "model_class": sharded.class_of(model).__name__,
         "model_name": getattr(model, "name_or_path", None) or None,
         "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "name": name,

@@ -27,7 +27,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a linear layer with adapters."""
-    return sharded.kind(module) in BASES
+    return sharded.class_of(module) in BASES
 
 
 def refuse_mixed(model: nn.Module, name: str) -> str | None:

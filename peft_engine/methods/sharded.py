@@ -15,7 +15,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor's; its class takes long to import
 
 
-def kind(module: nn.Module) -> type:
+def class_of(module: nn.Module) -> type:
     """The module's class, below the one that fully_shard has put on top of it."""
     over = type(module)
     return over.__bases__[1] if over.__name__.startswith("FSDP") and len(over.__bases__) == 2 else over

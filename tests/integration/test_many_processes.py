@@ -101,7 +101,9 @@ def work(rank: int, folder: Path) -> None:
         model = adapted(method)
         if method in ("qlora", "prompt"):
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        before = fused(model)
         sharded(model, every=method in ("lora", "dora"))
+        found["explained", method] = before, fused(model)
         backward(model, mine)
         found["fsdp", method] = {name: grad.full_tensor() for name, grad in gradients(model).items()}
         step(model)
@@ -110,6 +112,10 @@ def work(rank: int, folder: Path) -> None:
     found["errors"] = [error(model, folder, what) for what in ERRORS]
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def fused(model: torch.nn.Module) -> dict[str, bool]:
+    return {layer.name: layer.fused for layer in pe.explain(model).layers}
 
 
 def switched(rows: torch.Tensor) -> list[set[str]]:
@@ -220,6 +226,18 @@ def test_a_sharded_model_s_file_is_that_of_one_process(two, tmp_path, method):
         torch.testing.assert_close(
             fresh.eval()(input_ids=ids()).logits, model.eval()(input_ids=ids()).logits, rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_explain_says_the_same_of_a_sharded_model(two, method):
+    _skip_unless_it_shards(method)
+    before, after = two[1][0]["explained", method]
+    if method in (
+        "lora",
+        "dora",
+    ):  # a head that is sharded by itself has its weight while it runs: no fused loss
+        assert before.pop("lm_head") and not after.pop("lm_head")
+    assert after == before
 
 
 def test_active_switches_a_sharded_model(two):
