@@ -42,7 +42,7 @@ def launch(
         if isinstance(a, torch.Tensor):
             device = device or a.device
             at = a.data_ptr()
-            if not at and a.numel():
+            if not at and a.numel() and a.device.type != "meta":
                 raise RuntimeError(f"{kernel.__name__}: {_FREED.format(tuple(a.shape))}")
             bits |= at
             key.append(a.dtype)
