@@ -40,6 +40,9 @@ def main() -> NoReturn:
     # oneDNN keeps a thousand products, one for each number of rows it has met: batches of many lengths cost a
     # SmolLM2 in bf16 some 3 MiB a step. With 16 of them steps take as long (160 MiB less after 60).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    # torch's own layer over it keeps a thousand besides, which hold those (prefix tuning in batches of 8:
+    # 931 MiB after 60 steps, and 1,034 and rising without this).
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     # As by Ctrl-C: what a command has started ends with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
