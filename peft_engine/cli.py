@@ -1,4 +1,4 @@
-"""The command `peft-engine`: train, compare, eval, generate, merge, explain, doctor, bench.
+"""The command: train, compare, estimate, profile, eval, generate, merge, explain, doctor, bench.
 
 Progress and what is about to be done go to standard error, results to standard output; with --json that is
 one object and nothing else. Exit code 0: done; 1: failed, with one line on standard error (the traceback only
@@ -19,8 +19,11 @@ import typer
 import peft_engine
 from peft_engine.train.compare_command import compare
 from peft_engine.train.console import check_base, choice, command, next_command, quiet, say, table, usage
+from peft_engine.train.estimate_command import estimate
 from peft_engine.train.merge_command import merge
 from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
+from peft_engine.train.probe import probe
+from peft_engine.train.profile_command import profile
 from peft_engine.train.train_command import train
 
 app = typer.Typer(
@@ -51,6 +54,7 @@ def main() -> NoReturn:
 
 app.command()(train)
 app.command()(compare)
+app.command()(estimate)
 
 
 def _load(
@@ -218,6 +222,8 @@ def generate(
 
 
 app.command()(merge)
+app.command()(profile)
+app.command(hidden=True)(probe)
 
 
 @app.command()

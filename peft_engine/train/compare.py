@@ -124,6 +124,16 @@ def arguments(settings: RunSettings) -> list[str]:
     return out
 
 
+def command_line(settings: RunSettings, command: str, *without: str) -> list[str]:
+    """The words of train, or of a command with its options, for these settings; defaults are left out."""
+    loop = LoopSettings(learning_rate=learning_rate(settings.method))
+    plain = RunSettings(model="", data=Path(), output=Path(), method=settings.method, loop=loop)
+    usual = {*arguments(plain)} - {f"--method={settings.method}"}
+    words = [word for word in arguments(settings)[1:] if word not in usual]
+    left_out = [name.replace("_", "-") for name in without]
+    return [command, *(word for word in words if word[2:].partition("=")[0] not in left_out)]
+
+
 def compare(settings: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the comparison and returns what compare.json holds: the base's row, and one for each method."""
     output = settings.output
@@ -140,7 +150,7 @@ def compare(settings: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"Comparing {', '.join(settings.methods)} on {settings.model}: {settings.data}, to {output}")
     measure = ["eval", f"--model={settings.model}", f"--data={settings.eval_data}", "--json"]
     base = [f"--dtype={settings.dtype}", *([f"--quantize={settings.quantize}"] if settings.quantize else [])]
-    found["rows"].append(_row("base", _child([*measure, *base], "base", say)))
+    found["rows"].append(_row("base", run_command([*measure, *base], "base", say)))
     with progress.bar("Comparing", len(settings.methods)) as bar:
         for i, method in enumerate(settings.methods, 1):
             say(f"[{i}/{len(settings.methods)}] {method}")
@@ -152,8 +162,8 @@ def compare(settings: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _method(run: RunSettings, measure: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     try:
-        record = _child([*arguments(run), "--json"], run.method, say)
-        scores = _child([*measure, f"--adapter={run.output}"], run.method, say)
+        record = run_command([*arguments(run), "--json"], run.method, say)
+        scores = run_command([*measure, f"--adapter={run.output}"], run.method, say)
     except ChildError as error:
         say(f"{run.method}: failed: {error}")
         return _row(run.method, {}, error=str(error), settings=run.to_dict())
@@ -187,7 +197,7 @@ def _check_output(settings: Comparison) -> None:
     (output / RESULT).unlink(missing_ok=True)
 
 
-def _child(line: list[str], label: str, say: Callable[[str], None]) -> dict[str, Any]:
+def run_command(line: list[str], label: str, say: Callable[[str], None]) -> dict[str, Any]:
     """What a command prints with --json; its progress goes on as ours. Raises ChildError with its error."""
     package = str(Path(peft_engine.__file__).parents[1])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)

@@ -1,6 +1,7 @@
 """What every command shares: where lines go, how an error ends it, how a result is printed."""
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -8,7 +9,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def command(debug: bool) -> Iterator[Callable[..., None]]:
         say(
             f"peft-engine: error: {text if known else f'{type(error).__name__}: {text}; --debug shows where'}"
         )
+        for note in getattr(error, "__notes__", ()):
+            say(note)
         raise typer.Exit(1) from None
 
 
@@ -121,3 +124,20 @@ def table(found: dict[str, Any], name: str) -> str:
         for label, counts in zip(shown, found["confusion"], strict=True):
             lines.append(f"  {label:<16}" + "".join(f"{count:>18}" for count in counts))
     return "\n".join(lines)
+
+
+def drawn(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table 110 columns wide; the first column, and what has no header, are words."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, title in enumerate(header):
+        words = i == 0 or not title
+        drawn.add_column(title, justify="left" if words else "right", no_wrap=not words)
+    for row in rows:
+        drawn.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=110).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -8,7 +8,8 @@ from typing import Any
 
 from peft_engine.train import method_options as of_method
 from peft_engine.train import progress
-from peft_engine.train.data import Document, length_limit, read_rows, tokenize
+from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
+from peft_engine.train.memory import cannot_fit
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
 from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
@@ -37,21 +38,17 @@ def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
     resume_from = _checkpoint(settings)
     rows = read_rows(settings.data)
     eval_rows = read_rows(settings.eval_data) if settings.eval_data else []
-    config, tokenizer = load_config(settings.model), load_tokenizer(settings.model)
-    taken = of_method.virtual_tokens(settings.method_options)
-    limit = length_limit(config, settings.max_length, taken)
-    split = settings.max_length is not None
-    documents = tokenize(rows, tokenizer, limit, split_text=split)
-    eval_documents = tokenize(eval_rows, tokenizer, limit, split_text=split)
+    documents, eval_documents = tokenized(settings, rows, eval_rows)
 
     from peft_engine.train import trainer  # Trainer takes seconds to import: the data has been checked by now
 
     loop = settings.loop
     _tell_plan(settings, documents, eval_documents, resume_from, say)
+    _tell_memory(settings, say)
     output.mkdir(parents=True, exist_ok=True)
     if resume_from is None:
         _clear(output)
-    model, report = _prepare(settings, resume_from)
+    model, report = prepare(settings, resume_from)
     say(f"Layers: {report.fused_count} of {report.total} fused (peft-engine explain says which and why)")
 
     record = _record(settings, model, len(rows))
@@ -78,6 +75,15 @@ def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
             say=say,
         )
     return _finish(output, record, outcome)
+
+
+def tokenized(settings: RunSettings, *files: list[Row]) -> list[list[Document]]:
+    """The documents of each file's rows."""
+    config, tokenizer = load_config(settings.model), load_tokenizer(settings.model)
+    taken = of_method.virtual_tokens(settings.method_options)
+    limit = length_limit(config, settings.max_length, taken)
+    split = settings.max_length is not None
+    return [tokenize(rows, tokenizer, limit, split_text=split) for rows in files]
 
 
 def _checkpoint(settings: RunSettings) -> Path | None:
@@ -153,14 +159,28 @@ def _tell_plan(
         say(f"Going on from {resume_from}")
 
 
-def _prepare(settings: RunSettings, resume_from: Path | None) -> tuple[Any, Any]:
-    """The model, checked, with the adapter on it and fused; and the report."""
+def _tell_memory(settings: RunSettings, say: Callable[[str], None]) -> None:
+    """A line where the run cannot fit. It goes on: the system may find room, in its swap or a cache."""
+    try:
+        why = cannot_fit(settings, load_config(settings.model))
+    except Exception as error:  # a model's own code, which may do anything on a device without memory
+        say(f"Memory: could not be counted beforehand: {' '.join(str(error).split())[:200]}")
+        return
+    if why is not None:
+        say(f"Memory: this cannot fit: {why}; peft-engine estimate says what would take less")
+
+
+def prepare(settings: RunSettings, resume_from: Path | None, folder: str | None = None) -> tuple[Any, Any]:
+    """The model, checked, with the adapter on it and fused; and the report.
+
+    folder: where another base lies, to take in place of the settings'.
+    """
     import torch
 
     from peft_engine import attach, load_adapter, optimize
     from peft_engine.train.finite import check_weights
 
-    model = load_base(settings.model, quantize=settings.base, dtype=settings.dtype)
+    model = load_base(folder or settings.model, quantize=settings.base, dtype=settings.dtype)
     check_weights(model)
     torch.manual_seed(settings.loop.seed)
     if resume_from is not None:

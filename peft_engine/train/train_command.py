@@ -1,5 +1,8 @@
 """`peft-engine train`."""
 
+import inspect
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +12,8 @@ from peft_engine.train import options as o
 from peft_engine.train.console import choice, command, next_command, quiet, say, usage
 from peft_engine.train.method_options import METHODS
 from peft_engine.train.method_options import learning_rate as default_rate
+
+ONLY_TRAIN = ("output", "eval_data", "eval_steps", "save_steps", "resume", "overwrite")  # not estimate's
 
 
 def train(
@@ -86,33 +91,21 @@ def train(
       peft-engine train --model ./SmolLM2-135M --data train.jsonl --output out/bottleneck \\
         --method bottleneck --placement houlsby --width 64
     """
+    given = dict(locals())
     with command(debug) as show:
-        choice("--method", method, METHODS)
+        settings = settings_of(given)
+        from peft_engine.train.compare import command_line
+        from peft_engine.train.memory import ran_out
         from peft_engine.train.run import run
-        from peft_engine.train.settings import LoopSettings, RunSettings
 
-        loop: dict[str, Any] = {
-            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "learning_rate": default_rate(method) if learning_rate is None else learning_rate,
-            "warmup_ratio": warmup_ratio, "scheduler": scheduler, "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm, "seed": seed, "eval_steps": eval_steps, "save_steps": save_steps,
-            "gradient_checkpointing": gradient_checkpointing,
-        }  # fmt: skip
-        given = o.method_options(
-            rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=dora,
-            virtual_tokens=virtual_tokens, prefix_projection=prefix_projection, init=init,
-            init_text=init_text, width=width, reduction_factor=reduction_factor, placement=placement,
-            activation=activation,
-        )  # fmt: skip
-        with usage():
-            settings = RunSettings(
-                model=model, data=data, output=output, eval_data=eval_data, method=method, quantize=quantize,
-                dtype=dtype, max_length=max_length, resume=resume, overwrite=overwrite, options=given,
-                loop=LoopSettings(**loop),
-            )  # fmt: skip
         quiet()
-        record = run(settings, say)
+        try:
+            record = run(settings, say)
+        except Exception as error:
+            if ran_out(error):
+                line = shlex.join(["peft-engine", *command_line(settings, "estimate", *ONLY_TRAIN)])
+                error.add_note(f"What takes the memory, and what would take less: {line}")
+            raise
         if json_:
             show(record)
         else:
@@ -128,3 +121,44 @@ def train(
             )
         test = eval_data or "test.jsonl"
         next_command("eval", "--model", model, "--adapter", output, "--data", test)
+
+
+def settings_of(given: dict[str, Any]) -> Any:
+    """The settings that the options of `train` mean, by their names; what cannot be is wrong usage."""
+    choice("--method", given["method"], METHODS)
+    from peft_engine.train.settings import LoopSettings, RunSettings
+
+    def of(kind: Any) -> dict[str, Any]:
+        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}
+
+    loop = of(LoopSettings)
+    if loop["learning_rate"] is None:
+        loop["learning_rate"] = default_rate(given["method"])
+    with usage():
+        return RunSettings(
+            **of(RunSettings), options=o.method_options(**of(o.MethodOptions)), loop=LoopSettings(**loop)
+        )
+
+
+def as_train(*, without: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose options are train's, but for those in `without`, and its own.
+
+    The command takes those of train as one dict, `given`; an own one takes the place of train's of its name.
+    """
+
+    def decorate(own: Callable[..., None]) -> Callable[..., None]:
+        mine = {name: p for name, p in inspect.signature(own).parameters.items() if name != "given"}
+        theirs = {n: p for n, p in inspect.signature(train).parameters.items() if n not in without}
+
+        def run(**values: Any) -> None:
+            given = {name: values.get(name) for name in inspect.signature(train).parameters}
+            own(given, **{name: values[name] for name in mine})
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p.replace(kind=keyword) for p in (theirs | mine).values()]
+        run.__name__, run.__doc__ = own.__name__, own.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate

@@ -7,12 +7,14 @@ the optimiser, the schedule and the random generators.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from transformers.trainer_callback import TrainerCallback
 from peft_engine.checkpoint import save_adapter
 from peft_engine.methods import adapters_without_gradient
 from peft_engine.train.console import say as console_say
-from peft_engine.train.data import IGNORE, Collate, Document, micro_batches, tokens_in
+from peft_engine.train.data import IGNORE, Collate, Document, micro_batches, pack, tokens_in
 from peft_engine.train.finite import first_non_finite
+from peft_engine.train.memory import ran_out
 from peft_engine.train.packing import Say, collator
 from peft_engine.train.settings import LoopSettings
 
@@ -105,6 +108,23 @@ def train(
         model.zero_grad()
         model.eval()
     return outcome
+
+
+def order(model: Any, documents: Sequence[Document], settings: LoopSettings) -> Iterator[list[int]]:
+    """The documents of each micro-batch, by number, as `train` will take them."""
+    left = settings.total_steps(len(documents)) * settings.gradient_accumulation_steps
+    with tempfile.TemporaryDirectory() as output:  # the Trainer makes one
+        trainer = _AdapterTrainer(
+            model, documents, Path(output), settings, "", (), lambda *_: None, lambda _: None, pack
+        )
+    loader: Any = trainer.get_train_dataloader()
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        for rows in itertools.islice(loader.batch_sampler, left):
+            yield rows
+            left -= 1
+        if left <= 0:
+            return
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -355,12 +375,7 @@ def _memory_explained(trainer: _AdapterTrainer):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not (
-            isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "out of memory" in text
-            or "allocate memory" in text
-        ):
+        if not ran_out(error):
             raise
         rows, accumulation = trainer.settings.batch_size, trainer.settings.gradient_accumulation_steps
         raise TrainError(

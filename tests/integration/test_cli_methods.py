@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine.cli import main
-from peft_engine.train.compare import ChildError, Comparison, _child, arguments, methods_of, rates_of
+from peft_engine.train.compare import ChildError, Comparison, arguments, methods_of, rates_of, run_command
 from peft_engine.train.compare_report import table
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, config_of, learning_rate
 from peft_engine.train.settings import LoopSettings
@@ -334,7 +334,7 @@ def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path, mon
             raise ChildError("attach: rank 500 is above the layer's")
         return record if line[0] == "train" else {"accuracy": 0.75, "perplexity": None}
 
-    monkeypatch.setattr("peft_engine.train.compare._child", child)
+    monkeypatch.setattr("peft_engine.train.compare.run_command", child)
     code, out, err = compare("--max-steps", 2, "--rank", 500, "--json")
     assert code == 1 and "Traceback" not in err
     assert "compare: failed: lora" in err.strip().splitlines()[-1]
@@ -349,10 +349,10 @@ def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path, mon
 def test_the_error_of_a_process_is_its_own_line_and_its_progress_goes_on(tmp_path):
     told: list[str] = []
     with pytest.raises(ChildError) as error:
-        _child(["eval", "--model", "m", "--data", str(tmp_path / "none.jsonl")], "base", told.append)
+        run_command(["eval", "--model", "m", "--data", str(tmp_path / "none.jsonl")], "base", told.append)
     assert str(error.value).startswith(f"{tmp_path / 'none.jsonl'}: does not exist")
     with pytest.raises(ChildError, match="exit code 2"):
-        _child(["eval"], "base", told.append)
+        run_command(["eval"], "base", told.append)
     assert any("--model" in line and line.startswith("  base: ") for line in told)
 
 
