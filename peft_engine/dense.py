@@ -98,7 +98,9 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return product(x, weight, bias)
+        y = product(x, weight, bias)
+        # A view that is made in here could not be changed in place, as a hook of the user's may.
+        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @dispatch.first_order

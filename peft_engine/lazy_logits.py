@@ -1,9 +1,9 @@
 """Logits that are not there yet: a tensor of their shape and dtype that keeps hidden states and head instead.
 
-The first operation on it forms them (once: all copies share the result) and runs on an ordinary tensor. Two
-ways lead here: torch's Python functions arrive at __torch_function__, before autograd, and get logits that
-autograd knows; C++ and autograd.Functions see a tensor whose grad_fn is _Deferred, and arrive at
-__torch_dispatch__ below autograd.
+The first operation on it forms them (once: all copies share the result) and runs on an ordinary tensor, which
+stays that object's memory: what is written to it is there at the next reading. Two ways lead here: torch's
+Python functions arrive at __torch_function__, before autograd, and get logits that autograd knows; C++ and
+autograd.Functions see a tensor whose grad_fn is _Deferred, and arrive at __torch_dispatch__ below autograd.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ class Source:
         self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
         self._versions = self._version()
         self._value: torch.Tensor | None = None
+        self._formed_at = 0
 
     def _version(self) -> tuple[int, ...]:
         tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
@@ -46,26 +47,61 @@ class Source:
     def value(self) -> torch.Tensor:
         """The logits, formed at the first call; known to autograd where it is on."""
         value = self._value
-        if value is None or (self.wants_graph() and not value.requires_grad):
+        if value is None or _version_of(value) != self._formed_at or self._lacks_graph(value):
             with torch.autocast(self.hidden.device.type, enabled=False):
                 value = self._value = dense.linear(*self.inputs())
+            self._formed_at = _version_of(value)
         return value
+
+    def _lacks_graph(self, value: torch.Tensor) -> bool:
+        return self.wants_graph() and not value.requires_grad
+
+
+class Memory:
+    """The logits in a dtype, once they are formed: what a tensor and its aliases share."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, copy: bool):
+        self.source, self.dtype, self.copy = source, dtype, copy
+        self.tensor: torch.Tensor | None = None
+        self._formed_at = 0
+
+    @property
+    def written(self) -> bool:
+        """Whether the logits were changed in place; unknown of what inference mode has made."""
+        return self.tensor is not None and _version_of(self.tensor) != self._formed_at
+
+    def read(self, graph: bool) -> torch.Tensor:
+        """The tensor; with graph one that autograd knows, which may have to be formed again."""
+        if self.tensor is None or (graph and not self.tensor.requires_grad and not self.written):
+            self.tensor = self.source.value().to(self.dtype, copy=self.copy)
+            self._formed_at = _version_of(self.tensor)
+        return self.tensor
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class LazyLogits(torch.Tensor):
-    """Stands for source.value() in a dtype of its own; without its graph unless requires_grad."""
+    """Stands for a Memory; without its graph unless requires_grad."""
 
-    source: Source
+    memory: Memory
 
     @staticmethod
-    def __new__(cls, source: Source, dtype: torch.dtype) -> "LazyLogits":
-        shape = (*source.hidden.shape[:-1], source.weight.shape[0])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=source.hidden.device)
-        self.source = source
+    def __new__(cls, memory: Memory) -> "LazyLogits":
+        hidden, weight = memory.source.hidden, memory.source.weight
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=memory.dtype, device=hidden.device)
+        self.memory = memory
         return self
 
-    def __init__(self, source: Source, dtype: torch.dtype):
+    def __init__(self, memory: Memory):
         pass
+
+    @property
+    def source(self) -> Source | None:
+        """What the logits are made of; None where they were changed in place."""
+        return None if self.memory.written or _version_of(self) else self.memory.source
 
     @staticmethod
     def of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> "LazyLogits":
@@ -75,14 +111,17 @@ class LazyLogits(torch.Tensor):
         return _Deferred.apply(hidden, weight, bias, Source(hidden, weight, bias, dtype))
 
     def materialize(self) -> torch.Tensor:
-        """The logits as an ordinary tensor."""
-        value = self.source.value().to(self.dtype)
-        return value if self.requires_grad else value.detach()
+        """The logits as an ordinary tensor, the same memory at each call."""
+        if not self.requires_grad:
+            return self.memory.read(False).detach()
+        with torch.enable_grad():  # they have a graph, also where they are only written to
+            return self.memory.read(self.memory.source.wants_graph())
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _NEEDS_NO_VALUE:
+        part = func is torch.Tensor.__getitem__ and not _everything(args[1])  # autograd must know whose it is
+        if func not in _NEEDS_NO_VALUE or part:
             args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -95,7 +134,7 @@ class LazyLogits(torch.Tensor):
         if same is not None:
             return same
         with torch.no_grad():
-            args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+            args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy.memory.read(False), (args, kwargs))
             return func(*args, **kwargs)
 
 
@@ -107,7 +146,7 @@ class _Deferred(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         ctx.dtype = source.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return LazyLogits(source, source.dtype)
+        return LazyLogits(Memory(source, source.dtype, copy=False))
 
     @staticmethod
     @dispatch.first_order
@@ -139,20 +178,28 @@ _NEEDS_NO_VALUE = {
 }  # fmt: skip
 
 
+def _everything(index: Any) -> bool:
+    """Whether an index takes all there is."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(p is Ellipsis or (isinstance(p, slice) and p in (slice(None), slice(0, None))) for p in parts)
+
+
 def _still_lazy(func: Any, args: tuple, kwargs: dict) -> LazyLogits | None:
     """A cast, a detach, or a slice of everything, as LazyLogits; None for what needs the values."""
     aten, lazy = torch.ops.aten, args[0] if args else None
     if not isinstance(lazy, LazyLogits):
         return None
     if func in (aten.detach.default, aten.alias.default):
-        return LazyLogits(lazy.source, lazy.dtype)
+        return LazyLogits(lazy.memory)
+    source = lazy.source
     if func is aten._to_copy.default:
         dtype, device = kwargs.get("dtype", lazy.dtype), kwargs.get("device", lazy.device)
         others = set(kwargs) - {"dtype", "device", "memory_format", "non_blocking", "layout", "pin_memory"}
-        if device == lazy.device and dtype.is_floating_point and not others and not kwargs.get("pin_memory"):
-            return LazyLogits(lazy.source, dtype)
+        plain = device == lazy.device and not others and not kwargs.get("pin_memory")
+        if plain and dtype.is_floating_point and dtype != lazy.dtype and source is not None:
+            return LazyLogits(Memory(source, dtype, copy=True))
     if func is aten.slice.Tensor:
         dim, start, end, step = (*args[1:], *(None,) * 4)[:4]
         if not start and (end is None or end >= lazy.shape[dim or 0]) and step in (None, 1):
-            return LazyLogits(lazy.source, lazy.dtype)
+            return LazyLogits(lazy.memory)
     return None

@@ -131,3 +131,45 @@ def test_outputs_converted_to_float32_by_accelerate_keep_the_loss_without_logits
     assert type(output.logits) is LazyLogits and output.logits.dtype == torch.float32
     assert torch.equal(output.logits + 0, plain(**inputs).logits.float())
     torch.testing.assert_close(output.loss, plain(**inputs).loss)
+
+
+WRITERS = {
+    "setitem": lambda t: t.__setitem__((..., slice(0, 9)), -5.0),
+    "div_": lambda t: t.div_(3.0),
+    "through a view": lambda t: t[0].fill_(0.5),
+    "through a slice of all": lambda t: t[:, :].mul_(2.0),
+    "out": lambda t: t.fill_(2.0) if t.requires_grad else torch.neg(torch.ones(t.shape).to(t.dtype), out=t),
+    "init": torch.nn.init.zeros_,
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("recorded", [True, False], ids=["in the graph", "under no_grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cast", [lambda t: t, torch.Tensor.float, torch.Tensor.detach])
+def test_what_is_written_to_the_logits_is_there(head_pair, write, recorded, dtype, cast):
+    found, inputs = [], batch()
+    for model in head_pair(dtype):
+        logits = cast(model(**inputs).logits)
+        other = logits.detach()  # its alias
+        early = logits.double()
+        with torch.set_grad_enabled(recorded):
+            write(logits)
+        if logits.requires_grad:
+            torch.logsumexp(logits, -1).sum().backward()
+        grads = [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+        found.append([logits.detach() + 0, other + 0, early.detach(), *grads])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-2)
+
+
+def test_a_hook_that_masks_the_logits_in_place_changes_the_loss(head_pair):
+    def mask(module, args, logits):
+        logits[..., :9] = -5.0
+
+    losses, inputs = [], batch()
+    for model in head_pair():
+        model.lm_head.register_forward_hook(mask)
+        losses.append(model(**inputs).loss)
+    torch.testing.assert_close(losses[1], losses[0])
+    losses[1].backward()
