@@ -48,7 +48,9 @@ def attention(
 
     q (B, Hq, Tq, D), k and v (B, Hkv, Tk, D) of one dtype, any strides, Hq a multiple of Hkv; scale 1/sqrt(D)
     when None. intervals None is causal, with the last query at the last key (Tq <= Tk). Gradients: q, k, v.
+    Under autocast q, k and v are taken in its dtype, as torch's attention takes them.
     """
+    q, k, v = in_autocast(q, k, v)
     check_heads("attention", q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(
@@ -61,6 +63,15 @@ def attention(
         check_intervals("attention", intervals, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3])).run(q, k, v, intervals, scale)
+
+
+def in_autocast(q: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in autocast's dtype, where it is on: rotary and norms leave q and k in float32 beside v."""
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return q, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (q, *others))
 
 
 def check_heads(who: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from peft_engine.ops.attention import (
     check_heads,
     check_intervals,
     dense,
+    in_autocast,
     intervals_from_mask,
     mask_from_intervals,
 )
@@ -79,9 +80,13 @@ def prefix_attention(
     position_bias (B or 1, Hq or 1, T or 1, S), as T5's, is added to the scaled scores. Both, where they are
     added, are of q's dtype or float32. A query that sees nothing at all gives zeros.
     Gradients: q, k, v, prefix_k, prefix_v, in the dtype of each; a shared prefix's is summed over the batch
-    in float32. That of position_bias is given by the reference alone.
+    in float32. That of position_bias is given by the reference alone. Under autocast q, k and v are taken in
+    its dtype, as torch's attention takes them.
     Raises ValueError or TypeError that says which argument does not fit.
     """
+    q, k, v = in_autocast(q, k, v)
+    if prefix_k.dtype != prefix_v.dtype:
+        prefix_k, prefix_v = in_autocast(prefix_k, prefix_v)
     _check(q, k, v, prefix_k, prefix_v)
     keys = k.shape[2]
     intervals, is_causal = _structure(q, keys, is_causal, cu_seqlens, window, intervals)

@@ -269,3 +269,35 @@ def test_the_first_losses_of_a_training_are_those_of_the_plain_model(tiny_llama,
     ulp = torch.finfo(torch.float32).eps * truth.max()
     assert (losses(optimised) - truth).abs().max() <= 2 * (losses(plain) - truth).abs().max() + ulp
     assert truth[0] != truth[1] != truth[2]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        None, pe.LoraConfig(r=4, target_modules="all-linear"), pe.PrefixTuningConfig(num_virtual_tokens=5),
+        pe.PromptTuningConfig(num_virtual_tokens=5), pe.BottleneckConfig.pfeiffer(),
+    ],
+    ids=["none", "lora", "prefix", "prompt", "bottleneck"],
+)  # fmt: skip
+@pytest.mark.parametrize("optimised", [True, False])
+def test_a_float32_model_runs_under_autocast(family, config, optimised):
+    """As Trainer(bf16=True) runs it."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}Config")(
+        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(kind)
+    if config is not None:
+        pe.attach(model, config)
+    if optimised:
+        pe.optimize(model)
+    exact = gradients(model, {"input_ids": IDS, "labels": IDS})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = gradients(model, {"input_ids": IDS, "labels": IDS})
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 14)
+    assert rough.keys() == exact.keys()
+    for name, grad in exact.items():
+        assert (rough[name] - grad).norm() <= 0.05 * grad.norm() + 1e-6, name

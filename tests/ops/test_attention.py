@@ -221,3 +221,29 @@ def test_it_traces_whole(isa):
     pairs = zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (got, want)), strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix_dtypes", [None, (torch.float32, torch.float32), (torch.float32, "half")])
+def test_under_autocast_heads_of_two_dtypes_are_taken_as_torch_takes_them(dtype, prefix_dtypes):
+    """Rotary and norms leave q and k in float32 there, beside v in half precision."""
+    q, k = heads(2, 4, 5, 8, torch.float32), heads(2, 2, 5, 8, torch.float32)
+    v = heads(2, 2, 5, 8, dtype)
+    halves = q.to(dtype), k.to(dtype), v
+    prefix = ()
+    if prefix_dtypes is not None:
+        prefix = tuple(torch.randn(2, 3, 8).to(dtype if d == "half" else d) for d in prefix_dtypes)
+    mixed = any(t.dtype == dtype for t in prefix)
+
+    def attend(*tensors):
+        q, k, v, *prefix = tensors
+        if prefix:
+            return prefix_attention.prefix_attention(q, k, v, *prefix, is_causal=True)
+        return attention(q, k, v)
+
+    with pytest.raises(TypeError, match="must have one dtype"):
+        attend(q, k, v, *prefix)
+    with torch.autocast("cpu", dtype=dtype):
+        found = attend(q, k, v, *prefix)
+    assert found.dtype == dtype
+    assert torch.equal(found, attend(*halves, *(t.to(dtype) if mixed else t for t in prefix)))
