@@ -5,6 +5,7 @@ virtual_tokens.py puts it. Rows without any run the model's own attention.
 """
 
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,14 +30,28 @@ class Live:
     def __init__(self) -> None:
         self.parts: list[Part] = []  # rows (None: all), keys and values (kv_heads, P, head_dim)
         self.waiting = False  # an adapter was made active, and its stack has not run yet
-        self.catch = False  # whether the layer leaves its own keys and values here
-        self.caught: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.passes: dict[int, Any] = {}  # what the layer leaves of its own keys and values, by thread
+
+    @property
+    def catch(self) -> bool:
+        """Whether the layer leaves its own keys and values here, and sees nothing in front of them."""
+        return bool(self.passes) and thread() in self.passes
+
+    @property
+    def caught(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The keys and values that the layer has left in this thread."""
+        return self.passes[thread()]
 
     def __deepcopy__(self, memo: dict) -> "Live":
         return Live()
 
     def __reduce__(self) -> tuple:
         return Live, ()
+
+
+def thread() -> int:
+    """Which thread runs; torch.compile traces in one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def stands_before(module: Any) -> bool:
@@ -49,8 +64,9 @@ def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[t
     """Attention of `module` behind its virtual tokens; `base`, called as by the interface, without any."""
     live: Live | None = module.__dict__.get(SITE)
     if live is not None and live.catch:
-        live.caught = key, value
-    if live is not None and live.waiting and not live.catch:
+        live.passes[thread()] = key, value
+        return base(module, query, key, value, attention_mask, **kwargs)
+    if live is not None and live.waiting:
         raise RuntimeError(
             f"virtual tokens: {type(module).__name__} runs outside of the stack whose forward puts them in "
             "front, so that they would do nothing; call the model's own forward, or deactivate the adapter"

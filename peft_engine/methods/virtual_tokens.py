@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
-from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live
+from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live, thread
 from peft_engine.methods.walks import kept
 from peft_engine.ops.prompt_embedding import extend_inputs
 
@@ -40,8 +40,12 @@ class VirtualTokens(nn.Module):
         self.limit = stack.limit
         self.arguments = parameters_of(module)
         self.shift: Any = 0  # how far positions move, for the embedding layer's hook
-        self.inside = False  # a prompt's own pass runs
+        self.inside: set[int] = set()  # the threads in which a prompt's own pass runs
         self.kept: Any = None  # keys and values that decoding steps use again
+
+    def passes(self) -> bool:
+        """Whether a prompt's own pass runs in this thread."""
+        return bool(self.inside) and thread() in self.inside
 
 
 # --- putting in and taking out ------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ def _register(own: str) -> str:
 def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """A stack's forward pre-hook: leaves keys and values at the layers, moves the positions."""
     tokens: VirtualTokens = module._modules[CHILD]
-    if tokens.active is None or tokens.inside:
+    if tokens.active is None or tokens.passes():
         return None
     kwargs = {**dict(zip(tokens.arguments, args, strict=False)), **kwargs}
     _check_implementation(module.config)
@@ -185,7 +189,7 @@ class _Shift:
         self.tokens = tokens
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        shift, inside = self.tokens.shift, self.tokens.inside
+        shift, inside = self.tokens.shift, self.tokens.passes()
         if self.tokens.active is None or inside or (isinstance(shift, int) and shift == 0):
             return None
         kwargs = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
@@ -303,18 +307,18 @@ def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[li
     """While it lasts, the stack runs as the base, with what is stacked on `name`, and its keys are kept."""
     alone = tokens.active.index(name) if isinstance(tokens.active, tuple) else None
     layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
-    before = [live.parts for live in tokens.lives]
-    tokens.inside = True
+    here = thread()  # others may be in the middle of a forward
+    tokens.inside.add(here)
     for layer in layers:  # keys caught inside a checkpoint would be made again in backward, elsewhere
         layer.gradient_checkpointing = False  # type: ignore[assignment]
     for live in tokens.lives:
-        live.parts, live.catch = [], True
+        live.passes[here] = None
     try:
         with copies.only_row(alone):
             yield tokens.lives
     finally:
-        tokens.inside = False
+        tokens.inside.discard(here)
         for layer in layers:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
-        for live, parts in zip(tokens.lives, before, strict=True):
-            live.parts, live.catch, live.caught = parts, False, None
+        for live in tokens.lives:
+            live.passes.pop(here, None)

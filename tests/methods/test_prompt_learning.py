@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import families
 import pytest
@@ -260,3 +261,21 @@ def test_a_model_of_no_transformer_and_a_module_that_is_not_there_are_refused():
         pe.attach(torch.nn.Linear(3, 3), pe.PrefixTuningConfig())
     with pytest.raises(ValueError, match="modules_to_save names 'nothing', which no module has"):
         pe.attach(families.build("llama"), config("prompt", "llama", modules_to_save=["nothing"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_in_the_middle_of_another_thread_s_sees_the_same_tokens(kind):
+    """A prompt's own pass runs without what stands in front; other threads go on with it."""
+    model = adapted(kind, "llama").eval()
+    want, found = logits(model, "llama"), []
+    layer = model.model.layers[0]
+
+    def meanwhile(module, args, output):
+        hook.remove()
+        other = threading.Thread(target=lambda: found.append(logits(model, "llama")))
+        other.start()
+        other.join()
+
+    hook = layer.register_forward_hook(meanwhile)
+    found.append(logits(model, "llama"))
+    assert len(found) == 2 and all(torch.equal(got, want) for got in found)
