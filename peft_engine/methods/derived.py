@@ -1,15 +1,17 @@
 """Tensors that a layer keeps because they are made of its others and take long to make.
 
 Each is kept by the tensors that it is made of, their memory and their versions, which torch counts for every
-write but one through `.data` and those of fused optimizers. So nothing that is trained is kept while it is
-(`learns`), and a layer's train() forgets what is an adapter's.
+write but one through `.data` and those of fused optimizers, whose steps are counted here. Nothing that is
+trained is kept while it is (`learns`), and a layer's train() forgets what is an adapter's.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from peft_engine import dispatch
 
@@ -17,6 +19,7 @@ Made = TypeVar("Made")
 
 KEPT = "_peft_engine_derived"  # in a layer's __dict__
 BASE = "||W||^2"  # what is made of the layer's own weight, which is frozen
+_steps = 0  # of all optimizers
 
 
 class _Kept(dict):
@@ -36,8 +39,12 @@ def kept(
     settings: Hashable = None,
 ) -> Made:
     """What `make` gave for these tensors and settings, when neither has changed since; else what it gives."""
+    steps = 0
+    if not torch.compiler.is_compiling() and any(t.requires_grad for t in made_of):
+        _count_steps()
+        steps = _steps
     try:
-        state = (settings, *((t.data_ptr(), t._version) for t in made_of))
+        state = (settings, steps, *((t.data_ptr(), t._version) for t in made_of))
     except RuntimeError:  # an inference tensor, whose versions torch does not count
         return make()
     held = layer.__dict__.setdefault(KEPT, _Kept())
@@ -51,6 +58,17 @@ def kept(
         with dispatch.outside_inference():
             found = held[what] = state, tuple(weakref.ref(t) for t in made_of), make()
     return found[2]
+
+
+@functools.cache
+def _count_steps() -> None:
+    """From the first call on, once."""
+
+    def count(*_: Any) -> None:
+        global _steps
+        _steps += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 def learns(layer: Any, *tensors: torch.Tensor) -> bool:
