@@ -31,9 +31,10 @@ inline Type type_of(const Tensor& t) {
 // Where a tensor's values lie. FSDP frees a weight's memory between its uses, and the tensor stays.
 inline const void* values_of(const Tensor& t) {
   const void* values = t.const_data_ptr();
-  STD_TORCH_CHECK(values || t.numel() == 0, "peft_engine: the memory of a tensor of ", t.numel(),
-                  " elements was freed. Under fully_shard a weight is there while its module runs, forward or backward: "
-                  "run whole modules");
+  STD_TORCH_CHECK(
+      values || t.numel() == 0, "peft_engine: the memory of a tensor of ", t.numel(),
+      " elements was freed. Under fully_shard a weight is there while its module runs, forward or backward: "
+      "run whole modules");
   return values;
 }
 
