@@ -38,14 +38,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     The two files appear at once or not at all: a failed write leaves what the folder held before. Other files
     in it stay. Of a model that fully_shard has spread over processes each must call this; the first writes.
     Raises ValueError for an adapter that is not attached, is empty, holds NaN or inf, or is untouched by
-    training (it does nothing, or is as it started, and every copied bias or module equals the base's);
-    OSError when the disk refuses.
+    training (it does nothing, or is as it started, and every copied bias or module equals the base's), and
+    for copies of modules that were replaced or resized since; OSError when the disk refuses.
     """
     base = unwrap(model)
     config = require(base, name, "save_adapter")
     sharded.refuse_flat(base, "save_adapter")
     method = method_of(config, "save_adapter")
-    parts = {**method.stored(base, name), **copies.of(base, name)}
+    copied = copies.of(base, name)
+    _refuse_outdated(base, config, name, copied)
+    parts = {**method.stored(base, name), **copied}
     held = {path: sharded.whole(t.detach()) for path, t in parts.items()}
     _refuse_worthless(base, method, held, name)
     stored = {_plain(method.key(base, path, name)): t.cpu().contiguous() for path, t in held.items()}
@@ -73,6 +75,25 @@ def _refuse_worthless(model: nn.Module, method: Method, held: dict[str, torch.Te
         raise ValueError(
             f"{who} is untouched by training: {why}; was its gradient cut off? (adapters_without_gradient "
             "tells after a step)"
+        )
+
+
+def _refuse_outdated(model: nn.Module, config: Any, name: str, copied: dict[str, Any]) -> None:
+    """ValueError for copies that went with their module, or have another shape than the base's."""
+    wrong = []
+    for roots in copies.root_paths(model, getattr(config, "modules_to_save", None) or ()).values():
+        for root in roots:
+            for path, _ in model.get_submodule(root).named_parameters(root, remove_duplicate=False):
+                if not copies.is_ours(path) and not copies.has(copies.owner(model, path)[0], name):
+                    wrong.append(f"{path} has none (its module is another one now)")
+    for path, copy in copied.items():
+        if copy.shape != (shape := copies.base_of(*copies.owner(model, path)).shape):
+            wrong.append(f"that of {path} must be {tuple(shape)} like the base's, got {tuple(copy.shape)}")
+    if wrong:
+        raise ValueError(
+            f"save_adapter: adapter {name!r}: the model has changed under the copies of modules_to_save: "
+            f"{_some(wrong)}; call resize_token_embeddings, or whatever replaced them, before attach, and "
+            "train again"
         )
 
 

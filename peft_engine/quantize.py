@@ -14,6 +14,7 @@ import torch
 
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies, sharded
+from peft_engine.methods.targets import in_convolution, read_directly
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
 
@@ -91,6 +92,7 @@ def select_linears(
                 f"{caller}: skip_modules names {pattern!r}, which no module has{_near(pattern, names)}"
             )
     tied = _tied_weights(model)
+    unused = {name: f"(its weight {why})" for name, why in read_directly(model).items()}
     # T5's wo: its block casts what goes in to the weight's dtype, which for packed bytes is none.
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     chosen: list[str] = []
@@ -105,7 +107,9 @@ def select_linears(
         if copies.is_ours(name):
             continue
         skipped = any(_matches(name, pattern) for pattern in skip)
-        why = _refusal(module)
+        why = None if in_convolution(model, name) else _refusal(module)
+        if why is None and type(module) is torch.nn.Linear:
+            why = unused.get(name)
         if why is None and type(module) is torch.nn.Linear:
             skipped = skipped or f"{name}.weight".removeprefix(".") in tied or name.rpartition(".")[2] in kept
             (dense if skipped else chosen).append(name)
@@ -223,8 +227,7 @@ def _refusal(module: torch.nn.Module) -> str | None:
     known = (torch.nn.Linear, NF4Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
     if isinstance(module, torch.nn.Linear) and kind not in known:
         return f"is a {kind.__name__}, a subclass of nn.Linear"
-    if not isinstance(module, torch.nn.modules.conv._ConvNd):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
-                return f"holds expert weights in one 3-D parameter, {name} {tuple(parameter.shape)}"
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
+            return f"holds expert weights in one 3-D parameter, {name} {tuple(parameter.shape)}"
     return None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from peft_engine.methods import copies, peft_config
+from peft_engine.methods.attention_sites import parameters_of, stacks
 from peft_engine.methods.virtual_attention import NAME
 
 STORED = "prompt_embeddings"  # the key in PEFT's file, without anything in front
@@ -68,7 +69,13 @@ def start_tokens(model: Any, config: Any, init_field: str, who: str) -> torch.Te
 
 
 def check_length(model: Any, config: Any, who: str) -> None:
-    """ValueError when the virtual tokens leave no room for real ones."""
+    """ValueError when virtual tokens leave no room for real ones; TypeError when a prompt has no way in."""
+    stack = model.get_submodule(stacks(model)[0].path)
+    if hasattr(config, "prompt_tuning_init") and "inputs_embeds" not in parameters_of(stack):
+        raise TypeError(
+            f"{who}: {type(stack).__name__} takes token ids only (its forward has no inputs_embeds), so no "
+            "prompt can be put in front of them; take a prefix, or LoRA"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.num_virtual_tokens >= limit:
         raise ValueError(
@@ -78,9 +85,26 @@ def check_length(model: Any, config: Any, who: str) -> None:
 
 
 def check_transformers(model: Any, who: str) -> None:
-    """TypeError for a model that is none of transformers'."""
+    """TypeError for a model that is none of transformers', or that reads something other than tokens."""
+    kind = type(model).__name__
     if not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise TypeError(f"{who}: {type(model).__name__} is no transformers model; virtual tokens need one")
+        raise TypeError(f"{who}: {kind} is no transformers model; virtual tokens need one")
+    why, mend = "virtual tokens stand in front of tokens, and", "take LoRA, or bottleneck adapters"
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        table = None
+    if not isinstance(table, nn.Embedding):
+        what = "none" if table is None else type(table).__name__
+        raise TypeError(
+            f"{who}: {why} {kind} has no one table of their embeddings (get_input_embeddings gives {what}); "
+            f"{mend}"
+        )
+    for stack in stacks(model):
+        module = model.get_submodule(stack.path)
+        reads = getattr(module, "main_input_name", "input_ids")
+        if reads != "input_ids":
+            raise TypeError(f"{who}: {why} {type(module).__name__} of {kind} reads {reads}; {mend}")
 
 
 def check_attention(model: Any, sites: bool, what: str, who: str) -> None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import regex
+import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies
@@ -65,17 +67,24 @@ def with_head(model: nn.Module, config: Any) -> Any:
 
 def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: bool = True) -> Plan:
     """What `config` means on `model`. strict: every name and pattern in it must match something."""
-    paths = _matching(model, config, who, strict)
+    found = copies.root_paths(model, config.modules_to_save or ())
+    roots = list(dict.fromkeys(path for group in found.values() for path in group))
+    paths = _matching(model, config, roots, who, strict)
     if strict:
         for which in ("rank_pattern", "alpha_pattern"):
             used = {pattern_key(getattr(config, which), path) for path in paths}
             idle = [pattern for pattern in getattr(config, which) if pattern not in used]
             if idle:
                 raise ValueError(f"{who}: {which}: {', '.join(map(repr, idle))} decides no targeted layer")
-    layers = {}
+    layers, unused = {}, read_directly(model)
     for path in paths:
         module: Any = model.get_submodule(path)
         _check_layer(path, module, who)
+        if path in unused:
+            raise TypeError(
+                f"{who}: an adapter on {path} would do nothing: its weight {unused[path]}; or leave "
+                "the layer out of target_modules (exclude_modules)"
+            )
         r = pattern_value(config.rank_pattern, path, config.r)
         most = min(module.in_features, module.out_features)
         if r > most:
@@ -84,12 +93,10 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
                 f"hold, {most}; lower r, or set a smaller one for this layer in rank_pattern, or exclude it"
             )
         layers[path] = settings_for(config, r, pattern_value(config.alpha_pattern, path, config.lora_alpha))
-    found = copies.root_paths(model, config.modules_to_save or ())
-    for name, roots in found.items():
-        if not roots and strict:
+    for name, group in found.items():
+        if not group and strict:
             near = near_modules(name, model)
             raise ValueError(f"{who}: modules_to_save names {name!r}, which no module has{near}")
-    roots = list(dict.fromkeys(path for group in found.values() for path in group))
     copied = copies.whole(model, roots)
     if config.bias != "none":
         for path, parameter in model.named_parameters(remove_duplicate=False):
@@ -114,7 +121,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...] | str:
 
 
 def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
-    """The paths of every linear layer but the output head."""
+    """The paths of every linear layer but the output head, and those nn.MultiheadAttention never calls."""
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
     if head is None and task_type == "SEQ_CLS":
@@ -122,8 +129,46 @@ def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if is_linear(module) and module is not head and not copies.is_ours(path)
+        if is_linear(module)
+        and module is not head
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and not copies.is_ours(path)
     ]
+
+
+def read_directly(model: nn.Module) -> dict[str, str]:
+    """Linear layers whose weight another module reads without a call of the layer, each with why.
+
+    torch's encoder layers do that in evaluation, with a kernel of their own; WavLM's attention always.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            takes = getattr(module.self_attn, "batch_first", True) and module.activation_relu_or_gelu
+            names: tuple[str, ...] = ("linear1", "linear2")
+            why = (
+                f"is read by {type(module).__name__} in evaluation without a call of the layer (torch's fast "
+                "path); call torch.backends.mha.set_fastpath_enabled(False) first, here and where the model "
+                "runs"
+            )
+            if not takes or not torch.backends.mha.get_fastpath_enabled():
+                continue
+        elif any(kind.__name__ == "WavLMAttention" for kind in type(module).__mro__):
+            names = ("q_proj", "k_proj", "v_proj", "out_proj")
+            why = (
+                f"is read by {type(module).__name__} without a call of the layer (it goes to torch's "
+                "multi_head_attention_forward)"
+            )
+        else:
+            continue
+        found |= {f"{path}.{name}".removeprefix("."): why for name in names}
+    return found
+
+
+def in_convolution(model: nn.Module, path: str) -> bool:
+    """Whether a module is a convolution, or holds what a convolution's weight is made from (weight_norm)."""
+    owner, _, made = f"{path}.".partition(".parametrizations.")
+    return isinstance(model.get_submodule(owner if made else path), nn.modules.conv._ConvNd)
 
 
 def named(path: str, names: str | Iterable[str]) -> bool:
@@ -144,13 +189,11 @@ def _match(pattern: str, path: str, whole: bool = False) -> Any:
         ) from None
 
 
-def excluded(
-    path: str, exclude_modules: str | Iterable[str] | None, modules_to_save: Iterable[str] | None
-) -> bool:
-    """Whether a path is excluded by name, or lies in a module that is trained whole."""
+def excluded(path: str, exclude_modules: str | Iterable[str] | None, roots: Iterable[str]) -> bool:
+    """Whether a path is excluded by name, or lies in one of the modules at `roots`, trained whole."""
     if exclude_modules and named(path, exclude_modules):
         return True
-    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in modules_to_save or ())
+    return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
 def in_layers(path: str, layers: int | Iterable[int] | None, pattern: str | Iterable[str] | None) -> bool:
@@ -211,8 +254,11 @@ def near_modules(wanted: str, model: nn.Module) -> str:
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> list[str]:
-    """The paths of the layers that a config targets; ValueError when a name matches nothing."""
+def _matching(model: nn.Module, config: LoraConfig, roots: list[str], who: str, strict: bool) -> list[str]:
+    """The paths of the layers that a config targets; ValueError when a name matches nothing.
+
+    roots: the modules that it trains whole, of which nothing is adapted.
+    """
     wanted = config.target_modules
     if wanted is None:
         wanted = list(found) if isinstance(found := default_targets(model), tuple) else found
@@ -233,7 +279,7 @@ def _matching(model: nn.Module, config: LoraConfig, who: str, strict: bool) -> l
                 raise ValueError(
                     f"{who}: exclude_modules {name!r} matches no module{near_modules(name, model)}"
                 )
-    kept = [p for p in chosen if not excluded(p, config.exclude_modules, config.modules_to_save)]
+    kept = [p for p in chosen if not excluded(p, config.exclude_modules, roots)]
     if isinstance(wanted, list):
         used = [name for name in wanted if any(named(path, [name]) for path in chosen)]
         idle = [name for name in wanted if name not in used]
@@ -266,7 +312,7 @@ def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) 
         module = path.rpartition(".")[0]
         if parameter.dim() != 3 or min(parameter.shape) < 2 or not _own(path):
             continue
-        if isinstance(model.get_submodule(module), nn.modules.conv._ConvNd):
+        if in_convolution(model, module):
             continue
         if wanted is None or named(path, wanted) or named(module, wanted):
             raise ValueError(

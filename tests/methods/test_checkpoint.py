@@ -100,6 +100,37 @@ def test_a_classifier_and_its_head_go_both_ways(tmp_path):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def distilbert():
+    torch.manual_seed(0)
+    sizes = dict(dim=32, n_layers=1, n_heads=4, hidden_dim=48, vocab_size=32)
+    return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes)).eval()
+
+
+def test_a_module_that_a_heads_name_ends_is_trained_whole_and_not_adapted_too(tmp_path):
+    """As in PEFT, "classifier" names pre_classifier as well, which all-linear then leaves alone."""
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    model = shake(attach(distilbert(), config))
+    trained = {path for path in tensors(model, "default") if "classifier" in path}
+    assert trained == {f"{which}classifier.{leaf}" for which in ("", "pre_") for leaf in ("weight", "bias")}
+    model(IDS, labels=torch.zeros(len(IDS), dtype=torch.long)).loss.backward()
+    again = distilbert()
+    load_adapter(again, save_adapter(model, tmp_path))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("targets", [["q_lin"], "all-linear"])
+def test_distilberts_two_classifiers_go_both_ways(tmp_path, targets):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
+    model = shake(attach(distilbert(), LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS")))
+    theirs = peft.PeftModel.from_pretrained(distilbert(), save_adapter(model, tmp_path / "ours")).eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = distilbert()
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 def test_a_base_weight_in_the_file_must_be_the_models(llama, saved):
     base = llama()
     key = "base_model.model.lm_head.weight"

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from method_cases import edit_config, edit_weights, refused
+from method_cases import edit_config, edit_weights, refused, shake
 from torch import nn
 
 from peft_engine.adapter_files import read_header
-from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter
-from peft_engine.methods import LoraConfig, detach
+from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter, save_adapter
+from peft_engine.methods import LoraConfig, attach, detach
 
 
 def test_an_unknown_config_key_is_named(llama, saved):
@@ -238,3 +238,21 @@ def test_a_header_of_any_length_is_read(tmp_path, low):
     safetensors.torch.save_file({"a": torch.ones(2)}, path, {"name": "x" * (256 + more)})
     assert path.read_bytes()[0] == low
     assert read_header(path)[0] == {"a": (2,)}
+
+
+def test_copies_that_a_resize_left_behind_are_not_saved(llama, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = shake(attach(llama(), config))
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 8)
+    with pytest.raises(
+        ValueError, match=r"adapter 'default'.*lm_head\.weight has none.*before attach"
+    ) as error:
+        save_adapter(model, tmp_path / "out")
+    assert f"embed_tokens.weight must be ({rows}, 64) like the base's, got ({rows + 8}, 64)" in str(
+        error.value
+    )
+    assert not (tmp_path / "out").exists()
+    model = llama()
+    model.resize_token_embeddings(rows + 8)
+    save_adapter(shake(attach(model, config)), tmp_path / "out")

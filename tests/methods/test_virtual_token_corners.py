@@ -49,6 +49,55 @@ def test_a_decoder_called_past_what_is_around_it_sees_the_virtual_tokens(kind, m
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+IMAGE = SMALL | {"image_size": 32, "patch_size": 8}
+TEXT = SMALL | {"vocab_size": families.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+WHISPER = BART | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 30}
+SPEECH = SMALL | {
+    "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        ("ViTModel", transformers.ViTConfig(**IMAGE), "get_input_embeddings gives ViTPatchEmbeddings"),
+        ("Dinov2Model", transformers.Dinov2Config(**IMAGE), "gives Dinov2PatchEmbeddings"),
+        (
+            "Wav2Vec2Model",
+            transformers.Wav2Vec2Config(**SPEECH),
+            "Wav2Vec2Model has no one table.*gives none",
+        ),
+        ("CLIPModel", transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE), "gives none"),
+        ("WhisperModel", transformers.WhisperConfig(**WHISPER), "WhisperEncoder of .* reads input_features"),
+    ],
+    ids=("vit", "dinov2", "wav2vec2", "clip", "whisper"),
+)
+def test_a_model_that_reads_no_tokens_is_refused(kind, model, config, message):
+    with pytest.raises(TypeError, match=f"attach: virtual tokens stand in front of tokens.*{message}.*LoRA"):
+        pe.attach(getattr(transformers, model)(config), KINDS[kind](num_virtual_tokens=P))
+
+
+def test_a_text_tower_takes_a_prefix_but_no_prompt():
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=IMAGE)
+    model = transformers.SiglipModel(config).eval()
+    with pytest.raises(TypeError, match=r"SiglipTextModel takes token ids only .* take a prefix"):
+        pe.attach(model, pe.PromptTuningConfig(num_virtual_tokens=P))
+    ids = torch.tensor([[5, 6, 7]])
+    base = model.get_text_features(ids).pooler_output
+    shake(pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P)))
+    assert not torch.allclose(model.get_text_features(ids).pooler_output, base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_decoder_behind_a_vision_tower_takes_both(kind):
+    text = transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**IMAGE))
+    pe.attach(transformers.LlavaForConditionalGeneration(config), KINDS[kind](num_virtual_tokens=P))
+
+
 def test_attention_that_runs_without_its_stack_says_so():
     model = adapted("prefix")
     layer = model.model.layers[0]
