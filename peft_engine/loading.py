@@ -6,6 +6,8 @@ is here: which weights are quantised, and how the bytes of one that is quantised
 """
 
 import dataclasses
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def load(
     if stored:
         del config.quantization_config
     settings = _Settings(stored, blocksize, double_quant, skip_modules)
+    _check_shards(path, config, arguments)
     wants_info = arguments.pop("output_loading_info", False)
     try:
         model, info = _model_class(config).from_pretrained(
@@ -101,6 +104,41 @@ def _is_stored(path: str, config: Any) -> bool:
         f"load_quantized: {path} is quantised already, in {kind!r}; only bitsandbytes' NF4 is read as it is: "
         "start from the dense checkpoint"
     )
+
+
+def _check_shards(path: str, config: Any, arguments: dict[str, Any]) -> None:
+    """Of a local folder in shards: that those its index names lie in it, so that no other file is read.
+
+    ValueError for an index that cannot be read or names a file outside, FileNotFoundError for a missing one.
+    """
+    folder = Path(path, arguments.get("subfolder") or "")
+    variant = f".{arguments['variant']}" if arguments.get("variant") else ""
+    whole = getattr(config, "transformers_weights", None) or f"model{variant}.safetensors"
+    index = folder / (whole if whole.endswith(".json") else f"model.safetensors.index{variant}.json")
+    if not index.is_file() or ((folder / whole).is_file() and not whole.endswith(".json")):
+        return
+    where = f"load_quantized: {path}: its {index.name}"
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        parts = [os.path.normpath(name).split(os.sep) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is no index of shards ({type(error).__name__}: {error}); copy or download it again"
+        ) from None
+    # By the names alone: in the hub's cache the files of a folder are links to other folders.
+    outside = [name for name, of in zip(names, parts, strict=True) if of[0] in ("..", "")]
+    if outside:
+        raise ValueError(
+            f"{where} names {', '.join(outside)}, outside of the folder; the shards must lie in it: mend the "
+            "index, and do not trust the model before you know who wrote it"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{where} names {shown}, of {len(names)} shards, which the folder does not hold; was the "
+            "download cut short? copy or download what is missing"
+        )
 
 
 def _check_all_read(path: str, model: str, info: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import peft_engine
 from peft_engine.train import progress
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, learning_rate
+from peft_engine.train.output import check_output
 from peft_engine.train.record import versions, write_json
 from peft_engine.train.settings import LoopSettings, RunSettings
 
@@ -186,8 +187,7 @@ def _row(method: str, scores: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def _check_output(settings: Comparison) -> None:
     output = settings.output
-    if output.exists() and not output.is_dir():
-        raise CompareError(f"--output {output}: is a file; give a folder")
+    check_output(output)
     there = [path for path in (output / RESULT, *(output / method for method in METHODS)) if path.exists()]
     if there and not settings.overwrite:
         raise CompareError(

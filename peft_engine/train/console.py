@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -15,9 +16,23 @@ from typing import Any
 
 import typer
 
+BYTES = re.compile("([\udc80-\udcff]+)")  # as Python decodes those that are no text: PEP 383
+
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    _put(line, sys.stderr)
+
+
+def _put(text: str, file: Any, end: str = "\n") -> None:
+    """Prints; the bytes of a path that the locale cannot decode go out as they were given."""
+    buffer = getattr(file, "buffer", None)
+    if buffer is None or not BYTES.search(text):
+        print(text, file=file, end=end, flush=True)
+        return
+    file.flush()
+    for i, piece in enumerate(BYTES.split(text + end)):
+        buffer.write(piece.encode(file.encoding, "surrogateescape" if i % 2 else "backslashreplace"))
+    buffer.flush()
 
 
 def next_command(*words: object) -> None:
@@ -35,7 +50,7 @@ def command(debug: bool) -> Iterator[Callable[..., None]]:
 
     def show(value: Any, end: str = "\n") -> None:
         text = value if isinstance(value, str) else json.dumps(plain(value), indent=2)
-        print(text, file=out, end=end, flush=True)
+        _put(text, out, end)
 
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -7,24 +7,17 @@ most of transformers' models keep such documents apart when there is no attentio
 is padding. For the other models (`packing.py` finds out) it is one document a row, padded, with a mask.
 """
 
-import csv
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
+from peft_engine.train.data_files import DataError, rows_of
+
 IGNORE = -100
 KINDS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
-MOST_IN_A_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not read on forever
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv")
-
-
-class DataError(ValueError):
-    """A data file that cannot be used: the message names the file, the line, and the mend."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises DataError that names the file and the line.
     """
     rows: list[Row] = []
-    for where, fields in _rows(Path(path)):
+    for where, fields in rows_of(Path(path)):
         rows.append(_row(where, fields, rows[0].kind if rows else None))
     if not rows:
         raise DataError(f"{path}: holds no rows")
@@ -80,7 +73,8 @@ def read_rows(path: str | Path) -> list[Row]:
 def read_prompts(path: str | Path) -> Prompts:
     """The prompt column of such a file, and its adapter column; DataError as `read_rows`."""
     out, named = Prompts([], [], []), False
-    for where, fields in _rows(Path(path)):
+    for where, fields in rows_of(Path(path)):
+        _check_given(where, fields, ("prompt",))
         if not isinstance(fields.get("prompt"), str):
             raise DataError(f"{where}: expected a prompt, a string; got the columns {_names(fields)}")
         _check_text(where, "prompt", fields["prompt"])
@@ -99,82 +93,15 @@ def read_prompts(path: str | Path) -> Prompts:
     return out if named else replace(out, adapters=None)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row stands, and its columns."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path}: {what}; give a .jsonl or .csv file (or a .gz of one)")
-    name = path.name.removesuffix(".gz")
-    if not name.endswith(SUFFIXES):
-        raise DataError(f"{path}: expected a file ending in .jsonl or .csv (or .gz after it)")
-    read, newline = (_csv, "") if name.endswith(".csv") else (_jsonl, None)
-    opened: Any = gzip.open if path.name.endswith(".gz") else open
-    last = f"{path}, line 0"
-    try:
-        with opened(path, "rt", encoding="utf-8", newline=newline) as file:
-            for last, fields in read(path, file):
-                yield last, fields
-    except UnicodeDecodeError as error:
-        raise DataError(f"{last}: not UTF-8 after it: {error.reason}; save the file as UTF-8") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-
-
 def _names(fields: Mapping[str, Any]) -> str:
     return ", ".join(map(str, fields)) or "none"
-
-
-def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        fields = _parsed(where, line.removeprefix("\ufeff"), "one object a line")
-        if not isinstance(fields, dict):
-            raise DataError(
-                f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"
-            )
-        yield where, fields
-
-
-def _parsed(where: str, text: str, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}; {expected}") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON that is nested too deeply to be read; {expected}") from None
-    except ValueError as error:  # Python's limit on the digits of a number
-        what = str(error).partition("; use sys.")[0]
-        raise DataError(f"{where}: a number that cannot be read: {what}; write it as a string") from None
-
-
-def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
-    limit = csv.field_size_limit(MOST_IN_A_FIELD)
-    try:
-        if reader.fieldnames:
-            reader.fieldnames = [name.removeprefix("\ufeff") for name in reader.fieldnames]
-        for fields in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in fields:
-                raise DataError(f"{where}: more values than the header has columns; quote values with commas")
-            if "messages" in fields:
-                expected = "messages must be a JSON list of role and content"
-                fields["messages"] = _parsed(where, fields["messages"] or "", expected)
-            yield where, fields
-    except csv.Error as error:
-        what = f"broken CSV: {error}"
-        if "field limit" in str(error):
-            what = f"a field of more than {MOST_IN_A_FIELD >> 20} MiB; close its quote, or write JSONL"
-        raise DataError(f"{path}, line {reader.reader.line_num}: {what}") from None
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
     kind = next((k for k, columns in KINDS.items() if all(fields.get(c) is not None for c in columns)), None)
     if kind is None:
+        for columns in KINDS.values():
+            _check_given(where, fields, columns)
         raise DataError(
             f"{where}: expected prompt and completion, or messages, or text; got the columns {_names(fields)}"
         )
@@ -195,6 +122,16 @@ def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
                 f"{where}: {KINDS[kind][-1]} is empty; there is nothing to learn from it, leave the row out"
             )
     return Row(kind, {c: fields[c] for c in KINDS[kind]}, where)
+
+
+def _check_given(where: str, fields: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Of a row that has these columns: that none is without a value, as in a CSV row that ends early."""
+    missing = [column for column in columns if column in fields and fields[column] is None]
+    if missing and all(column in fields for column in columns):
+        raise DataError(
+            f"{where}: no value for {' and '.join(missing)} (the columns are {_names(fields)}); write it, or "
+            "leave the row out"
+        )
 
 
 def _check_text(where: str, column: str, text: str) -> None:
@@ -228,8 +165,17 @@ def _check_messages(where: str, messages: Any) -> None:
 # --- tokens -------------------------------------------------------------------------------------------------
 
 
+class Rendered(str):
+    """A prompt that a chat template wrote: with all its special tokens, so the tokenizer must add none."""
+
+
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """A text at the start of a document, with the tokens the tokenizer puts first (bos) but no end."""
+    """A text at the start of a document, with the tokens the tokenizer puts first (bos) but no end.
+
+    Of a `Rendered` one, the tokens that the template wrote and no others.
+    """
+    if isinstance(text, Rendered):
+        return encode_completion(tokenizer, text)
     ids = tokenizer(text, add_special_tokens=True)["input_ids"]
     eos = tokenizer.eos_token
     return ids[:-1] if ids and eos and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos) else ids

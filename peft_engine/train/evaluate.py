@@ -19,6 +19,7 @@ from peft_engine.train.data import (
     IGNORE,
     Collate,
     DataError,
+    Rendered,
     Row,
     encode_completion,
     encode_prompt,
@@ -165,7 +166,7 @@ def _question(row: Row, tokenizer: Any) -> tuple[str, str]:
     messages = row.fields["messages"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
-    return prompt, messages[last]["content"]
+    return Rendered(prompt), messages[last]["content"]
 
 
 def perplexity_loss(

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from peft_engine.methods import active
-from peft_engine.train.data import DataError, Prompts, encode_prompt, length_limit, read_prompts
+from peft_engine.train.data import DataError, Prompts, Rendered, encode_prompt, length_limit, read_prompts
 from peft_engine.train.models import virtual_tokens
+
+COLDEST = 1e-4  # logits divided by less than about 1e-36 overflow, and at this the likeliest is all but sure
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,15 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0.0:
-            raise ValueError(f"--temperature: expected 0 or more, got {self.temperature}")
+        if self.temperature != 0.0 and not self.temperature >= COLDEST:
+            raise ValueError(
+                f"--temperature: expected 0 (always the likeliest token) or a number from {COLDEST:g}, got "
+                f"{self.temperature}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"--top-p: expected a number above 0, up to 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed: expected a number from 0 up to 2^32, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,12 @@ def _folder(name: str, where: str, folders: Sequence[Path]) -> Path:
     )
 
 
-def chat_prompt(tokenizer: Any, text: str) -> str:
+def chat_prompt(tokenizer: Any, text: str) -> Rendered:
     """The text as a user's message, in the tokenizer's chat template, up to where the assistant speaks."""
     if not tokenizer.chat_template:
         raise DataError("--chat: the tokenizer has no chat template; leave the option out")
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return Rendered(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def generate(

@@ -11,6 +11,7 @@ import typer
 
 from peft_engine.train.console import check_base, command, next_command, quiet, say
 from peft_engine.train.options import Debug, Dtype, Json, Model, Quantize
+from peft_engine.train.output import check_output
 
 # What the drift is measured on where no rows are given.
 SAMPLE = (
@@ -61,6 +62,7 @@ def merge(
         check_base(quantize, dtype)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise FileExistsError(f"--output {output}: there is something already; give a new folder")
+        check_output(output)
         quiet()
         found = _merge(model, adapter, output, data, quantize, dtype, requantize, untie)
         if json_:

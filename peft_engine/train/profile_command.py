@@ -7,6 +7,7 @@ import typer
 
 from peft_engine.train import options as o
 from peft_engine.train.console import command, drawn, next_command, quiet, say
+from peft_engine.train.output import check_output
 from peft_engine.train.train_command import as_train, settings_of
 
 SHOWN = 24  # rows of a table; the file has all
@@ -39,6 +40,7 @@ def profile(
       peft-engine profile --model ./SmolLM2-135M --data train.jsonl --output out/profile
     """
     with command(debug) as show:
+        check_output(output)
         there = [name for name in FILES if (output / name).exists()]
         if there and not overwrite:
             raise FileExistsError(

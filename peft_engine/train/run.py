@@ -1,5 +1,6 @@
 """One training run from its settings: the checks, the data, the model, the loop, and the record."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from peft_engine.train import progress
 from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
 from peft_engine.train.memory import cannot_fit
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
+from peft_engine.train.output import check_output, sole_run
 from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
 
@@ -35,6 +37,15 @@ def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
             "launch?): several would write one folder; in a loop of your own DistributedDataParallel and "
             "fully_shard work, docs/methods.md says how"
         )
+    check_output(output)
+    with contextlib.ExitStack() as held:
+        if output.is_dir():
+            held.enter_context(sole_run(output))
+        return _run(settings, say, held)
+
+
+def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.ExitStack) -> dict[str, Any]:
+    output, is_new = settings.output, not settings.output.is_dir()
     resume_from = _checkpoint(settings)
     rows = read_rows(settings.data)
     eval_rows = read_rows(settings.eval_data) if settings.eval_data else []
@@ -45,7 +56,10 @@ def run(settings: RunSettings, say: Callable[[str], None]) -> dict[str, Any]:
     loop = settings.loop
     _tell_plan(settings, documents, eval_documents, resume_from, say)
     _tell_memory(settings, say)
-    output.mkdir(parents=True, exist_ok=True)
+    if is_new:  # not before all is checked: a run that is refused leaves no folder
+        output.mkdir(parents=True, exist_ok=True)
+        held.enter_context(sole_run(output))
+        _checkpoint(settings)  # again: another run may have come and gone since
     if resume_from is None:
         _clear(output)
     model, report = prepare(settings, resume_from)
@@ -89,8 +103,6 @@ def tokenized(settings: RunSettings, *files: list[Row]) -> list[list[Document]]:
 def _checkpoint(settings: RunSettings) -> Path | None:
     """The checkpoint to go on from; RunError when the output holds a run that would be lost."""
     output = settings.output
-    if output.exists() and not output.is_dir():
-        raise RunError(f"--output {output}: is a file; give a folder")
     there = [
         p.name
         for p in (*output.glob("adapter*.safetensors"), *output.glob("checkpoint-*"), *output.glob(RECORD))

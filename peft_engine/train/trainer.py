@@ -7,6 +7,7 @@ the optimiser, the schedule and the random generators.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -333,9 +334,16 @@ class _AdapterTrainer(transformers.Trainer):
             left = (
                 f"the checkpoint before it, {kept}, is whole" if kept else "there is no checkpoint before it"
             )
-            raise TrainError(
-                f"train: saving {what} failed: {error}; {left}; free some space and run again with --resume"
-            ) from error
+            mend = "free some space" if _is_full(error) else "mend that"
+            again = "run again with --resume" if kept else "run again"
+            raise TrainError(f"train: saving {what} failed: {error}; {left}; {mend} and {again}") from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk, the quota or the limit of a file's size is what ended a save."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)  # torch.save's
 
 
 class _Steps(TrainerCallback):

@@ -1,5 +1,6 @@
 """`peft-engine eval`, `generate`, `explain`, `doctor` and `bench` as a user types them."""
 
+import io
 import json
 import math
 import os
@@ -11,13 +12,14 @@ import torch
 import transformers
 import typer
 from texts import reviews, tiny_model_folder, write_jsonl
+from tokenizers.processors import TemplateProcessing
 
 from peft_engine import LoraConfig, attach, save_adapter
 from peft_engine.cli import main
 from peft_engine.train import console
 from peft_engine.train.data import encode_completion, encode_prompt, pack, read_rows, tokenize
-from peft_engine.train.evaluate import label_scores, task_of, token_f1
-from peft_engine.train.generate import prompts_from
+from peft_engine.train.evaluate import evaluate, label_scores, task_of, token_f1
+from peft_engine.train.generate import Sampling, chat_prompt, generate, prompts_from, stream
 
 MEASURES = {
     "task", "rows", "accuracy", "exact_match", "token_f1", "perplexity", "labels", "confusion",
@@ -234,11 +236,41 @@ def test_chat_puts_the_prompt_into_the_template(command, model):
     assert json.loads(command(*line)[1])["results"][0]["prompt"] == "<|user|>\nwarm?</s>\n<|assistant|>\n"
 
 
+def test_a_template_that_writes_the_first_token_gives_it_once_as_in_training(loaded, tmp_path, monkeypatch):
+    made, tokenizer = loaded
+    first = (tokenizer.bos_token, tokenizer.bos_token_id)
+    add = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    tokenizer.backend_tokenizer.post_processor = add  # as Llama 3 and Gemma have it
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    user = {"role": "user", "content": "warm?"}
+    messages = [user, {"role": "assistant", "content": "fine"}]
+    wanted = tokenizer.apply_chat_template([user], add_generation_prompt=True)["input_ids"]
+    rows = read_rows(write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}]))
+    assert tokenizer("a")["input_ids"][0] == first[1] == wanted[0] != wanted[1]
+    assert tokenize(rows, tokenizer, 128)[0].input_ids[: len(wanted)] == wanted
+    seen, answer = [], made.generate
+
+    def watched(input_ids, **more):
+        seen.append(input_ids.tolist())
+        return answer(input_ids, **more)
+
+    monkeypatch.setattr(made, "generate", watched)
+    prompt, sampling = chat_prompt(tokenizer, "warm?"), Sampling(max_new_tokens=1)
+    list(generate(made, tokenizer, [prompt], sampling))
+    list(stream(made, tokenizer, prompt, sampling))
+    evaluate(made, tokenizer, rows)
+    assert seen == [[wanted]] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         ((), 2, "--prompt or --prompt-file"),
         (("--prompt", "a", "--top-p", 0), 2, "--top-p"),
+        (("--prompt", "a", "--temperature", 1e-300), 2, "a number from 0.0001, got 1e-300"),
+        (("--prompt", "a", "--temperature", "nan"), 2, "--temperature"),
+        (("--prompt", "a", "--seed", -1), 2, "--seed: expected a number from 0 up to 2^32, got -1"),
+        (("--prompt", "a", "--seed", 2**64), 2, "--seed: expected"),
         (("--prompt", ""), 1, "has no tokens"),
         (("--prompt", "a", "--max-new-tokens", 500), 1, "exceed the model's 128"),
         (("--prompt", "a", "--adapter", "none"), 1, "none"),
@@ -312,6 +344,23 @@ def test_a_broken_record_is_named(command, model, adapter, data, tmp_path):
 def test_the_next_command_is_what_a_shell_reads(capsys):
     console.next_command("eval", "--model", Path("my model"), "--prompt", "...")
     assert capsys.readouterr().err == "Next: peft-engine eval --model 'my model' --prompt ...\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_path_that_the_locale_cannot_decode_is_printed_as_it_was_given(monkeypatch, encoding):
+    path = "out/ü n".encode() if encoding == "ascii" else b"out/\xfc n"  # the second is no UTF-8
+    given = path.decode(encoding, "surrogateescape")
+    for name, errors in (("stderr", "backslashreplace"), ("stdout", "strict")):
+        file = io.TextIOWrapper(io.BytesIO(), encoding, errors, newline="\n", line_buffering=True)
+        monkeypatch.setattr(sys, name, file)
+    console.next_command("eval", "--adapter", given, "--prompt", "é")
+    with console.command(False) as show:
+        show(f"Saved to {given}")
+    last = b"\\xe9" if encoding == "ascii" else "é".encode()
+    assert sys.stderr.buffer.getvalue() == (
+        b"Next: peft-engine eval --adapter '" + path + b"' --prompt '" + last + b"'\n"
+    )
+    assert sys.stdout.buffer.getvalue() == b"Saved to " + path + b"\n"
 
 
 def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from texts import reviews, tiny_tokenizer, write_jsonl
 
-from peft_engine.train.data import IGNORE, MOST_IN_A_FIELD, DataError, length_limit, pack, read_rows, tokenize
+from peft_engine.train.data import IGNORE, DataError, length_limit, pack, read_prompts, read_rows, tokenize
+from peft_engine.train.data_files import MOST_IN_A_FIELD
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,38 @@ def test_a_csv_row_with_too_many_values_is_refused_with_its_line(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\na,b,c\n")
     with pytest.raises(DataError, match="line 3: more values"):
         read_rows(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prompt,completion\na,b\na\n", "line 3: no value for completion .*prompt, completion"),
+        ("completion,id,prompt\na\n", "line 2: no value for prompt "),
+        ('messages,id\n"",3\n', "line 2: no value for messages "),
+    ],
+)
+def test_a_csv_row_without_a_value_is_refused_with_its_line_and_the_column(tmp_path, text, says):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=says):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_a_value_that_is_null_is_named_and_one_of_another_column_may_be_missing(tmp_path):
+    with pytest.raises(DataError, match="line 1: no value for completion "):
+        _read(tmp_path, '{"prompt": "a", "completion": null}')
+    (tmp_path / "a.csv").write_text("id,prompt\n3\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 2: no value for prompt "):
+        read_prompts(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("prompt,completion,note\na,b\n")
+    assert read_rows(tmp_path / "b.csv")[0].fields == {"prompt": "a", "completion": "b"}
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 1: several columns are named prompt; rename"):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("text,,\na,,\n")  # as spreadsheets leave columns without a name
+    assert read_rows(tmp_path / "b.csv")[0].fields == {"text": "a"}
 
 
 def test_a_long_csv_field_is_read_and_one_without_end_is_refused_with_its_line_and_the_mend(tmp_path):

@@ -272,7 +272,8 @@ def test_a_disk_that_fills_while_saving_keeps_the_checkpoint_before(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(*((loop, "save_adapter") if broken == "adapter" else (torch, "save")), full)
-    with pytest.raises(TrainError, match=r"saving .*checkpoint-4 failed.*checkpoint-2, is whole.*--resume"):
+    says = r"saving .*checkpoint-4 failed.*checkpoint-2, is whole; free some space .*--resume"
+    with pytest.raises(TrainError, match=says):
         train(made, documents, tmp_path / "out", _settings())
     monkeypatch.undo()
     left = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -282,6 +283,15 @@ def test_a_disk_that_fills_while_saving_keeps_the_checkpoint_before(
         again, documents, tmp_path / "out", _settings(), resume_from=last_checkpoint(tmp_path / "out")
     )
     assert outcome.steps == 6
+
+
+def test_a_folder_that_is_taken_away_is_no_full_disk(model, documents, tmp_path, monkeypatch):
+    def gone(*args, **kwargs):
+        raise FileNotFoundError(2, "No such file or directory", "x")
+
+    monkeypatch.setattr(loop, "save_adapter", gone)
+    with pytest.raises(TrainError, match=r"no checkpoint before it; mend that and run again$"):
+        train(model(), documents, tmp_path / "out", _settings())
 
 
 def test_memory_that_runs_out_is_an_error_with_the_smaller_settings(model, documents, tmp_path):

@@ -284,5 +284,44 @@ def test_a_shard_cut_short_or_missing_is_named(saved):
     with pytest.raises(ValueError, match=f"{shard.name} is no whole safetensors file"):
         load_quantized(saved)
     shard.unlink()
-    with pytest.raises(OSError, match=shard.name):
+    says = rf"{saved}: its model.safetensors.index.json names {shard.name}, of \d+ shards.*download what is"
+    with pytest.raises(FileNotFoundError, match=says):
+        load_quantized(saved)
+
+
+def _reindex(folder, change):
+    """Puts what `change` makes of the name of a shard into the index, in place of its name."""
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = sorted(content["weight_map"].values())[0]
+    names = {key: change(name) if name == shard else name for key, name in content["weight_map"].items()}
+    index.write_text(json.dumps(content | {"weight_map": names}))
+    return shard
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_shard_outside_of_the_folder_is_refused(saved, tmp_path, absolute):
+    other = tmp_path / "other"
+    other.mkdir()
+    start = other if absolute else f"sub/../../{other.name}"
+    shard = _reindex(saved, lambda name: f"{start}/{name}")
+    (saved / shard).rename(other / shard)
+    (saved / "sub").mkdir()
+    with pytest.raises(ValueError, match=f"{start}/{shard}, outside of the folder; .*mend the index"):
+        load_quantized(saved)
+
+
+def test_a_shard_may_be_a_link_as_in_the_cache_of_the_hub_or_lie_in_a_folder_below(saved, tmp_path):
+    shard = _reindex(saved, lambda name: f"below/{name}")
+    (tmp_path / "blob").write_bytes((saved / shard).read_bytes())
+    (saved / shard).unlink()
+    (saved / "below").mkdir()
+    (saved / "below" / shard).symlink_to(tmp_path / "blob")
+    load_quantized(saved)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none_is_named(saved, content):
+    (saved / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"its model\.safetensors\.index\.json is no index of shards"):
         load_quantized(saved)

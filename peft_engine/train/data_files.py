@@ -1,0 +1,94 @@
+"""The rows of a JSONL or CSV file, or of a .gz of either: where each stands, and its columns, as they are."""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+MOST_IN_A_FIELD = 16 << 20  # characters of a CSV field; a quote that is never closed must not read on forever
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv")
+
+
+class DataError(ValueError):
+    """A data file that cannot be used: the message names the file, the line, and the mend."""
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a JSONL or CSV file (or a .gz of either) stands, and its columns.
+
+    Raises DataError that names the file and the line.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path}: {what}; give a .jsonl or .csv file (or a .gz of one)")
+    name = path.name.removesuffix(".gz")
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{path}: expected a file ending in .jsonl or .csv (or .gz after it)")
+    read, newline = (_csv, "") if name.endswith(".csv") else (_jsonl, None)
+    opened: Any = gzip.open if path.name.endswith(".gz") else open
+    last = f"{path}, line 0"
+    try:
+        with opened(path, "rt", encoding="utf-8", newline=newline) as file:
+            for last, fields in read(path, file):
+                yield last, fields
+    except UnicodeDecodeError as error:
+        raise DataError(f"{last}: not UTF-8 after it: {error.reason}; save the file as UTF-8") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        fields = _parsed(where, line.removeprefix("\ufeff"), "one object a line")
+        if not isinstance(fields, dict):
+            raise DataError(
+                f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"
+            )
+        yield where, fields
+
+
+def _parsed(where: str, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}; {expected}") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON that is nested too deeply to be read; {expected}") from None
+    except ValueError as error:  # Python's limit on the digits of a number
+        what = str(error).partition("; use sys.")[0]
+        raise DataError(f"{where}: a number that cannot be read: {what}; write it as a string") from None
+
+
+def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(file, strict=True)
+    limit = csv.field_size_limit(MOST_IN_A_FIELD)
+    try:
+        if reader.fieldnames:
+            reader.fieldnames = [name.removeprefix("\ufeff") for name in reader.fieldnames]
+            twice = {name for name in reader.fieldnames if name and reader.fieldnames.count(name) > 1}
+            if twice:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: several columns are named {', '.join(sorted(twice))}; "
+                    "rename or remove all but one"
+                )
+        for fields in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in fields:
+                raise DataError(f"{where}: more values than the header has columns; quote values with commas")
+            if "messages" in fields:
+                expected = "messages must be a JSON list of role and content"
+                text = fields["messages"]
+                fields["messages"] = _parsed(where, text, expected) if text else None
+            yield where, fields
+    except csv.Error as error:
+        what = f"broken CSV: {error}"
+        if "field limit" in str(error):
+            what = f"a field of more than {MOST_IN_A_FIELD >> 20} MiB; close its quote, or write JSONL"
+        raise DataError(f"{path}, line {reader.reader.line_num}: {what}") from None
+    finally:
+        csv.field_size_limit(limit)

@@ -1,0 +1,80 @@
+"""The folder of --output: that it can be one, and that one run at a time writes to it."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of some network file systems
+
+
+class OutputError(ValueError):
+    """A folder that cannot be written to; the message names it, says why, and what to give instead."""
+
+
+def check_output(output: Path) -> None:
+    """OutputError where a file or a link to nowhere stands in the place of the folder or of one above it."""
+    for folder in (output, *output.parents):
+        what = "is" if folder == output else f"{folder} is"
+        if folder.is_symlink() and not folder.exists():
+            raise OutputError(
+                f"--output {output}: {what} a symbolic link to {os.readlink(folder)}, which does not exist; "
+                "make that folder, mend the link, or give another folder"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"--output {output}: {what} a file; give a folder")
+
+
+@contextlib.contextmanager
+def sole_run(output: Path) -> Iterator[None]:
+    """Keeps the folder, which exists, to this run: another one that asks for it gets OutputError at once.
+
+    The kernel lets the lock go when the process ends, however it ends; a file that is left locks nothing.
+    """
+    path = output / LOCK
+    file = _locked(output, path)
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still ours
+        os.close(file)
+
+
+def _locked(output: Path, path: Path) -> int:
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OutputError(
+                f"--output {output}: cannot be written to: {error.strerror}; give another folder"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_file_at(file, path):
+                return file
+        except BlockingIOError:
+            who = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+            os.close(file)
+            raise OutputError(
+                f"--output {output}: another run is writing to it now ({who}); wait for its end, or give "
+                "another folder"
+            ) from None
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return file
+            os.close(file)
+            raise
+        os.close(file)  # the run before it ended, and took its file away, between the two calls
+
+
+def _is_file_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

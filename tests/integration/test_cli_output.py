@@ -1,0 +1,116 @@
+"""The folder of --output: one run at a time, and what stands in its place."""
+
+import errno
+import multiprocessing
+import os
+import signal
+
+import pytest
+from texts import reviews, tiny_model_folder, write_jsonl
+
+from peft_engine.train.output import LOCK, OutputError, check_output, sole_run
+from peft_engine.train.trainer import _is_full
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def train(command, model, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", reviews())
+
+    def run(*more, output):
+        options = ("--rank", 2, "--max-steps", 1, *more)
+        return command("train", "--model", model, "--data", data, "--output", output, *options)
+
+    return run
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)])
+def test_a_second_run_into_one_folder_is_refused_at_once(train, tmp_path, more):
+    output = tmp_path / "out"
+    output.mkdir()
+    with sole_run(output):
+        code, out, err = train(*more, output=output)
+        assert code == 1 and out == "" and err.count("\n") == 1
+        assert f"--output {output}: another run is writing to it now (process {os.getpid()} on " in err
+        assert [file.name for file in output.iterdir()] == [LOCK]
+    assert not list(output.iterdir())
+    assert more == ("--resume",) or train(*more, output=output)[0] == 0
+    assert not (output / LOCK).exists()
+
+
+def test_a_run_that_came_first_while_the_data_were_read_is_not_written_over(train, tmp_path, monkeypatch):
+    from peft_engine.train import run
+
+    output, real = tmp_path / "new" / "out", run.tokenized
+
+    def meanwhile(*of):
+        output.mkdir(parents=True)
+        (output / "run.json").write_text("{}")
+        return real(*of)
+
+    monkeypatch.setattr(run, "tokenized", meanwhile)
+    code, _, err = train(output=output)
+    assert code == 1 and "holds a run already (run.json)" in err
+    assert [file.name for file in output.iterdir()] == ["run.json"]
+
+
+def _hold(output, ready):
+    with sole_run(output):
+        ready.set()
+        signal.pause()
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    ready = spawn.Event()
+    other = spawn.Process(target=_hold, args=(tmp_path, ready))
+    other.start()
+    assert ready.wait(10)
+    with pytest.raises(OutputError, match=f"process {other.pid} on"), sole_run(tmp_path):
+        pass
+    other.kill()
+    other.join()
+    assert (tmp_path / LOCK).exists()
+    with sole_run(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / LOCK).read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    says = r"cannot be written to: .*; give another folder"
+    with pytest.raises(OutputError, match=says), sole_run(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("which", ["train", "merge", "compare", "profile"])
+def test_a_link_to_nowhere_is_said_to_be_one(command, model, tmp_path, which):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    data = write_jsonl(tmp_path / "rows.jsonl", reviews())
+    of = {"merge": ("--adapter", "a"), "compare": ("--data", data, "--eval-data", data)}
+    line = (which, "--model", model, *of.get(which, ("--data", data)), "--output")
+    code, _, err = command(*line, link)
+    assert code == 1 and f"--output {link}: is a symbolic link to {tmp_path / 'gone'}, which does not" in err
+    code, _, err = command(*line, link / "out")
+    assert code == 1 and f"{link} is a symbolic link to" in err and "make that folder" in err
+
+
+def test_a_file_in_the_place_of_the_folder_or_of_one_above_it_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file: is a file; give a folder"):
+        check_output(tmp_path / "file")
+    with pytest.raises(OutputError, match=rf"out: {tmp_path / 'file'} is a file"):
+        check_output(tmp_path / "file" / "out")
+
+
+def test_only_a_full_disk_is_to_be_freed():
+    assert _is_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert _is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert _is_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+    assert not _is_full(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    assert not _is_full(RuntimeError("Parent directory out/.saving does not exist."))
