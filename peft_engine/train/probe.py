@@ -277,10 +277,6 @@ def _held() -> int:
     return _status("VmRSS") if _on_cpu() else _cuda().memory_allocated()
 
 
-def _mapped() -> int:
-    return _status("RssFile") if _on_cpu() else 0
-
-
 def _on_cpu() -> bool:
     return not _cuda().is_available()
 
