@@ -40,12 +40,11 @@ class VirtualTokens(nn.Module):
         self.limit = stack.limit
         self.arguments = parameters_of(module)
         self.shift: Any = 0  # how far positions move, for the embedding layer's hook
-        self.inside: set[int] = set()  # the threads in which a prompt's own pass runs
         self.kept: Any = None  # keys and values that decoding steps use again
 
     def passes(self) -> bool:
         """Whether a prompt's own pass runs in this thread."""
-        return bool(self.inside) and thread() in self.inside
+        return bool(self.lives) and self.lives[0].catch
 
 
 # --- putting in and taking out ------------------------------------------------------------------------------
@@ -308,7 +307,6 @@ def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[li
     alone = tokens.active.index(name) if isinstance(tokens.active, tuple) else None
     layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     here = thread()  # others may be in the middle of a forward
-    tokens.inside.add(here)
     for layer in layers:  # keys caught inside a checkpoint would be made again in backward, elsewhere
         layer.gradient_checkpointing = False  # type: ignore[assignment]
     for live in tokens.lives:
@@ -317,7 +315,6 @@ def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[li
         with copies.only_row(alone):
             yield tokens.lives
     finally:
-        tokens.inside.discard(here)
         for layer in layers:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
         for live in tokens.lives:
