@@ -19,10 +19,9 @@ import typer
 import peft_engine
 from peft_engine.train.compare_command import compare
 from peft_engine.train.console import check_base, choice, command, next_command, quiet, say, table, usage
-from peft_engine.train.estimate_command import estimate
+from peft_engine.train.estimate_command import estimate, probe
 from peft_engine.train.merge_command import merge
 from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
-from peft_engine.train.probe import probe
 from peft_engine.train.profile_command import profile
 from peft_engine.train.train_command import train
 

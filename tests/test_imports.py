@@ -32,6 +32,15 @@ def test_import_takes_less_than_300_ms_over_torch():
     assert statistics.median(float(run(code)) for _ in range(3)) < 0.3
 
 
+def test_the_command_starts_without_what_its_commands_import():
+    """peft_engine.methods brings torch._dynamo, which takes longer than all else together."""
+    code = """
+import sys, peft_engine.cli
+print([m for m in ("peft_engine.methods", "torch._dynamo", "transformers", "matplotlib") if m in sys.modules])
+"""
+    assert run(code) == "[]"
+
+
 def test_import_leaves_torch_and_transformers_classes_as_they_are():
     code = """
 import torch, transformers

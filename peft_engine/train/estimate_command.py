@@ -1,5 +1,6 @@
 """`peft-engine estimate`: the memory of a training, before it."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,21 @@ def estimate(
         found = work.estimate(settings, tokens, say, levers=levers)
         show(found if json_ else table(found))
         next_command(*command_line(settings, "train"))
+
+
+def probe(spec: Annotated[Path, typer.Argument(help="What to measure, as estimate wrote it.")]) -> None:
+    """Measure the memory of a small model's training; started by estimate.
+
+    \b
+    Example:
+      peft-engine estimate --model ./SmolLM2-135M --data train.jsonl
+    """
+    with command(False) as show:
+        quiet()
+        from peft_engine.train.probe import measure, read
+
+        what = json.loads(spec.read_text())
+        show(measure(read(what, what["folder"], what["deepest"])))
 
 
 def table(found: dict[str, Any]) -> str:

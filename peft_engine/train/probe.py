@@ -11,12 +11,9 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from peft_engine.train import method_options as of_method
-from peft_engine.train.console import command, quiet
 from peft_engine.train.data import IGNORE, Document, pack, read_rows
 from peft_engine.train.models import ModelError, load_config, load_tokenizer
 from peft_engine.train.run import NAME, prepare, tokenized
@@ -42,19 +39,6 @@ class Probe:
     folder: str
     deepest: int
     changes: tuple["Probe", ...] = ()
-
-
-def probe(spec: Annotated[Path, typer.Argument(help="What to measure, as estimate wrote it.")]) -> None:
-    """Measure the memory of a small model's training; started by estimate.
-
-    \b
-    Example:
-      peft-engine estimate --model ./SmolLM2-135M --data train.jsonl
-    """
-    with command(False) as show:
-        quiet()
-        what = json.loads(spec.read_text())
-        show(measure(read(what, what["folder"], what["deepest"])))
 
 
 def read(spec: dict[str, Any], folder: str, deepest: int) -> Probe:
