@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from peft_engine.methods import active
 from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
 from peft_engine.train.console import say
+from peft_engine.train.packing import why_no_decoder
 
 RECORD = "run.json"
 
@@ -55,10 +56,16 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
 
     quantize: "nf4" reads it into NF4 layer by layer, "none" leaves it dense, None takes it as it is stored.
     dtype: "auto" is the checkpoint's own.
+    Raises ModelError for one that is no decoder, and for a checkpoint that lacks some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"--model {name}: has an encoder and a decoder, and this command is for decoders alone; from "
+            "Python, attach and a Trainer of your own take it (docs/methods.md)"
+        )
     stored = getattr(config, "quantization_config", None) is not None
     if stored and quantize == "none":
         raise ModelError(
@@ -69,8 +76,30 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
         if stored or quantize == "nf4":
             model = load_quantized(name, dtype=wanted)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            model, read = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
+            _check_all_read(name, model, read)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    why = why_no_decoder(model)
+    if why is not None:
+        raise ModelError(f"--model {name}: {why}; this command trains and runs causal language models")
+    return model
+
+
+def _check_all_read(name: str, model: Any, read: dict[str, Any]) -> None:
+    """ModelError for weights that no file holds: transformers makes them up, and only logs it."""
+    kind = type(model).__name__
+    if read["missing_keys"]:
+        raise ModelError(
+            f"--model {name}: the checkpoint has no {_some(read['missing_keys'])}, which {kind} needs; is it "
+            "of another kind of model (a classifier, a bare encoder), or not whole?"
+        )
+    if read["unexpected_keys"]:
+        say(f"Not read: {_some(read['unexpected_keys'])}, which {kind} has no place for")
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 def load(

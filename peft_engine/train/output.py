@@ -1,4 +1,4 @@
-"""The folder of --output: that it can be one, and that one run at a time writes to it."""
+"""The folder of --output: that it can be one, its checkpoints, and that one run at a time writes to it."""
 
 import contextlib
 import errno
@@ -8,7 +8,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-LOCK = ".lock"
+LOCK, STAGING = ".lock", ".saving"
+CHECKPOINT = "checkpoint-"
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # of some network file systems
 
 
@@ -27,6 +28,17 @@ def check_output(output: Path) -> None:
             )
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"--output {output}: {what} a file; give a folder")
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest last; a user's own checkpoint-best is none of them."""
+    found = [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT))
 
 
 @contextlib.contextmanager

@@ -45,6 +45,26 @@ def why_not_packed(model: Any) -> str | None:
     return why_not_apart(model, "documents", packed, padded)
 
 
+def why_no_decoder(model: Any) -> str | None:
+    """Why a model is no causal language model; None: it is, or its forward fails, which its use will tell of.
+
+    Two forwards of four tokens that differ in the last.
+    """
+    kind = type(model).__name__
+    first, other = (probe_tokens(model, start, 4).input_ids for start in (0, 1))
+    try:
+        with undisturbed(model):
+            rows = [torch.tensor([first[:3] + last], device=model.device) for last in (first[3:], other[3:])]
+            found = [getattr(model(input_ids=row), "logits", None) for row in rows]
+    except Exception:  # whatever a model's own code raises
+        return None
+    if found[0] is None or found[0].shape[:-1] != rows[0].shape:
+        return f"{kind} has no logits for each token"
+    if _distance(found[0][0, :3], found[1][0, :3]) > 1e-3:
+        return f"a token of {kind} sees those behind it, as in an encoder"
+    return None
+
+
 def why_not_apart(
     model: Any, what: str, together: list[torch.Tensor], apart: list[torch.Tensor]
 ) -> str | None:

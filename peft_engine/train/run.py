@@ -12,7 +12,7 @@ from peft_engine.train import progress
 from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
 from peft_engine.train.memory import cannot_fit
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
-from peft_engine.train.output import check_output, sole_run
+from peft_engine.train.output import STAGING, check_output, checkpoints, sole_run, step_of
 from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
 
@@ -56,18 +56,18 @@ def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.Exi
     loop = settings.loop
     _tell_plan(settings, documents, eval_documents, resume_from, say)
     _tell_memory(settings, say)
-    if is_new:  # not before all is checked: a run that is refused leaves no folder
+    model, report = prepare(settings, resume_from)
+    say(f"Layers: {report.fused_count} of {report.total} fused (peft-engine explain says which and why)")
+    if is_new:  # not before all is checked: a run that is refused leaves what there was
         output.mkdir(parents=True, exist_ok=True)
         held.enter_context(sole_run(output))
         _checkpoint(settings)  # again: another run may have come and gone since
     if resume_from is None:
         _clear(output)
-    model, report = prepare(settings, resume_from)
-    say(f"Layers: {report.fused_count} of {report.total} fused (peft-engine explain says which and why)")
 
     record = _record(settings, model, len(rows))
     total = loop.total_steps(len(documents))
-    with progress.bar("Training", total) as bar:
+    with progress.bar("Training", total, 0 if resume_from is None else step_of(resume_from)) as bar:
 
         def watch(outcome: trainer.Outcome, total: int, eval_loss: float | None) -> None:
             told = f"loss {outcome.losses[-1]:.4f}  {outcome.tokens_per_second:,.0f} tokens/s"
@@ -104,8 +104,7 @@ def _checkpoint(settings: RunSettings) -> Path | None:
     """The checkpoint to go on from; RunError when the output holds a run that would be lost."""
     output = settings.output
     there = [
-        p.name
-        for p in (*output.glob("adapter*.safetensors"), *output.glob("checkpoint-*"), *output.glob(RECORD))
+        p.name for p in (*output.glob("adapter*.safetensors"), *checkpoints(output), *output.glob(RECORD))
     ]
     if not settings.resume:
         if there and not settings.overwrite:
@@ -141,7 +140,7 @@ def _checkpoint(settings: RunSettings) -> Path | None:
 
 def _clear(output: Path) -> None:
     """Takes an earlier run's files away, so that none of them passes for this run's."""
-    for path in (*output.glob("checkpoint-*"), output / ".saving"):
+    for path in (*checkpoints(output), output / STAGING):
         shutil.rmtree(path, ignore_errors=True)
     for file in (*output.glob("adapter*.safetensors"), output / "adapter_config.json", output / RECORD):
         file.unlink(missing_ok=True)

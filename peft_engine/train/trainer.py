@@ -30,10 +30,10 @@ from peft_engine.train.console import say as console_say
 from peft_engine.train.data import IGNORE, Collate, Document, micro_batches, pack, tokens_in
 from peft_engine.train.finite import first_non_finite
 from peft_engine.train.memory import ran_out
+from peft_engine.train.output import CHECKPOINT, STAGING, checkpoints
 from peft_engine.train.packing import Say, collator
 from peft_engine.train.settings import LoopSettings
 
-STAGING = ".saving"
 KEEP = 2  # checkpoints
 
 
@@ -130,12 +130,7 @@ def order(model: Any, documents: Sequence[Document], settings: LoopSettings) -> 
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, None when there is none."""
-    found = sorted(
-        (int(folder.name.rpartition("-")[2]), folder)
-        for folder in output.glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdigit() and _is_whole(folder)
-    )
-    return found[-1][1] if found else None
+    return next((folder for folder in reversed(checkpoints(output)) if _is_whole(folder)), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -301,7 +296,7 @@ class _AdapterTrainer(transformers.Trainer):
     def _save_checkpoint(self, model, trial):
         if self.untouched():
             return
-        folder = f"checkpoint-{self.state.global_step}"
+        folder = f"{CHECKPOINT}{self.state.global_step}"
         staged = self.output / STAGING / folder
 
         def save() -> None:
@@ -315,8 +310,7 @@ class _AdapterTrainer(transformers.Trainer):
 
         shutil.rmtree(staged, ignore_errors=True)
         self.write(save, self.output / folder)
-        old = sorted((p for p in self.output.glob("checkpoint-*")), key=lambda p: p.stat().st_mtime)
-        for checkpoint in old[:-KEEP]:
+        for checkpoint in checkpoints(self.output)[:-KEEP]:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _save(self, output_dir=None, state_dict=None):

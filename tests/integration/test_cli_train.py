@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from texts import reviews, tiny_model_folder, write_jsonl
 
 from peft_engine.cli import main
+from peft_engine.train import progress
 from peft_engine.train.models import ModelError, load_base
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,14 @@ def test_a_run_that_was_killed_resumes_to_the_same_adapter(train, tmp_path, mode
     assert records[1]["resumed_from_step"] == 4
 
 
+def test_what_was_done_before_a_resume_does_not_shorten_the_time_that_is_left(capsys, monkeypatch):
+    clock = iter((0.0, 60.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.bar("Training", 10, 5) as bar:
+        bar.update(6)
+    assert "6/10" in (said := capsys.readouterr().err) and said.endswith("ETA 4:00\n")
+
+
 def test_resume_without_a_checkpoint_and_with_other_settings_is_refused(train, tmp_path):
     _failed(train("--resume"), "--resume", "holds no whole checkpoint")
     assert train("--max-steps", 2)[0] == 0
@@ -121,8 +130,11 @@ def test_a_run_that_is_there_is_not_written_over_unless_asked(train, tmp_path):
     _failed(train("--max-steps", 2), "holds a run already", "--resume", "--overwrite")
     (tmp_path / "bad.jsonl").write_text("{")
     _failed(train("--overwrite", data=tmp_path / "bad.jsonl"), "line 1")
+    _failed(train("--overwrite", "--target-modules", "q_prj"), "q_proj")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
-    assert train("--max-steps", 2, "--overwrite")[0] == 0
+    (tmp_path / "out" / "checkpoint-best").mkdir()  # the user's own
+    assert train("--max-steps", 2, "--overwrite", "--save-steps", 1)[0] == 0
+    assert (tmp_path / "out" / "checkpoint-best").is_dir()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 2
 
 

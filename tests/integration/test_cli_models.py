@@ -1,0 +1,81 @@
+"""Which models and bases the command takes, and what it says of the others."""
+
+import shutil
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+from texts import reviews, tiny_model_folder, tiny_tokenizer, write_jsonl
+
+SIZES = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 320, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_jsonl(tmp_path / "rows.jsonl", reviews())
+
+
+def saved(made, folder):
+    made.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(command, data, tmp_path):
+    """What each command that loads a model says of one that it does not take."""
+
+    def run(folder, *more):
+        said = set()
+        for line in (
+            ("train", "--method", "lora", "--output", tmp_path / "out"),
+            ("eval",),
+            ("generate", "--prompt", "a"),
+        ):
+            of = () if line[0] == "generate" else ("--data", data)
+            code, out, err = command(*line, "--model", folder, *of, *more)
+            assert code == 1 and out == "" and "Traceback" not in err, err
+            said.add(err.strip().splitlines()[-1].removeprefix(f"peft-engine: error: --model {folder}: "))
+        assert len(said) == 1 and not (tmp_path / "out").exists()
+        return said.pop()
+
+    return run
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_a_model_with_an_encoder_and_a_decoder_is_refused_before_it_is_read(refused, tmp_path, quantize):
+    config = transformers.T5Config(d_model=64, d_kv=32, d_ff=64, num_layers=2, num_heads=2, vocab_size=320)
+    folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
+    assert "encoder and a decoder" in refused(folder, "--quantize", quantize)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_an_encoder_is_refused_although_a_class_makes_a_language_model_of_it(refused, tmp_path, quantize):
+    made = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES))
+    says = refused(saved(made, tmp_path / "roberta"), "--quantize", quantize)
+    assert "sees those behind it, as in an encoder" in says
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_a_classifier_is_refused_and_no_head_is_made_up(refused, tmp_path, quantize):
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0)
+    folder = saved(transformers.LlamaForSequenceClassification(config), tmp_path / "classifier")
+    says = refused(folder, "--quantize", quantize)
+    assert "has no lm_head.weight" in says if quantize == "none" else "no logits for each token" in says
+
+
+def test_weights_that_the_model_has_no_place_for_are_told(command, model, data, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "more")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["value_head.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    code, _, err = command("eval", "--model", folder, "--data", data, "--quantize", "none")
+    assert code == 0 and "Not read: value_head.weight, which LlamaForCausalLM has no place for" in err
