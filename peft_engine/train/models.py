@@ -76,7 +76,8 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
         if stored or quantize == "nf4":
             model = load_quantized(name, dtype=wanted)
         else:
-            model, read = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
+            found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
+            model, read = found
             _check_all_read(name, model, read)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     why = why_no_decoder(model)

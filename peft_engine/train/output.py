@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -39,6 +40,20 @@ def checkpoints(output: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint is of."""
     return int(checkpoint.name.removeprefix(CHECKPOINT))
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None when there is none."""
+    return next((folder for folder in reversed(checkpoints(output)) if _is_whole(folder)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    files = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json")
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all((checkpoint / file).is_file() for file in files)
 
 
 @contextlib.contextmanager

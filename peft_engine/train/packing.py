@@ -55,7 +55,7 @@ def why_no_decoder(model: Any) -> str | None:
     try:
         with undisturbed(model):
             rows = [torch.tensor([first[:3] + last], device=model.device) for last in (first[3:], other[3:])]
-            found = [getattr(model(input_ids=row), "logits", None) for row in rows]
+            found: list[Any] = [getattr(model(input_ids=row), "logits", None) for row in rows]
     except Exception:  # whatever a model's own code raises
         return None
     if found[0] is None or found[0].shape[:-1] != rows[0].shape:

@@ -12,7 +12,7 @@ from peft_engine.train import progress
 from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
 from peft_engine.train.memory import cannot_fit
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
-from peft_engine.train.output import STAGING, check_output, checkpoints, sole_run, step_of
+from peft_engine.train.output import STAGING, check_output, checkpoints, last_checkpoint, sole_run, step_of
 from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
 
@@ -84,6 +84,7 @@ def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.Exi
             name=NAME,
             eval_documents=eval_documents,
             resume_from=resume_from,
+            other_data=resume_from is not None and _other_data(resume_from, settings),
             watch=watch,
             on_checkpoint=lambda folder: write_json(folder / RECORD, record),
             say=say,
@@ -113,8 +114,6 @@ def _checkpoint(settings: RunSettings) -> Path | None:
                 "on from its last checkpoint, or --overwrite to replace it"
             )
         return None
-    from peft_engine.train.trainer import last_checkpoint
-
     checkpoint = last_checkpoint(output)
     if checkpoint is None:
         raise RunError(
@@ -136,6 +135,11 @@ def _checkpoint(settings: RunSettings) -> Path | None:
             f"--resume: {checkpoint} was trained with other settings: {'; '.join(sorted(changed))}"
         )
     return checkpoint
+
+
+def _other_data(checkpoint: Path, settings: RunSettings) -> bool:
+    """Whether the checkpoint's evaluations were of another file."""
+    return run_record(checkpoint).get("settings", {}).get("eval_data") != settings.to_dict()["eval_data"]
 
 
 def _clear(output: Path) -> None:

@@ -9,7 +9,6 @@ the optimiser, the schedule and the random generators.
 import contextlib
 import errno
 import itertools
-import json
 import math
 import os
 import shutil
@@ -29,8 +28,9 @@ from peft_engine.methods import adapters_without_gradient
 from peft_engine.train.console import say as console_say
 from peft_engine.train.data import IGNORE, Collate, Document, micro_batches, pack, tokens_in
 from peft_engine.train.finite import first_non_finite
+from peft_engine.train.interrupt import ending_well
 from peft_engine.train.memory import ran_out
-from peft_engine.train.output import CHECKPOINT, STAGING, checkpoints
+from peft_engine.train.output import CHECKPOINT, STAGING, checkpoints, last_checkpoint, step_of
 from peft_engine.train.packing import Say, collator
 from peft_engine.train.settings import LoopSettings
 
@@ -74,6 +74,7 @@ def train(
     name: str = "default",
     eval_documents: Sequence[Document] = (),
     resume_from: Path | None = None,
+    other_data: bool = False,
     watch: Watcher = lambda outcome, total, eval_loss: None,
     on_checkpoint: Callable[[Path], None] = lambda folder: None,
     say: Say = console_say,
@@ -82,20 +83,24 @@ def train(
 
     With eval_documents, `output` holds at the end the state of the lowest evaluation loss; without, the last.
     resume_from: a checkpoint whose adapter the model already has; the steps after it are those of the run
-    that was not interrupted, bit for bit. on_checkpoint is called with the folder of each checkpoint before
-    it is put in place, to add files to it. say gets a line where the model cannot train on packed documents.
-    Raises TrainError for a loss or gradient that is not finite, for memory that runs out, for a failed save.
+    that was not interrupted, bit for bit. other_data: its evaluations were of other documents, and do not say
+    which state is the best. on_checkpoint is called with the folder of each checkpoint before it is put in
+    place, to add files to it. say gets a line where the model cannot train on packed documents. Ctrl-C or
+    SIGTERM ends it after the step, with a checkpoint.
+    Raises TrainError for a loss or gradient that is not finite, for memory that runs out, for a failed save,
+    and where it was ended.
     """
     collate = collator(model, say)
     trainer = _AdapterTrainer(
-        model, documents, output, settings, name, eval_documents, watch, on_checkpoint, collate
+        model, documents, output, settings, name, eval_documents, watch, on_checkpoint, collate, other_data
     )
     cache = getattr(model.config, "use_cache", None)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # the embeddings are frozen
     try:
-        with _memory_explained(trainer):
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        told = "Stopping after this step, with a checkpoint; once more stops at once"
+        with _memory_explained(trainer), ending_well(say, told) as trainer.signal:
+            trainer.run(resume_from)
         outcome = trainer.outcome
         if outcome.best_step is None:
             trainer.write(lambda: save_adapter(model, output, name), output)
@@ -126,20 +131,6 @@ def order(model: Any, documents: Sequence[Document], settings: LoopSettings) -> 
             left -= 1
         if left <= 0:
             return
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None when there is none."""
-    return next((folder for folder in reversed(checkpoints(output)) if _is_whole(folder)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    files = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json")
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return all((checkpoint / file).is_file() for file in files)
 
 
 def evaluation_loss(
@@ -178,6 +169,7 @@ class _AdapterTrainer(transformers.Trainer):
         watch: Watcher,
         on_checkpoint: Callable[[Path], None],
         collate: Collate,
+        other_data: bool = False,
     ):
         per_epoch = settings.steps_per_epoch(len(documents))
         args = transformers.TrainingArguments(
@@ -214,16 +206,34 @@ class _AdapterTrainer(transformers.Trainer):
             )
         self.adapted = model
         self.outcome = Outcome()
-        self.settings = settings
+        self.settings, self.documents = settings, len(documents)
         self.name = name
         self.output = output
         self.watch = watch
         self.on_checkpoint = on_checkpoint
         self.eval_documents = eval_documents
         self.collate = collate
+        self.other_data = other_data
+        self.best = math.inf
+        self.signal: Callable[[], str] = lambda: ""
         self.eval_every = settings.eval_steps or per_epoch
         self.since = 0.0
         self.largest_batch = 0
+
+    def run(self, resume_from: Path | None) -> None:
+        """Trains to the end, or to a signal."""
+        last = self.settings.total_steps(self.documents)
+        if resume_from is not None and step_of(resume_from) >= last:
+            # All steps are done. The Trainer would go on to the end of one more before it asks.
+            self.state = transformers.TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
+            self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            return
+        self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        done, came = self.state.global_step, self.signal()
+        if came and done < self.state.max_steps:
+            kept = last_checkpoint(self.output)
+            left = f"{kept} is saved: run again with --resume to go on" if kept else "nothing is saved yet"
+            raise TrainError(f"train: ended by {came} after step {done} of {self.state.max_steps}; {left}")
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -261,13 +271,15 @@ class _AdapterTrainer(transformers.Trainer):
             self.outcome.without_gradient = adapters_without_gradient(model)
             if not grads or not any(g.any() for _, g in grads):
                 raise TrainError(
-                    self.stopped("no tensor of the adapter has a gradient, so nothing would be learnt")
+                    self.stopped(
+                        "no tensor of the adapter has a gradient, so nothing would be learnt",
+                        "choose other --target-modules, or another method",
+                    )
                 )
 
-    def stopped(self, why: str) -> str:
+    def stopped(self, why: str, mend: str = "lower --learning-rate, or check the data of this step") -> str:
         kept = last_checkpoint(self.output)
         what = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-        mend = "lower --learning-rate, or check the data of this step"
         return f"train: step {self.state.global_step + 1}: {why}; {what}; {mend}"
 
     # --- evaluation -----------------------------------------------------------------------------------------
@@ -275,11 +287,10 @@ class _AdapterTrainer(transformers.Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         loss = evaluation_loss(self.model, self.eval_documents, self.settings.batch_size, self.collate)
         self.log({"eval_loss": loss})
-        before = self.outcome.eval_losses
-        if math.isfinite(loss) and loss < min(before.values(), default=math.inf) and not self.untouched():
+        if loss < self.best and not self.untouched():
             self.write(lambda: save_adapter(self.adapted, self.output, self.name), self.output)
-            self.outcome.best_step = self.state.global_step
-        before[self.state.global_step] = loss
+            self.outcome.best_step, self.best = self.state.global_step, loss
+        self.outcome.eval_losses[self.state.global_step] = loss
         self.watch(self.outcome, self.state.max_steps, loss)
         self.control.should_evaluate = False  # or the end of the epoch asks for the same again
         return {"eval_loss": loss}
@@ -353,8 +364,12 @@ class _Steps(TrainerCallback):
         outcome.eval_losses = {
             entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
         }
+        state.save_steps = args.save_steps  # the checkpoint's own came with it
+        kept = any(self.trainer.output.glob("adapter*.safetensors")) and not self.trainer.other_data
         finite = {step: loss for step, loss in outcome.eval_losses.items() if math.isfinite(loss)}
-        outcome.best_step = min(finite, key=lambda step: finite[step]) if finite else None
+        if self.trainer.eval_documents and kept and finite:
+            outcome.best_step = min(finite, key=lambda step: finite[step])
+            self.trainer.best = finite[outcome.best_step]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.since = time.perf_counter()
@@ -370,6 +385,8 @@ class _Steps(TrainerCallback):
         if logs and "loss" in logs:
             self.trainer.outcome.losses.append(logs["loss"])
             self.trainer.watch(self.trainer.outcome, state.max_steps, None)
+            if self.trainer.signal():  # this is asked once a step, before what is saved
+                control.should_save = control.should_training_stop = True
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from texts import reviews, tiny_tokenizer, write_jsonl
 from peft_engine import LoraConfig, attach, load_adapter, optimize, quantize_
 from peft_engine.train import trainer as loop
 from peft_engine.train.data import pack, read_rows, tokenize
+from peft_engine.train.output import last_checkpoint
 from peft_engine.train.settings import LoopSettings
-from peft_engine.train.trainer import TrainError, last_checkpoint, train
+from peft_engine.train.trainer import TrainError, train
 
 
 @pytest.fixture(scope="module")
