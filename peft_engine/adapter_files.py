@@ -1,11 +1,13 @@
 """The bytes of an adapter folder: written at once or not at all, a safetensors header read without trust."""
 
+import contextlib
 import ctypes
 import errno
 import glob
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -20,39 +22,71 @@ def write_at_once(folder: Path, contents: dict[str, bytes]) -> Path:
     """Puts the files into `folder` at once, and returns it: a new folder beside it, fsync, rename.
 
     When the folder holds other files too, they stay, and the new ones are renamed in one by one, without
-    those that are as before (an adapter's config, between the checkpoints of one run).
+    those that are as before (an adapter's config, between the checkpoints of one run); so where nothing can
+    be put beside it, as where it is a mounted disk.
     Raises OSError when the disk refuses; the folder then holds what it held.
     """
     folder = folder.resolve()
-    parent, stem = folder.parent, f".{folder.name}.saving-"
-    parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"save_adapter: {folder} is a file; give a folder")
-    for left in parent.glob(f"{glob.escape(stem)}*"):  # by a save that was killed
-        if time.time() - left.stat().st_mtime > STALE:
-            shutil.rmtree(left, ignore_errors=True)
-    new = parent / f"{stem}{secrets.token_hex(4)}"
+    new = None
     try:
-        new.mkdir()
+        new = staging(folder)
         for file, data in contents.items():
             with open(new / file, "wb") as out:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
         _sync(new)
-        if not _appeared(new, folder) and not _swapped(new, folder, contents):
+        if new.parent == folder or (not _appeared(new, folder) and not _swapped(new, folder, contents)):
             # other files live there: one rename a file, and mostly only the weights have changed
             for file, data in reversed(contents.items()):
                 if not (folder / file).is_file() or (folder / file).read_bytes() != data:
                     os.replace(new / file, folder / file)
             _sync(folder)
-        _sync(parent)
+        _sync(new.parent)
     except OSError as error:
         kept = "; what the folder held before is untouched" if folder.exists() else ""
         raise OSError(error.errno, f"save_adapter: {folder}: {error.strerror or error}{kept}") from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
     return folder
+
+
+def staging(folder: Path) -> Path:
+    """A new folder whose content can be renamed to `folder`, or into it.
+
+    It lies beside it; but in it where something is mounted there, where beside it nothing may be written, and
+    where this process stands, whose folder must not be taken from under it. folder: resolved.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file; give a folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    inside = folder.is_dir() and not _replaceable(folder)
+    stem = f".{folder.name}.saving-"
+    for left in (folder if inside else folder.parent).glob(f"{glob.escape(stem)}*"):  # by one that was killed
+        with contextlib.suppress(FileNotFoundError):  # its own process was faster
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+    new = (folder if inside else folder.parent) / f"{stem}{secrets.token_hex(4)}"
+    new.mkdir()
+    return new
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether another folder can be renamed in its place."""
+    if os.path.exists(".") and folder.samefile("."):
+        return False
+    return not _is_mount(folder) and os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _is_mount(folder: Path) -> bool:
+    """Whether something is mounted there, also a folder of the same disk, which os.path.ismount misses."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(folder)
+    escaped = re.sub(rb"[\\ \t\n]", lambda m: b"\\%03o" % m[0][0], os.fsencode(folder))
+    return any(line.split()[4] == escaped for line in mounts)
 
 
 def _appeared(new: Path, folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """`peft-engine merge`: folds a LoRA adapter into its base, and writes a model that needs neither."""
 
 import os
-import secrets
 import shutil
 import time
 from pathlib import Path
@@ -163,16 +162,23 @@ def _drift(before: list[Any], after: list[Any]) -> dict[str, Any]:
 
 def _write(model: Any, tokenizer: Any, output: Path) -> int:
     """The model and its tokenizer, in a folder that appears when it is whole; the bytes written."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.parent / f".{output.name}.saving-{secrets.token_hex(4)}"
+    from peft_engine.adapter_files import staging
+
+    output = output.resolve()
+    new = staging(output)
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        for file in new.iterdir():
+        files = sorted(new.iterdir(), key=lambda file: file.name == "config.json")  # what makes it a model
+        for file in files:
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        size = sum(file.stat().st_size for file in new.iterdir())
-        os.rename(new, output)
+        size = sum(file.stat().st_size for file in files)
+        if new.parent == output:
+            for file in files:
+                os.rename(file, output / file.name)
+        else:
+            os.rename(new, output)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return size

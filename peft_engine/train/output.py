@@ -19,7 +19,9 @@ class OutputError(ValueError):
 
 
 def check_output(output: Path) -> None:
-    """OutputError where a file or a link to nowhere stands in the place of the folder or of one above it."""
+    """OutputError where a file or a link to nowhere stands in the place of the folder or of one above it, and
+    where the nearest of them that is there may not be written to.
+    """
     for folder in (output, *output.parents):
         what = "is" if folder == output else f"{folder} is"
         if folder.is_symlink() and not folder.exists():
@@ -29,6 +31,12 @@ def check_output(output: Path) -> None:
             )
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"--output {output}: {what} a file; give a folder")
+    nearest = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        what = "" if nearest == output else f"{nearest} "
+        raise OutputError(
+            f"--output {output}: {what}cannot be written to; give another folder, or its rights"
+        )
 
 
 def checkpoints(output: Path) -> list[Path]:

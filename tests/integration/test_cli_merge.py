@@ -10,6 +10,7 @@ import transformers
 from texts import reviews, tiny_model_folder, write_jsonl
 
 import peft_engine as pe
+from peft_engine import adapter_files
 from peft_engine.methods.attach import tensors
 from peft_engine.train import merge_command
 
@@ -132,3 +133,20 @@ def test_another_base_and_an_adapter_that_is_no_change_of_a_weight_are_refused(c
     )
     assert code == 1 and "is no LoRA adapter" in err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("kind", ["mount", "link"])
+def test_an_empty_folder_that_cannot_be_replaced_is_filled(
+    command, model, adapter, tmp_path, monkeypatch, kind
+):
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "disk"
+    if kind == "link":
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "disk")
+    else:
+        monkeypatch.setattr(adapter_files, "_is_mount", lambda folder: folder == out)
+    code, _, err = command("merge", "--model", model, "--adapter", adapter(), "--output", out)
+    assert code == 0, err
+    assert load(out)(IDS).logits.isfinite().all()
+    assert not list(out.glob(".*")) and not list(tmp_path.glob(".*"))

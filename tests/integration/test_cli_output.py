@@ -108,6 +108,13 @@ def test_a_file_in_the_place_of_the_folder_or_of_one_above_it_is_named(tmp_path)
         check_output(tmp_path / "file" / "out")
 
 
+def test_a_folder_whose_rights_do_not_allow_it_is_named_before_anything_is_read(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    says = f"--output {tmp_path}/a/b: {tmp_path} cannot be written to"
+    code, _, err = train(output=tmp_path / "a" / "b")
+    assert code == 1 and says in err and err.count("\n") == 1
+
+
 def test_only_a_full_disk_is_to_be_freed():
     assert _is_full(OSError(errno.ENOSPC, "No space left on device"))
     assert _is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
