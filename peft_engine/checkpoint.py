@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     _refuse_worthless(base, method, held, name)
     stored = {_plain(method.key(base, path, name)): t.cpu().contiguous() for path, t in held.items()}
     fields = {"base_model_name_or_path": _base_name(base), **method.to_file(base, config, name)}
-    ours = {"name": name, "base_sample": _base_sample(base)}
+    ours = {"name": name, "base": _base_kind(base), "base_sample": _base_sample(base)}
     data = in_order(safetensors.torch.save(stored, {"format": "pt", OURS: json.dumps(ours)}))
     text = json.dumps(fields, indent=2, sort_keys=True)
     files = {CONFIG: text.encode(), method.WEIGHTS: data}
@@ -313,6 +313,26 @@ def _base_name(model: nn.Module) -> str | None:
     """What the model was loaded from."""
     config = getattr(model, "config", None)
     return getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None
+
+
+def _base_kind(model: nn.Module) -> str:
+    """ "nf4" where linear layers are held in 4 bit, by us or bitsandbytes; else "none"."""
+    packed = any(isinstance(m, nn.Linear) and m.weight.dtype == torch.uint8 for m in model.modules())
+    return "nf4" if packed else "none"
+
+
+def trained_on(directory: str | os.PathLike[str]) -> str | None:
+    """What the adapter in `directory` says of its base: "nf4", "none" (dense), or None where it does not say.
+
+    Raises nothing for a folder that is none, or is broken: load_adapter tells of that.
+    """
+    for weights in sorted(Path(directory).glob("adapter*.safetensors")):
+        try:
+            kind = _our_entry(read_header(weights)[1], "").get("base")
+        except (OSError, ValueError):
+            continue
+        return kind if kind in ("nf4", "none") else None
+    return None
 
 
 def _base_sample(model: nn.Module) -> list[float] | None:

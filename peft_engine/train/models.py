@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peft_engine.checkpoint import load_adapter
+from peft_engine.checkpoint import load_adapter, trained_on
 from peft_engine.methods import active
 from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
@@ -110,7 +110,7 @@ def load(
 
     quantize and dtype: None takes what the adapters were trained on.
     """
-    quantize = quantize or recorded(adapters, "quantize")
+    quantize = quantize or recorded(adapters, "quantize") or _agreed(map(trained_on, adapters), "quantize")
     dtype = dtype or recorded(adapters, "dtype") or "auto"
     tokenizer = load_tokenizer(name)
     how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
@@ -152,12 +152,16 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 def recorded(folders: Sequence[Path], setting: str) -> Any:
     """What the adapters' records say of a setting (None: nothing); ModelError when they disagree."""
-    found = {run_record(folder).get("settings", {}).get(setting) for folder in folders} - {None}
-    if len(found) > 1:
+    return _agreed((run_record(folder).get("settings", {}).get(setting) for folder in folders), setting)
+
+
+def _agreed(found: Iterable[Any], setting: str) -> Any:
+    said = set(found) - {None}
+    if len(said) > 1:
         raise ModelError(
-            f"the adapters were trained with different {setting}: {sorted(found)}; give --{setting}"
+            f"the adapters were trained with different {setting}: {sorted(said)}; give --{setting}"
         )
-    return next(iter(found), None)
+    return next(iter(said), None)
 
 
 def _check_folder(name: str) -> None:

@@ -3,9 +3,12 @@
 import shutil
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from texts import reviews, tiny_model_folder, tiny_tokenizer, write_jsonl
+
+import peft_engine as pe
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -79,3 +82,22 @@ def test_weights_that_the_model_has_no_place_for_are_told(command, model, data, 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     code, _, err = command("eval", "--model", folder, "--data", data, "--quantize", "none")
     assert code == 0 and "Not read: value_head.weight, which LlamaForCausalLM has no place for" in err
+
+
+@pytest.mark.parametrize("config", [pe.LoraConfig(r=2), pe.BottleneckConfig(reduction_factor=8)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_adapter_without_a_record_says_itself_which_base_it_is_for(
+    command, model, data, tmp_path, config, packed
+):
+    made = transformers.AutoModelForCausalLM.from_pretrained(model)
+    if packed:
+        pe.quantize_(made)
+    pe.attach(made, config)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder = pe.save_adapter(made, tmp_path / "adapter")
+    line = ("eval", "--model", model, "--data", data, "--adapter", folder)
+    code, _, err = command(*line)
+    assert code == 0 and ("in NF4" if packed else "dense") in err, err
+    assert "dense" in command(*line, "--quantize", "none")[2]

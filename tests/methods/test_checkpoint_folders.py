@@ -1,4 +1,4 @@
-"""Which folders an adapter can be saved into: a mounted disk, where a process stands, below others' folders."""
+"""The folders an adapter can be saved into: a mounted disk, where a process stands, below others'."""
 
 import os
 import shutil
