@@ -32,7 +32,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  apply ruff's and clang-format's formatting"
 	@echo "make setup   only set up: virtual environment in $(VENV), pinned packages, compiled library"
-	@echo "make clean   remove what was built (downloads in .cache/ stay)"
+	@echo "make clean   remove what was built (downloads in .cache/ and adapters of your own in out/ stay)"
 
 setup: $(STAMP)-native
 
@@ -100,4 +100,4 @@ $(STAMP)-lint: $(STAMP)-packages
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info peft_engine/_native.so peft_engine/_cuda.so
+	rm -rf $(VENV) build dist out/demo out/bench *.egg-info peft_engine/_native.so peft_engine/_cuda.so

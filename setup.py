@@ -36,6 +36,11 @@ KINDS = {
 }
 
 
+def programs(compiler):
+    """The programs of CXX without their flags: "ccache g++ -m64" has two, and the last compiles."""
+    return [word for word in compiler.split() if not word.startswith("-")]
+
+
 class NativeLibraries(build_ext):
     """Shared libraries without an interpreter in their names: they serve every Python and torch >= 2.11."""
 
@@ -49,8 +54,9 @@ class NativeLibraries(build_ext):
         kind, what = KINDS[ext.name]
         try:
             compiler = os.environ.get("CXX", "g++")
-            if shutil.which(compiler.split()[0]) is None:
-                raise CannotBuild(f"no C++ compiler ({compiler} not found)")
+            for word in programs(compiler):
+                if shutil.which(word) is None:
+                    raise CannotBuild(f"no C++ compiler ({word} not found)")
             self.build_cuda(ext, compiler) if kind == "CUDA" else self.build_cpu(ext, compiler)
         except CannotBuild as why:
             if os.environ.get(f"PEFT_ENGINE_REQUIRE_{'CUDA' if kind == 'CUDA' else 'NATIVE'}"):
@@ -92,7 +98,12 @@ class NativeLibraries(build_ext):
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={compiler.split()[0]}"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            f"-ccbin={programs(compiler)[-1]}",
+        ]
         objects = []
         for source in ext.sources:
             objects.append(folder / f"{Path(source).stem}.o")

@@ -43,12 +43,18 @@ def stages(model: Path, data: Path, out: Path, extra: list[str]) -> dict[str, li
     }
 
 
-def fingerprint_of(data: Path, commands: dict[str, list[str]]) -> str:
-    """Changes with the engine, its settings, the data, the commands: no stage comes from another run."""
-    sources = [*ROOT.glob("peft_engine/**/*.py"), *ROOT.glob("csrc/**/*.*"), *data.glob("*.jsonl")]
+def fingerprint_of(model: Path, data: Path, commands: dict[str, list[str]]) -> str:
+    """Changes with the engine, its settings, the model, the data, the commands: no stage comes from another
+    run.
+    """
+    code = [file for part in ("peft_engine", "kernels", "csrc") for file in ROOT.glob(f"{part}/**/*.*")]
+    sources = [file for file in code if file.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")]
+    sources += data.glob("*.jsonl")
     digest = hashlib.sha256(repr(commands).encode())
     for file in sorted([*sources, Path(__file__)]):
         digest.update(file.read_bytes())
+    for file in sorted(model.iterdir()):  # by size and time: its bytes take a second to read
+        digest.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
     pinned = sorted((key, value) for key, value in os.environ.items() if key.startswith("PEFT_ENGINE_"))
     digest.update(repr(pinned).encode())
     return digest.hexdigest()
@@ -191,13 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     out = arguments.output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if arguments.again:
-        for kept in out.glob("*.json"):
-            kept.unlink()
+        for stage in stages(arguments.model, arguments.data, out, []):
+            (out / f"{stage}.json").unlink(missing_ok=True)
     extra = [] if arguments.max_steps is None else [f"--max-steps={arguments.max_steps}"]
     model = arguments.model.resolve()
     data = arguments.data.resolve()
     commands = stages(model, data, out, extra)
-    fingerprint = fingerprint_of(data, commands)
+    fingerprint = fingerprint_of(model, data, commands)
     print("QLoRA demo: evaluate, train one pass, evaluate; about 12 minutes on 2 cores", flush=True)
     answers = {name: run_stage(name, command, out, fingerprint) for name, command in commands.items()}
     before, run, after = answers["before"], answers["train"], answers["after"]
@@ -211,4 +217,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted; the stages that are done are kept, and the next run goes on after them")

@@ -47,8 +47,16 @@ def main() -> NoReturn:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     # As by Ctrl-C: what a command has started ends with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.argv[1:] = [_at_home(word) for word in sys.argv[1:]]
     app()
     sys.exit(0)
+
+
+def _at_home(word: str) -> str:
+    """--model=~/x as a shell reads --model ~/x: behind the sign it leaves the tilde as it is."""
+    option, equals, value = word.partition("=")
+    is_path = option.startswith("--") and equals and (value == "~" or value.startswith("~/"))
+    return f"{option}={Path(value).expanduser()}" if is_path else word
 
 
 app.command()(train)

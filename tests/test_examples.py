@@ -75,11 +75,15 @@ def test_report_is_one_page_with_the_figures_and_both_pictures(load, tmp_path: P
 def test_every_stage_is_another_when_the_data_or_a_command_changed(load, tmp_path: Path):
     demo = load("demo")
     (tmp_path / "train.jsonl").write_text("one")
-    first = demo.fingerprint_of(tmp_path, {"train": ["--rank=16"]})
-    assert first == demo.fingerprint_of(tmp_path, {"train": ["--rank=16"]})
-    assert first != demo.fingerprint_of(tmp_path, {"train": ["--rank=8"]})
+    model = tmp_path / "model"
+    model.mkdir()
+    first = demo.fingerprint_of(model, tmp_path, {"train": ["--rank=16"]})
+    assert first == demo.fingerprint_of(model, tmp_path, {"train": ["--rank=16"]})
+    assert first != demo.fingerprint_of(model, tmp_path, {"train": ["--rank=8"]})
+    (model / "model.safetensors").touch()
+    assert first != (first := demo.fingerprint_of(model, tmp_path, {"train": ["--rank=16"]}))
     (tmp_path / "train.jsonl").write_text("two")
-    assert first != demo.fingerprint_of(tmp_path, {"train": ["--rank=16"]})
+    assert first != demo.fingerprint_of(model, tmp_path, {"train": ["--rank=16"]})
 
 
 def test_a_stage_of_another_run_is_run_again(load, tmp_path: Path, monkeypatch):

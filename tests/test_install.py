@@ -36,6 +36,11 @@ def test_without_a_compiler_the_build_fails_where_the_library_is_required(tmp_pa
     assert "no C++ compiler" in done.stderr
 
 
+def test_a_compiler_behind_a_wrapper_and_before_flags_is_looked_for(tmp_path: Path):
+    done = build(tmp_path, CC="cc", CXX="env /nonexistent/c++ -m64")
+    assert done.returncode == 0 and "no C++ compiler (/nonexistent/c++ not found)" in done.stderr
+
+
 @pytest.fixture
 def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As on a machine where no compiler ran."""

@@ -129,7 +129,7 @@ def command_line(settings: RunSettings, command: str, *without: str) -> list[str
     """The words of train, or of a command with its options, for these settings; defaults are left out."""
     loop = LoopSettings(learning_rate=learning_rate(settings.method))
     plain = RunSettings(model="", data=Path(), output=Path(), method=settings.method, loop=loop)
-    usual = {*arguments(plain)} - {f"--method={settings.method}"}
+    usual = {*arguments(plain)} - {f"--method={settings.method}", "--data=.", "--output=."}
     words = [word for word in arguments(settings)[1:] if word not in usual]
     left_out = [name.replace("_", "-") for name in without]
     return [command, *(word for word in words if word[2:].partition("=")[0] not in left_out)]

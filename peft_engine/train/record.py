@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft_engine
+from peft_engine.train.console import plain
 
 
 def peak_rss_bytes() -> int:
@@ -44,10 +45,10 @@ def versions() -> dict[str, str | None]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file at once or not at all."""
+    """Writes the file at once or not at all; numbers that are not finite become null."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        new.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)

@@ -101,3 +101,9 @@ def test_an_adapter_without_a_record_says_itself_which_base_it_is_for(
     code, _, err = command(*line)
     assert code == 0 and ("in NF4" if packed else "dense") in err, err
     assert "dense" in command(*line, "--quantize", "none")[2]
+
+
+def test_a_tilde_behind_the_sign_is_the_home_folder(command, model, data, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    code, _, err = command("eval", f"--model=~/{model.name}", "--data", data)
+    assert code == 0 and f"Loading {model}, " in err

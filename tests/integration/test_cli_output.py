@@ -1,14 +1,20 @@
 """The folder of --output: one run at a time, and what stands in its place."""
 
 import errno
+import json
+import math
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from texts import reviews, tiny_model_folder, write_jsonl
 
+from peft_engine.train.compare import command_line
 from peft_engine.train.output import LOCK, OutputError, check_output, sole_run
+from peft_engine.train.record import write_json
+from peft_engine.train.settings import RunSettings
 from peft_engine.train.trainer import _is_full
 
 
@@ -121,3 +127,15 @@ def test_only_a_full_disk_is_to_be_freed():
     assert _is_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
     assert not _is_full(FileNotFoundError(errno.ENOENT, "No such file or directory"))
     assert not _is_full(RuntimeError("Parent directory out/.saving does not exist."))
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_record(tmp_path):
+    write_json(tmp_path / "run.json", {"eval_losses": {"1": math.nan, "2": 1.5}, "losses": [math.inf]})
+    assert json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail) == {
+        "eval_losses": {"1": None, "2": 1.5}, "losses": [None],
+    }  # fmt: skip
+
+
+def test_the_command_that_a_run_names_has_the_folders_that_are_the_current_one():
+    settings = RunSettings(model="m", data=Path(), output=Path())
+    assert {"--data=.", "--output=."} < set(command_line(settings, "estimate"))
