@@ -58,12 +58,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& x, Maybe residual, c
                                               std::string activation, double scaling, double eps) {
   BottleneckForward f{};
   f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
-  f.rows = x.size(0);
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
+  f.rows = x.numel() / f.adapter.features;
   f.x = pe::values_of(x);
   f.residual = residual ? pe::values_of(*residual) : f.x;
   f.type = type_of(x);
   f.eps = static_cast<float>(eps);
-  Tensor y = like(x, {f.rows, f.adapter.features}), middle = like(down, {f.rows, f.adapter.width});
+  Tensor y = empty(shape.data(), x.dim(), x.scalar_type()), middle = like(down, {f.rows, f.adapter.width});
   Tensor stats = empty({norm ? f.rows : 0, 2}, torch::headeronly::ScalarType::Float);
   f.y = y.mutable_data_ptr();
   f.middle = middle.mutable_data_ptr();

@@ -6,8 +6,9 @@
 // a call. Activation, bias, scaling, residual and their derivatives are done on the tiles that a product leaves in the
 // cache; a group of rows goes through all products of a direction while it is there.
 //
-// An element is summed in the same order wherever its row stands, so a row of y is the same, bit for bit, in any batch,
-// and so is every gradient for any number of threads.
+// An element is summed in the same order wherever its row stands, so a row of y is the same, bit for bit, in any batch
+// of more than kFewRows rows, and so is every gradient for any number of threads. The forward of fewer rows:
+// bottleneck_few.inl.
 
 #include "cpu/panels.inl"
 #include "cpu/activation.inl"
@@ -332,7 +333,10 @@ inline void forward_tiles(const BottleneckForward& f, int64_t threads) {
   in_turn(first, middle, second, output, worth, threads);
 }
 
+#include "cpu/bottleneck_few.inl"
+
 inline void bottleneck_forward(const BottleneckForward& f, int64_t threads) {
+  if (f.rows <= kFewRows) return few_rows_forward(f);
 #if PE_LEVEL >= 3
   if (f.type == Type::bf16 && f.adapter.type == Type::bf16) {
     forward_tiles<true>(f, threads);

@@ -325,9 +325,18 @@ inline void right_panel_of_rows(const Source& s, bool interleaved, int64_t row0,
   for (int64_t t = 0; t < tiles; ++t) {
     uint32_t* to = out + t * steps * kTile;
     const int64_t row = row0 + 16 * t;
-    if (!kPairs && s.m.type == Type::f32 && as_it_lies(s) && row + 16 <= s.m.rows && 16 * (step0 + steps) <= s.m.cols) {
+    if (!kPairs && s.m.type == Type::f32 && as_it_lies(s)) {
+      const int64_t rows = s.m.rows - row < 16 ? s.m.rows - row : 16, cols = s.m.cols - 16 * step0;
       const uint32_t* from = static_cast<const uint32_t*>(s.m.data) + row * s.m.cols + 16 * step0;
-      for (int64_t step = 0; step < steps; ++step) transpose16(from + 16 * step, to + step * kTile, s.m.cols);
+      int64_t step = 0;
+      if (rows == 16)
+        for (; step < steps && 16 * step + 16 <= cols; ++step)
+          transpose16(from + 16 * step, to + step * kTile, s.m.cols);
+      for (; step < steps && rows > 0 && 16 * step < cols; ++step) {
+        const int64_t left = cols - 16 * step;
+        transpose16<true>(from + 16 * step, to + step * kTile, s.m.cols, rows, left < 16 ? left : 16);
+      }
+      if (step < steps) memset(to + step * kTile, 0, static_cast<size_t>((steps - step) * kTile) * sizeof(uint32_t));
       continue;
     }
     left_panel<kPairs>(s, interleaved, row, 1, step0, steps, to);

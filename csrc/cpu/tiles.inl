@@ -8,11 +8,16 @@
 constexpr int kTile = 256;         // words in a tile
 constexpr int64_t kMaxSteps = 64;  // the most steps a panel holds
 
-// Rows of `in` are `stride` words apart.
-inline void transpose16(const uint32_t* in, uint32_t* out, int64_t stride = 16) {
+// Rows of `in` are `stride` words apart. kPart: only the first `rows` and `cols` of them are there, the rest is zero.
+template <bool kPart = false>
+inline void transpose16(const uint32_t* in, uint32_t* out, int64_t stride = 16, int64_t rows = 16, int64_t cols = 16) {
 #if PE_LEVEL >= 2
   __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(in + stride * i);
+  const __mmask16 there = static_cast<__mmask16>((1u << cols) - 1);
+  for (int i = 0; i < 16; ++i) {
+    if constexpr (kPart) r[i] = _mm512_maskz_loadu_epi32(i < rows ? there : 0, in + stride * (i < rows ? i : 0));
+    else r[i] = _mm512_loadu_si512(in + stride * i);
+  }
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -33,7 +38,16 @@ inline void transpose16(const uint32_t* in, uint32_t* out, int64_t stride = 16) 
     _mm512_storeu_si512(out + 16 * (8 + c), _mm512_shuffle_i32x4(lo01, lo23, 0xDD));
     _mm512_storeu_si512(out + 16 * (12 + c), _mm512_shuffle_i32x4(hi01, hi23, 0xDD));
   }
-#elif PE_LEVEL == 1
+#else
+  alignas(64) uint32_t whole[kTile];
+  if constexpr (kPart) {
+    memset(whole, 0, sizeof whole);
+    for (int64_t i = 0; i < rows; ++i) memcpy(whole + 16 * i, in + stride * i, static_cast<size_t>(cols) * 4);
+    in = whole;
+    stride = 16;
+  }
+#endif
+#if PE_LEVEL == 1
   // Quarters of 8 x 8.
   for (int quarter = 0; quarter < 4; ++quarter) {
     const int row = quarter / 2 * 8, col = quarter % 2 * 8;
@@ -56,7 +70,7 @@ inline void transpose16(const uint32_t* in, uint32_t* out, int64_t stride = 16) 
       _mm256_storeu_ps(to + 16 * (4 + c), _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
     }
   }
-#else
+#elif PE_LEVEL == 0
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) out[16 * j + i] = in[stride * i + j];
 #endif

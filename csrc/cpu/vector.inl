@@ -106,6 +106,13 @@ inline void store(typename T::Value* p, Floats v) {
 template <class T>
 inline Floats load(const typename T::Value* p, int64_t n) {
   if (n >= kWidth) return load<T>(p);
+#if PE_LEVEL >= 2
+  const auto there = static_cast<__mmask16>((1u << n) - 1);  // without a detour through memory
+  if constexpr (T::type == Type::f32) return (Floats)_mm512_maskz_loadu_ps(there, p);
+  const __m256i half = _mm256_maskz_loadu_epi16(there, p);
+  if constexpr (T::type == Type::bf16) return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return (Floats)_mm512_maskz_cvtph_ps(0xFFFF, half);
+#endif
   typename T::Value part[kWidth] = {};
   memcpy(part, p, n * sizeof(part[0]));
   return load<T>(part);

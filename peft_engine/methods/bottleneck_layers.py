@@ -17,7 +17,7 @@ from peft_engine.methods import copies
 from peft_engine.methods.bottleneck_config import BottleneckConfig
 from peft_engine.methods.bottleneck_sites import Site
 from peft_engine.methods.walks import kept
-from peft_engine.ops.bottleneck import bottleneck
+from peft_engine.ops.bottleneck import FEW_ROWS, bottleneck
 
 CHILD = f"{copies.OURS}bottleneck"
 
@@ -145,11 +145,12 @@ class Catch:
         return {**self.__dict__, "held": None}  # a copy starts empty
 
 
-def _sums_alike(h: torch.Tensor) -> bool:
-    """Whether a row's bits do not depend on how many rows there are. On a GPU the path does: there an adapter
-    runs over the whole batch, and gives its rows of it.
+def _sums_alike(h: torch.Tensor, rows: int) -> bool:
+    """Whether `rows` of h have the bits of the whole batch by themselves. On a GPU, and for a few rows of
+    more, the path depends on their number: there an adapter runs over the whole batch, and gives its rows.
     """
-    return not dispatch.on_gpu(h)
+    tokens = math.prod(h.shape[1:-1])
+    return not dispatch.on_gpu(h) and not rows * tokens <= FEW_ROWS < h.shape[0] * tokens
 
 
 class Bottlenecks(nn.Module):
@@ -178,7 +179,7 @@ class Bottlenecks(nn.Module):
         parts = []
         for name, rows in known.items():
             index = copies.rows_at(tuple(rows), h.device)
-            if name is not None and not _sums_alike(h):
+            if name is not None and not _sums_alike(h, len(rows)):
                 parts.append(adapters[name](h, s, norm).index_select(0, index))
                 continue
             part = h.index_select(0, index)

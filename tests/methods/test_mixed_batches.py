@@ -88,3 +88,24 @@ def test_rows_with_dropout_another_bias_or_dora_are_not_grouped():
     assert not _groups(layer, known)
     assert _groups(layer.eval(), known)
     assert not _groups(layer, {"somebody else's": [0]})
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("batch", [2, 3, 6])
+def test_bottlenecks_give_a_row_the_bits_of_the_whole_batch(tiny_llama, batch, tokens):
+    """A few rows go another way through the kernels than many."""
+    model = tiny_llama().eval()
+    for name in ("a", "b"):
+        pe.attach(model, pe.BottleneckConfig(reduction_factor=4, non_linearity="gelu"), name=name)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, whole = torch.arange(batch * tokens).view(batch, tokens), {}
+    with torch.no_grad():
+        for name in ("a", "b", None):
+            with pe.active(model, name):
+                whole[name] = model(ids).logits
+        names = ["a", "b", None, "b", "b", "b"][:batch]
+        with pe.active(model, names):
+            mixed = model(ids).logits
+    for row, name in enumerate(names):
+        assert torch.equal(mixed[row], whole[name][row])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_engine import dispatch, native
-from peft_engine.ops.bottleneck import ACTIVATIONS, Norm, bottleneck, reference
+from peft_engine.ops.bottleneck import ACTIVATIONS, FEW_ROWS, Norm, bottleneck, reference
 from peft_engine.ops.nf4 import DTYPES
 
 NAMES = ("x", "residual", "down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
@@ -160,14 +160,17 @@ def test_any_shape_and_magnitude(rows, features, width, dtype, norm, residual, a
 
 
 def test_a_row_does_not_depend_on_the_batch(isa):
-    """Bit for bit: the row alone, among others, and behind others that are not finite."""
+    """Bit for bit, of up to FEW_ROWS and of more: the row alone, among others, behind others not finite."""
     for dtype in DTYPES:
         for norm in (None, dtype):
             tensors, _ = case(530, 200, 24, dtype, norm=norm)
             x, rest = tensors[0], tensors[1:]
             whole = ours("gelu", 0.7)(x, *rest)
-            for first, last in ((0, 1), (7, 8), (16, 49), (500, 530)):
+            for first, last in ((0, FEW_ROWS + 1), (7, 17), (16, 49), (500, 530)):
                 assert torch.equal(ours("gelu", 0.7)(x[first:last], *rest), whole[first:last])
+            few = ours("gelu", 0.7)(x[5 : 5 + FEW_ROWS], *rest)
+            for i in range(FEW_ROWS):
+                assert torch.equal(ours("gelu", 0.7)(x[5 + i : 6 + i], *rest), few[i : i + 1])
             x = x.clone()
             x[3] = float("nan")
             got = ours("gelu", 0.7)(x, *rest)
