@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,7 +36,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield last, fields
     except UnicodeDecodeError as error:
         raise DataError(f"{last}: not UTF-8 after it: {error.reason}; save the file as UTF-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut or broken inside
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 

@@ -102,9 +102,11 @@ def test_a_missing_file_an_unknown_ending_and_bytes_that_are_no_text_are_refused
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     with pytest.raises(DataError, match="UTF-8"):
         read_rows(tmp_path / "a.jsonl")
-    (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_rows(tmp_path / "b.jsonl.gz")
+    whole = gzip.compress(b'{"text": "a"}\n' * 99)
+    for broken in (b"not gzip", whole[:-9], whole[:10] + b"\xff" + whole[11:]):  # the last: zlib's own error
+        (tmp_path / "b.jsonl.gz").write_bytes(broken)
+        with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read"):
+            read_rows(tmp_path / "b.jsonl.gz")
 
 
 def test_a_csv_row_with_too_many_values_is_refused_with_its_line(tmp_path):
