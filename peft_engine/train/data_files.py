@@ -54,8 +54,20 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(where: str, text: str, expected: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise DataError(
+                f"{where}: several values are named {', '.join(twice)}; rename or remove all but one"
+            )
+        return fields
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
+    except DataError:
+        raise
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}; {expected}") from None
     except RecursionError:

@@ -79,6 +79,11 @@ def test_messages_in_csv_are_json(tmp_path):
             ['{"messages": [{"role": "assistant", "content": "\\udc00"}]}'],
             ["line 1", "content", "surrogate"],
         ),
+        (
+            ['{"text": "a"}', '{"text": "b", "id": 1, "text": "c"}'],
+            ["line 2", "several values are named text;"],
+        ),
+        (['{"messages": [{"role": "a", "role": "b", "content": "c"}]}'], ["line 1", "are named role;"]),
         (['{"text": "a"}', '{"text": ' + "[" * 100_000], ["line 2", "nested too deeply"]),
         (['{"text": "a"}', '{"text": "b", "id": ' + "9" * 5000 + "}"], ["line 2", "5000", "digits"]),
     ],
