@@ -7,6 +7,9 @@ most of transformers' models keep such documents apart when there is no attentio
 is padding. For the other models (`packing.py` finds out) it is one document a row, padded, with a mask.
 """
 
+import copy
+import functools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 from peft_engine.train.data_files import DataError, rows_of
 
 IGNORE = -100
+LISTS = ("normalizers", "pretokenizers")  # what a tokenizer.json's sequences of each hold
 KINDS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 
 
@@ -175,7 +179,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     Of a `Rendered` one, the tokens that the template wrote and no others.
     """
     if isinstance(text, Rendered):
-        return encode_completion(tokenizer, text)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(text, add_special_tokens=True)["input_ids"]
     eos = tokenizer.eos_token
     return ids[:-1] if ids and eos and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos) else ids
@@ -183,7 +187,40 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 def encode_completion(tokenizer: Any, text: str) -> list[int]:
     """A text that goes on after a prompt: its own tokens, nothing before or after."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _without_prefix(tokenizer)(text, add_special_tokens=False)["input_ids"]
+
+
+@functools.lru_cache(maxsize=2)
+def _without_prefix(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of it that puts no space before a text.
+
+    Llama 2's and others do, as if a text always began a document: a completion would begin with one more.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer
+    parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
+    old = {name: part and json.loads(part.__getstate__()) for name, part in parts.items()}
+    new = {name: _no_prefix(part) for name, part in old.items()}
+    if new == old:
+        return tokenizer
+    twin = copy.copy(tokenizer)
+    twin._tokenizer = type(backend).from_str(json.dumps(json.loads(backend.to_str()) | new))
+    return twin
+
+
+def _no_prefix(part: Any) -> Any:
+    """A part of a tokenizer.json without what puts a space before a text."""
+    if isinstance(part, list):
+        return [_no_prefix(one) for one in part if one.get("type") != "Prepend"]
+    if not isinstance(part, dict) or part.get("type") == "Prepend":
+        return None
+    changes: dict[str, Any] = {key: _no_prefix(part[key]) for key in LISTS if key in part}
+    if "prepend_scheme" in part:
+        changes["prepend_scheme"] = "never"
+    elif "add_prefix_space" in part:
+        changes["add_prefix_space"] = False
+    return part | changes
 
 
 def tokenize(
@@ -241,8 +278,8 @@ def _document(ids: list[int], labels: Sequence[int]) -> Document:
 def _messages(row: Row, tokenizer: Any, end: list[int]) -> Document:
     """The chat template's text; the labels are the assistant's turns, each to the end of its turn.
 
-    A turn's tokens are what the template adds to the conversation up to it, so it must only ever append. It
-    writes the ends of turns itself: `end` is not used.
+    A turn's tokens are what it adds to those of the conversation up to it, so the template must only ever
+    append. It writes the ends of turns itself: `end` is not used.
     """
     messages = row.fields["messages"]
     if not tokenizer.chat_template:
@@ -268,11 +305,13 @@ def _messages(row: Row, tokenizer: Any, end: list[int]) -> Document:
                 f"{row.where}: the tokenizer's chat template changes earlier turns when a turn is added, "
                 "so the assistant's part cannot be told apart; give prompt and completion instead"
             )
-        for piece, learnt in ((before[len(text) :], False), (after[len(before) :], True)):
-            tokens = encode_completion(tokenizer, piece)
-            ids += tokens
+        for upto, learnt in ((before, False), (after, True)):
+            whole = encode_prompt(tokenizer, Rendered(upto))
+            apart = whole[: len(ids)] != ids  # a token would reach over the border, as none does in an answer
+            tokens = encode_completion(tokenizer, upto[len(text) :]) if apart else whole[len(ids) :]
+            ids = ids + tokens
             labels += tokens if learnt else [IGNORE] * len(tokens)
-        text = after
+            text = upto
     return _document(ids, labels)
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from texts import reviews, tiny_tokenizer, write_jsonl
+from texts import CHAT, reviews, tiny_tokenizer, write_jsonl
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from peft_engine.train.data import IGNORE, DataError, length_limit, pack, read_prompts, read_rows, tokenize
 from peft_engine.train.data_files import MOST_IN_A_FIELD
@@ -185,6 +186,65 @@ def test_prompt_and_completion_are_tokenised_apart_and_only_the_completion_and_t
     assert document.input_ids == [*apart[0], *apart[1], tokenizer.eos_token_id]
     assert document.labels == [IGNORE] * len(apart[0]) + [*apart[1], tokenizer.eos_token_id]
     assert tokenizer.decode(document.input_ids[:-1]) == row["prompt"] + row["completion"]
+
+
+def _spaced(kind):
+    """As the tiny one, but with a space put before a text: Llama 2's old and new ways, and a GPT-2's."""
+    tokenizer = tiny_tokenizer()
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "bytes":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    backend.decoder = decoders.Replace("▁", " ") if kind != "bytes" else decoders.ByteLevel()
+    special = ["<unk>", "<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([row["prompt"] + row["completion"] + CHAT for row in reviews()], trainer)
+    tokenizer._tokenizer = backend
+    tokenizer.unk_token = "<unk>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "first", "always", "bytes"])
+def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_before_a_completion(tmp_path, kind):
+    tokenizer = _spaced(kind)
+    assert tokenizer.decode(tokenizer("fine")["input_ids"]) == " fine"
+    prompt = "Review: a film\nSentiment:"
+    for completion in (" positive", "positive", "\npositive", "  positive"):
+        row = json.dumps({"prompt": prompt, "completion": completion})
+        (document,) = tokenize(_read(tmp_path, row), tokenizer, 100)
+        assert tokenizer.decode(document.input_ids[:-1]) == f" {prompt}{completion}"
+        assert document.input_ids[: len(tokenizer(prompt)["input_ids"])] == tokenizer(prompt)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "first", "always", "bytes"])
+def test_the_turns_of_a_conversation_have_the_tokens_of_the_whole(tmp_path, kind):
+    tokenizer = _spaced(kind)
+    turns = (("user", "warm"), ("assistant", "fine"), ("user", "cold film"), ("assistant", "dull"))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (document,) = tokenize(_read(tmp_path, json.dumps({"messages": messages})), tokenizer, 200)
+    assert document.input_ids == tokenizer.apply_chat_template(messages)["input_ids"]
+    asked = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)["input_ids"]
+    assert document.input_ids[: len(asked)] == asked  # as generate and eval give it to the model
+    assert document.labels[len(asked) - 1] == IGNORE != document.labels[len(asked)]
+    learnt = _learnt(document, tokenizer)
+    assert learnt.replace(" ", "") == "fine</s>\ndull</s>\n" and not learnt.startswith(" ")
+
+
+def test_a_token_that_would_reach_into_an_answer_is_cut_where_the_answer_begins(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}: a fi{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}a: a fi{% endif %}"
+    )
+    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": "ne film"}]
+    (document,) = tokenize(_read(tmp_path, json.dumps({"messages": messages})), tokenizer, 100)
+    asked = tokenizer("u: a fi.a: a fi")["input_ids"]
+    assert document.input_ids != tokenizer.apply_chat_template(messages)["input_ids"]
+    assert document.input_ids == asked + tokenizer("ne film")["input_ids"]
+    assert _learnt(document, tokenizer) == "ne film"
 
 
 def test_a_tokenizer_that_adds_the_end_by_itself_gives_one_end(tmp_path):
