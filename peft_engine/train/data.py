@@ -232,13 +232,14 @@ def tokenize(
     longer `text` rows into pieces of `limit` instead.
     Raises DataError.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set eos_token"
-        )
     end = [tokenizer.eos_token_id] if learn_end else []
     documents: list[Document] = []
     for row in rows:
+        if end == [None] and row.kind != "messages":  # their template writes its own
+            raise DataError(
+                "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set "
+                "eos_token"
+            )
         document = _ENCODERS[row.kind](row, tokenizer, end)
         pieces = [document]
         if len(document.input_ids) > limit:

@@ -261,6 +261,17 @@ def test_a_tokenizer_that_adds_the_end_by_itself_gives_one_end(tmp_path):
     assert document.input_ids[-1] == 2
 
 
+def test_a_tokenizer_without_an_end_is_refused_where_the_end_would_be_learnt(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    text = _read(tmp_path, '{"text": "a fine film"}')
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        tokenize(text, tokenizer, 100)
+    assert len(tokenize(text, tokenizer, 100, learn_end=False)) == 1
+    messages = _read(tmp_path, '{"messages": [{"role": "assistant", "content": "fine"}]}')
+    assert len(tokenize(messages, tokenizer, 100)) == 1
+
+
 def test_an_empty_prompt_learns_the_completion_from_its_second_token(tmp_path, tokenizer):
     (document,) = tokenize(_read(tmp_path, '{"prompt": "", "completion": "warm film"}'), tokenizer, 100)
     assert document.labels[0] == IGNORE
