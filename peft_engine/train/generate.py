@@ -1,6 +1,5 @@
 """Text from a model: prompts in batches with left padding, or one prompt as a stream of pieces."""
 
-import copy
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,15 +177,22 @@ def left_padded(tokenizer: Any, prompts: Sequence[str], model: Any, room: int) -
 def _generate(
     model: Any, tokenizer: Any, inputs: dict, sampling: Sampling, streamer: Any = None
 ) -> torch.Tensor:
-    config = copy.deepcopy(model.generation_config)
-    config.max_length, config.max_new_tokens = None, sampling.max_new_tokens
-    config.do_sample = sampling.temperature > 0.0
-    config.temperature = sampling.temperature if config.do_sample else None
-    config.top_p = sampling.top_p if config.do_sample else None
-    config.top_k = 0 if config.do_sample else None
-    config.eos_token_id, config.pad_token_id = _ends(model, tokenizer), _pad(model, tokenizer)
-    with torch.no_grad():
-        return model.generate(**inputs, generation_config=config, streamer=streamer)
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, bos_token_id=own.bos_token_id,
+        eos_token_id=_ends(model, tokenizer), pad_token_id=_pad(model, tokenizer),
+        **(drawn if sampling.temperature > 0.0 else {}),
+    )  # fmt: skip
+    # Or transformers adds what the model's own says: beams, a penalty of repetition, strings to stop at, ...
+    model.generation_config = config
+    try:
+        with torch.no_grad():
+            return model.generate(**inputs, generation_config=config, streamer=streamer)
+    finally:
+        model.generation_config = own
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
