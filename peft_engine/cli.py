@@ -5,6 +5,7 @@ one object and nothing else. Exit code 0: done; 1: failed, with one line on stan
 under --debug); 2: wrong usage. What takes long to import is imported by the command that needs it.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -200,8 +201,9 @@ def generate(
         if not mixed and len(names) > 1:  # each adapter answers every prompt
             texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
         if not of_row and len(texts) == 1 and not json_:
-            for piece in text.stream(loaded, tokenizer, texts[0], sampling):
-                show(piece, end="")
+            with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling)) as pieces:
+                for piece in pieces:
+                    show(piece, end="")
             show("")
             return
         many = [name_of[folder] for folder in of_row] or None

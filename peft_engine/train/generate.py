@@ -1,7 +1,7 @@
 """Text from a model: prompts in batches with left padding, or one prompt as a stream of pieces."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,26 +128,37 @@ def generate(
         ]
 
 
-def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """The answer to one prompt, piece by piece as it is made; an error of the model is raised here."""
+def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
+    """The answer to one prompt, piece by piece as it is made; an error of the model is raised here.
+
+    To close it (contextlib.closing) is to wait for the token that is being made: no thread is left in torch,
+    which would abort the interpreter at its end.
+    """
     from transformers import TextIteratorStreamer
 
     torch.manual_seed(sampling.seed)
     inputs = left_padded(tokenizer, [prompt], model, sampling.max_new_tokens)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []
+    enough = threading.Event()
+
+    def stop(input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), enough.is_set(), device=input_ids.device)
 
     def work() -> None:
         try:
-            _generate(model, tokenizer, inputs, sampling, streamer)
+            _generate(model, tokenizer, inputs, sampling, streamer=streamer, stopping_criteria=[stop])
         except BaseException as error:
             failed.append(error)
             streamer.end()
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
-    yield from (piece for piece in streamer if piece)
-    worker.join()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        enough.set()
+        worker.join()
     if failed:
         raise failed[0]
 
@@ -174,9 +185,7 @@ def left_padded(tokenizer: Any, prompts: Sequence[str], model: Any, room: int) -
     return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _generate(
-    model: Any, tokenizer: Any, inputs: dict, sampling: Sampling, streamer: Any = None
-) -> torch.Tensor:
+def _generate(model: Any, tokenizer: Any, inputs: dict, sampling: Sampling, **more: Any) -> torch.Tensor:
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -190,7 +199,7 @@ def _generate(
     model.generation_config = config
     try:
         with torch.no_grad():
-            return model.generate(**inputs, generation_config=config, streamer=streamer)
+            return model.generate(**inputs, generation_config=config, **more)
     finally:
         model.generation_config = own
 

@@ -1,10 +1,19 @@
 """Text from a model: what decides the next token, what is refused before it, and how it ends."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from texts import reviews, tiny_model_folder
 
+import peft_engine
 from peft_engine.train.generate import Sampling, generate, stream
 
 PROMPTS = [row["prompt"] for row in reviews()[:3]]
@@ -53,3 +62,56 @@ def test_greedy_is_the_likeliest_token(loaded):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert answer.text == tokenizer.decode(ids[0, -answer.tokens :], skip_special_tokens=True)
+
+
+# --- how it ends --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.mark.parametrize("how", ["interrupt", "closed pipe"])
+def test_a_stream_that_is_ended_leaves_no_thread_in_torch(folder, how):
+    """A daemon thread inside torch's C++ ends the interpreter with an abort."""
+    script = (
+        "import sys, torch, transformers\n"
+        "from peft_engine.cli import main\n"
+        "layer = transformers.models.llama.modeling_llama.LlamaDecoderLayer\n"
+        "forward, x = layer.forward, torch.randn(1500, 1500)\n"
+        "layer.forward = lambda *of, **more: (x @ x, x @ x, forward(*of, **more))[2]\n"
+        "sys.argv[0] = 'peft-engine'\n"
+        "main()"
+    )
+    line = ["generate", f"--model={folder}", "--prompt=a fine", "--max-new-tokens=100"]
+    path = os.pathsep.join([str(Path(peft_engine.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *line],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path},
+    ) as process:  # fmt: skip
+        assert os.read(process.stdout.fileno(), 1)
+        if how == "interrupt":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 1, err
+    last = "peft-engine: interrupted" if how == "interrupt" else "Layers: "
+    assert err.splitlines()[-1].startswith(last) and "Traceback" not in err
+
+
+def test_an_error_of_the_model_is_raised_where_the_stream_is_read(loaded, monkeypatch):
+    model, tokenizer = loaded
+    before = threading.enumerate()
+
+    def fails(*of, **more):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(model.model, "forward", fails)
+    with pytest.raises(RuntimeError, match="no more"):
+        list(stream(model, tokenizer, PROMPTS[0], Sampling(max_new_tokens=3)))
+    monkeypatch.undo()
+    with contextlib.closing(stream(model, tokenizer, PROMPTS[0], Sampling(max_new_tokens=100))) as pieces:
+        next(pieces)
+    assert threading.enumerate() == before
