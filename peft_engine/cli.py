@@ -200,6 +200,7 @@ def generate(
         name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
         if not mixed and len(names) > 1:  # each adapter answers every prompt
             texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
+        where = [place for place in prompts.where for _ in range(len(texts) // len(prompts.where))]
         if not of_row and len(texts) == 1 and not json_:
             with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling)) as pieces:
                 for piece in pieces:
@@ -209,7 +210,9 @@ def generate(
         many = [name_of[folder] for folder in of_row] or None
         answers: list[dict[str, Any]] = []
         start = time.perf_counter()
-        for batch in text.generate(loaded, tokenizer, texts, sampling, adapters=many, batch_size=batch_size):
+        for batch in text.generate(
+            loaded, tokenizer, texts, sampling, adapters=many, batch_size=batch_size, where=where
+        ):
             for answer in batch:
                 folder = of_row[len(answers)] if many else next(iter(folders), None)
                 answers.append({**dataclasses.asdict(answer), "adapter": folder})

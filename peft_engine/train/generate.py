@@ -105,24 +105,27 @@ def generate(
     *,
     adapters: Sequence[str | None] | None = None,
     batch_size: int = 8,
+    where: Sequence[str] = (),
 ) -> Iterator[list[Answer]]:
     """The answers, a batch at a time, in the order of the prompts.
 
     adapters: one for each prompt, None in it the base; a batch mixes them. None: what is active now.
+    where: where each prompt stands, for the DataError of one that cannot be (`encoded`), before the first.
     """
     torch.manual_seed(sampling.seed)
-    work = list(zip(prompts, adapters or [None] * len(prompts), strict=True))
+    rows = encoded(model, tokenizer, prompts, sampling.max_new_tokens, where)
+    work = list(zip(prompts, adapters or [None] * len(prompts), rows, strict=True))
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
-        inputs = left_padded(tokenizer, [prompt for prompt, _ in part], model, sampling.max_new_tokens)
+        inputs = _left_padded(model, tokenizer, [row for _, _, row in part])
         if adapters is None:
             out = _generate(model, tokenizer, inputs, sampling)
         else:
-            with active(model, [adapter for _, adapter in part]):
+            with active(model, [adapter for _, adapter, _ in part]):
                 out = _generate(model, tokenizer, inputs, sampling)
         yield [
             Answer(prompt, adapter, *_decoded(tokenizer, ids, _ends(model, tokenizer)))
-            for (prompt, adapter), ids in zip(
+            for (prompt, adapter, _), ids in zip(
                 part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True
             )
         ]
@@ -137,7 +140,8 @@ def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Gener
     from transformers import TextIteratorStreamer
 
     torch.manual_seed(sampling.seed)
-    inputs = left_padded(tokenizer, [prompt], model, sampling.max_new_tokens)
+    rows = encoded(model, tokenizer, [prompt], sampling.max_new_tokens)
+    inputs = _left_padded(model, tokenizer, rows)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []
     enough = threading.Event()
@@ -163,21 +167,32 @@ def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Gener
         raise failed[0]
 
 
-def left_padded(tokenizer: Any, prompts: Sequence[str], model: Any, room: int) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (B, longest), padded on the left: every prompt ends where text begins.
-
-    Raises DataError for an empty prompt, and for one that leaves no room for `room` tokens more.
-    """
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    limit = length_limit(model.config, None, virtual_tokens(model))
-    for prompt, ids in zip(prompts, rows, strict=True):
-        if not ids:
-            raise DataError(f"the prompt {prompt!r} has no tokens; give some text")
-        if len(ids) + room > limit:
+def encoded(
+    model: Any, tokenizer: Any, prompts: Sequence[str], room: int, where: Sequence[str] = ()
+) -> list[list[int]]:
+    """The tokens of each prompt; DataError for one without any, and for one that leaves no `room` tokens."""
+    limit = positions(model)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        at = f"{where[i]}: " if where and where[i] else ""
+        rows.append(encode_prompt(tokenizer, prompt))
+        if not rows[-1]:
+            raise DataError(f"{at}the prompt {prompt!r} has no tokens; give some text")
+        if len(rows[-1]) + room > limit:
             raise DataError(
-                f"a prompt of {len(ids)} tokens and {room} new ones exceed the model's {limit}; "
+                f"{at}a prompt of {len(rows[-1])} tokens and {room} new ones exceed the model's {limit}; "
                 "shorten it, or lower --max-new-tokens"
             )
+    return rows
+
+
+def positions(model: Any) -> int:
+    """The most tokens that the model takes beside what its adapters put before them."""
+    return length_limit(model.config, None, virtual_tokens(model))
+
+
+def _left_padded(model: Any, tokenizer: Any, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (B, longest), padded on the left: every prompt ends where text begins."""
     longest = max(map(len, rows))
     pad = _pad(model, tokenizer)
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])

@@ -282,6 +282,19 @@ def test_generate_refuses_in_one_line(command, model, arguments, code, says):
     assert (got, out) == (code, "") and says in err.strip().splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("", "the prompt '' has no tokens"), ("fine " * 130, "tokens and 2 new ones exceed")]
+)
+def test_every_prompt_of_a_file_is_checked_before_the_first_is_answered(
+    command, model, adapter, tmp_path, prompt, says
+):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": prompt}])
+    line = ("generate", "--model", model, "--prompt-file", rows, "--max-new-tokens", 2, "--batch-size", 1)
+    for adapters in ((), ("--adapter", adapter), ("--adapter", adapter) * 2):
+        code, out, err = command(*line, *adapters)
+        assert code == 1 and out == "" and f"{rows}, line 3: " in err and says in err
+
+
 # --- what the command says of a model and of the machine ----------------------------------------------------
 
 
