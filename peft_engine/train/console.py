@@ -24,9 +24,12 @@ def say(line: str) -> None:
 
 
 def _put(text: str, file: Any, end: str = "\n") -> None:
-    """Prints; the bytes of a path that the locale cannot decode go out as they were given."""
+    """Prints; the bytes of a path that the locale cannot decode go out as they were given.
+
+    A character that the locale cannot encode is written by its number: a lost answer would be worse.
+    """
     buffer = getattr(file, "buffer", None)
-    if buffer is None or not BYTES.search(text):
+    if buffer is None:
         print(text, file=file, end=end, flush=True)
         return
     file.flush()

@@ -376,6 +376,15 @@ def test_a_path_that_the_locale_cannot_decode_is_printed_as_it_was_given(monkeyp
     assert sys.stdout.buffer.getvalue() == b"Saved to " + path + b"\n"
 
 
+def test_a_character_that_the_locale_cannot_print_is_written_by_its_number(monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), "latin-1", "strict", newline="\n")
+    monkeypatch.setattr(sys, "stdout", file)
+    with console.command(False) as show:
+        show("café ", end="")
+        show("☕")
+    assert file.buffer.getvalue() == b"caf\xe9 \\u2615\n"
+
+
 def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):
     """As `peft-engine generate ... | head -1`."""
     reader, writer = os.pipe()
