@@ -288,32 +288,35 @@ def _messages(row: Row, tokenizer: Any, end: list[int]) -> Document:
             f"{row.where}: the tokenizer has no chat template; give prompt and completion instead"
         )
 
-    def rendered(upto: int, generation: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:upto], tokenize=False, add_generation_prompt=generation
-            )
-        except Exception as error:  # jinja raises its own kinds, and what the template itself raises
-            raise DataError(f"{row.where}: the chat template refuses these messages: {error}") from None
-
     text, ids, labels = "", list[int](), list[int]()
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = rendered(i, generation=True) if i else "", rendered(i + 1)
+        before = render(row, tokenizer, i, generation=True) if i else ""
+        after = render(row, tokenizer, i + 1)
         if not (after.startswith(before) and before.startswith(text)):
             raise DataError(
                 f"{row.where}: the tokenizer's chat template changes earlier turns when a turn is added, "
                 "so the assistant's part cannot be told apart; give prompt and completion instead"
             )
-        for upto, learnt in ((before, False), (after, True)):
-            whole = encode_prompt(tokenizer, Rendered(upto))
+        for upto, learnt in ((Rendered(before), False), (after, True)):
+            whole = encode_prompt(tokenizer, upto)
             apart = whole[: len(ids)] != ids  # a token would reach over the border, as none does in an answer
             tokens = encode_completion(tokenizer, upto[len(text) :]) if apart else whole[len(ids) :]
             ids = ids + tokens
             labels += tokens if learnt else [IGNORE] * len(tokens)
             text = upto
     return _document(ids, labels)
+
+
+def render(row: Row, tokenizer: Any, upto: int, *, generation: bool = False) -> Rendered:
+    """A row's messages before number `upto` in the chat template; generation: up to where the next speaks."""
+    messages = row.fields["messages"][:upto]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except Exception as error:  # jinja raises its own kinds, and what the template itself raises
+        raise DataError(f"{row.where}: the chat template refuses these messages: {error}") from None
+    return Rendered(text)
 
 
 _ENCODERS = {"completion": _completion, "messages": _messages, "text": _text}

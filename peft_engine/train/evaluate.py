@@ -6,6 +6,7 @@ completion by exact match and token F1 (words, as in SQuAD: Rajpurkar et al. 201
 perplexity.
 """
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -19,15 +20,16 @@ from peft_engine.train.data import (
     IGNORE,
     Collate,
     DataError,
-    Rendered,
+    Document,
     Row,
     encode_completion,
     encode_prompt,
     micro_batches,
+    render,
     tokenize,
     tokens_in,
 )
-from peft_engine.train.generate import Sampling, generate
+from peft_engine.train.generate import Sampling, generate, positions
 from peft_engine.train.labels import FORWARD_TOKENS, label_scores, scoring_way
 from peft_engine.train.packing import Say, collator
 
@@ -63,6 +65,7 @@ def evaluate(
     say gets a line where the model cannot run packed rows; the results are the same then.
     """
     task = task or task_of(rows)
+    limit = min(limit, positions(model))
     if task == "classify" and rows[0].kind != "completion":
         raise DataError("--task classify: needs rows of prompt and completion")
     out: dict[str, Any] = dict.fromkeys(
@@ -136,27 +139,45 @@ def _parts(prompts: list[list[int]], extra: int, batch_size: int) -> list[list[l
 def _generate(
     model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher, say: Say
 ) -> tuple[dict[str, Any], int]:
-    loss, tokens = perplexity_loss(model, tokenizer, rows, batch_size, limit, collator(model, say))
+    documents = tokenize(rows, tokenizer, limit, learn_end=False)
+    questions = [] if rows[0].kind == "text" else _questions(rows, tokenizer, limit)  # what is wrong, at once
+    loss, tokens = perplexity_loss(model, documents, batch_size, collator(model, say))
     found: dict[str, Any] = {"perplexity": math.exp(min(loss, 700.0))}
-    if rows[0].kind == "text":
+    if not questions:
         watch(len(rows))
         return found, tokens
-    pairs = [_question(row, tokenizer) for row in rows]
-    longest = max(len(encode_completion(tokenizer, answer)) for _, answer in pairs)
-    sampling = Sampling(max_new_tokens=max(MIN_NEW_TOKENS, longest + 1))
     done = exact = 0
     f1 = 0.0
-    for answers in generate(
-        model, tokenizer, [prompt for prompt, _ in pairs], sampling, batch_size=batch_size
-    ):
-        for answer in answers:
-            wanted = pairs[done][1]
-            exact += answer.text.strip() == wanted.strip()
-            f1 += token_f1(answer.text, wanted)
-            tokens += answer.tokens
-            done += 1
-        watch(done)
+    for room, some in itertools.groupby(questions, key=lambda question: question[2]):
+        prompts = [prompt for prompt, _, _ in some]
+        sampling = Sampling(max_new_tokens=room)
+        for answers in generate(model, tokenizer, prompts, sampling, batch_size=batch_size):
+            for answer in answers:
+                wanted = questions[done][1]
+                exact += answer.text.strip() == wanted.strip()
+                f1 += token_f1(answer.text, wanted)
+                tokens += answer.tokens
+                done += 1
+            watch(done)
     return found | {"exact_match": exact / len(rows), "token_f1": f1 / len(rows)}, tokens
+
+
+def _questions(rows: Sequence[Row], tokenizer: Any, limit: int) -> list[tuple[str, str, int]]:
+    """The prompt and the answer wanted, and how many tokens an answer may have: for each row as many as the
+    longest answer takes, or what is left of the model after its prompt.
+    """
+    pairs = [_question(row, tokenizer) for row in rows]
+    longest = max(len(encode_completion(tokenizer, answer)) for _, answer in pairs)
+    questions = []
+    for row, (prompt, answer) in zip(rows, pairs, strict=True):
+        length = len(encode_prompt(tokenizer, prompt))
+        if not 0 < length < limit:
+            what = (
+                "leaves no room for an answer" if length else "has no tokens; an answer cannot follow nothing"
+            )
+            raise DataError(f"{row.where}: the prompt, {length} tokens of at most {limit}, {what}")
+        questions.append((prompt, answer, min(max(MIN_NEW_TOKENS, longest + 1), limit - length)))
+    return questions
 
 
 def _question(row: Row, tokenizer: Any) -> tuple[str, str]:
@@ -165,24 +186,18 @@ def _question(row: Row, tokenizer: Any) -> tuple[str, str]:
         return row.fields["prompt"], row.fields["completion"]
     messages = row.fields["messages"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt = tokenizer.apply_chat_template(messages[:last], tokenize=False, add_generation_prompt=True)
-    return Rendered(prompt), messages[last]["content"]
+    if last == 0:
+        raise DataError(
+            f"{row.where}: no message before the assistant's, so there is nothing to answer; add the user's, "
+            "or leave the row out"
+        )
+    return render(row, tokenizer, last, generation=True), messages[last]["content"]
 
 
 def perplexity_loss(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    batch_size: int,
-    limit: int,
-    collate: Collate | None = None,
+    model: Any, documents: Sequence[Document], batch_size: int, collate: Collate
 ) -> tuple[float, int]:
-    """The mean loss over the labelled tokens, but for the ends of completions; and the tokens run.
-
-    collate: what `collator` gives for this model; None asks it.
-    """
-    collate = collate or collator(model)
-    documents = tokenize(rows, tokenizer, limit, learn_end=False)
+    """The mean loss over the documents' labelled tokens, and the tokens run."""
     total, labelled, tokens = 0.0, 0, 0
     for batch in micro_batches(documents, batch_size, collate):
         count = int((batch["labels"] != IGNORE).sum())

@@ -196,7 +196,7 @@ def test_the_evaluation_loss_is_that_of_each_document_alone(make, tokenizer, row
     alone = sum(_alone(made, document) for document in short) / sum(d.labelled for d in short)
     with torch.no_grad():
         for size in (1, 8):
-            loss, tokens = perplexity_loss(made, tokenizer, rows, size, 128)
+            loss, tokens = perplexity_loss(made, short, size, collator(made))
             assert loss == pytest.approx(alone, rel=1e-5)
             assert tokens == sum(len(d.input_ids) for d in short)
 

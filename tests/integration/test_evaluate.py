@@ -1,0 +1,69 @@
+"""What eval measures, and the rows that it refuses before it runs the model."""
+
+import pytest
+import transformers
+from texts import tiny_model_folder
+
+from peft_engine.train.data import DataError, Row
+from peft_engine.train.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+
+
+def pairs(*given: tuple[str, str]) -> list[Row]:
+    return [
+        Row("completion", {"prompt": prompt, "completion": completion}, f"rows.jsonl, line {i}")
+        for i, (prompt, completion) in enumerate(given, 1)
+    ]
+
+
+def without_times(found: dict) -> dict:
+    left_out = ("seconds", "tokens_per_second", "perplexity")
+    return {key: value for key, value in found.items() if key not in left_out}
+
+
+# --- generate -----------------------------------------------------------------------------------------------
+
+
+def test_rows_that_each_fit_are_answered_as_far_as_the_model_goes(loaded, monkeypatch):
+    model, tokenizer = loaded
+    long = "fine " * 115
+    rows = pairs((long, " warm"), ("a", " cold" * 60), ("b", " dull"), (long + "film", " cold"))
+    asked, answer = [], model.generate
+
+    def watched(input_ids, generation_config, **more):
+        asked.append((len(input_ids), input_ids.shape[1] + generation_config.max_new_tokens))
+        return answer(input_ids=input_ids, generation_config=generation_config, **more)
+
+    monkeypatch.setattr(model, "generate", watched)
+    found = [
+        without_times(evaluate(model, tokenizer, rows, task="generate", batch_size=size)) for size in (1, 8)
+    ]
+    assert found[0] == found[1]
+    assert sum(count for count, _ in asked[4:]) == 4 and all(total <= 128 for _, total in asked)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            Row("completion", {"prompt": "", "completion": " warm film"}, "line 7"),
+            "line 7: the prompt, 0 tokens",
+        ),
+        (Row("completion", {"prompt": "fine " * 130, "completion": "b"}, "line 7"), "line 7: .* at most 128"),
+        (
+            Row("messages", {"messages": [{"role": "assistant", "content": "a"}]}, "line 7"),
+            "line 7: no message before the assistant's",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_named_before_the_model_runs(loaded, monkeypatch, row, says):
+    model, tokenizer = loaded
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(DataError, match=says):
+        evaluate(model, tokenizer, [row], task="generate", say=lambda line: None)
