@@ -87,7 +87,7 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Default: classify when there are at most 50 distinct completions.",
+            help="Default: classify when there are at most 50 distinct completions, and twice as many rows.",
             metavar="classify|generate",
         ),
     ] = None,
@@ -97,7 +97,7 @@ def evaluate(
 ) -> None:
     """Measure a model, with or without an adapter, on held-out rows.
 
-    With a few distinct completions: accuracy, by the log-probability of each, and a confusion table.
+    With a few completions that come again: accuracy, by the log-probability of each, and a confusion table.
     Otherwise exact match, token F1 and perplexity. Several adapters are measured one after another; the JSON
     then holds "results".
 

@@ -41,10 +41,14 @@ Watcher = Callable[[int], None]
 
 
 def task_of(rows: Sequence[Row]) -> str:
-    """ "classify" when the completions are at most 50 distinct texts, else "generate"."""
+    """ "classify" when the completions are at most 50 distinct texts that come again, else "generate".
+
+    To come again is to have two rows each, on average: of a few answers in free words each is another.
+    """
     if rows[0].kind != "completion":
         return "generate"
-    return "classify" if len({row.fields["completion"] for row in rows}) <= MOST_LABELS else "generate"
+    distinct = len({row.fields["completion"] for row in rows})
+    return "classify" if distinct <= min(MOST_LABELS, len(rows) // 2) else "generate"
 
 
 def evaluate(

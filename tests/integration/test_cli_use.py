@@ -149,9 +149,10 @@ def test_labels_of_one_token_cost_one_forward_of_the_prompts(loaded):
     assert tokens == sum(map(len, prompts))
 
 
-def test_up_to_fifty_distinct_completions_are_labels(tmp_path):
-    for count, task in ((50, "classify"), (51, "generate")):
-        rows = [{"prompt": "a", "completion": f"b{i}"} for i in range(count)] * 2
+def test_up_to_fifty_distinct_completions_that_come_again_are_labels(tmp_path):
+    cases = ((50, 2, "classify"), (51, 2, "generate"), (40, 1, "generate"), (1, 1, "generate"))
+    for count, times, task in cases:
+        rows = [{"prompt": "a", "completion": f"b{i}"} for i in range(count)] * times
         assert task_of(read_rows(write_jsonl(tmp_path / "rows.jsonl", rows))) == task
 
 
