@@ -100,6 +100,12 @@ def _classify(
     candidates = [encode_completion(tokenizer, label) for label in labels]
     if not all(candidates):
         raise DataError(f"the label {labels[[bool(c) for c in candidates].index(False)]!r} has no tokens")
+    for i, ids in enumerate(candidates):
+        if candidates.index(ids) < i:
+            raise DataError(
+                f"the labels {labels[candidates.index(ids)]!r} and {labels[i]!r} are the same tokens, so no "
+                "answer can tell them apart; write them otherwise"
+            )
     prompts = [encode_prompt(tokenizer, row.fields["prompt"]) for row in rows]
     longest = max(map(len, candidates))
     for row, prompt in zip(rows, prompts, strict=True):
@@ -115,6 +121,14 @@ def _classify(
     for part in _parts(prompts, sum(len(c) - 1 for c in candidates), batch_size):
         scores, used = label_scores(model, part, candidates, way)
         tokens += used
+        unknown = scores.isnan().any(dim=1).tolist()
+        if any(unknown):
+            where = rows[done + unknown.index(True)].where
+            beside = " or of one that runs beside it" if len(part) > 1 else ""
+            raise RuntimeError(
+                f"eval: the model's scores of {where}{beside} are NaN, so it has no answer; try --dtype "
+                "float32, or another adapter"
+            )
         for row, best in zip(rows[done : done + len(part)], scores.argmax(dim=1).tolist(), strict=True):
             confusion[labels.index(row.fields["completion"])][best] += 1
         done += len(part)

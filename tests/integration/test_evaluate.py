@@ -1,8 +1,12 @@
 """What eval measures, and the rows that it refuses before it runs the model."""
 
+import copy
+
 import pytest
+import torch
 import transformers
 from texts import tiny_model_folder
+from tokenizers import normalizers
 
 from peft_engine.train.data import DataError, Row
 from peft_engine.train.evaluate import evaluate
@@ -25,6 +29,32 @@ def pairs(*given: tuple[str, str]) -> list[Row]:
 def without_times(found: dict) -> dict:
     left_out = ("seconds", "tokens_per_second", "perplexity")
     return {key: value for key, value in found.items() if key not in left_out}
+
+
+# --- classify -----------------------------------------------------------------------------------------------
+
+
+def test_scores_that_are_not_numbers_are_no_answer(loaded):
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer(" film")["input_ids"]] = float("nan")
+    rows = pairs(("a", " warm"), ("b", " cold"), ("a film", " cold"), ("b", " warm"))
+    for size, says in (
+        (1, "line 3 are NaN, .*--dtype float32"),
+        (2, "line 3 or of one"),
+        (8, "line 1 or of"),
+    ):
+        with pytest.raises(RuntimeError, match=f"scores of rows.jsonl, {says}"):
+            evaluate(model, tokenizer, rows, task="classify", batch_size=size, say=lambda line: None)
+
+
+def test_labels_of_the_same_tokens_are_named(loaded):
+    model, tokenizer = loaded
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    rows = pairs(("a", " warm"), ("b", " cold"), ("c", " Warm"))
+    with pytest.raises(DataError, match="the labels ' Warm' and ' warm' are the same tokens"):
+        evaluate(model, tokenizer, rows, task="classify")
 
 
 # --- generate -----------------------------------------------------------------------------------------------
