@@ -22,7 +22,7 @@ from peft_engine.train.compare_command import compare
 from peft_engine.train.console import check_base, choice, command, next_command, quiet, say, table, usage
 from peft_engine.train.estimate_command import estimate, probe
 from peft_engine.train.merge_command import merge
-from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, Model, Quantize
+from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, MaxLength, Model, Quantize
 from peft_engine.train.profile_command import profile
 from peft_engine.train.train_command import train
 
@@ -92,6 +92,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Count = 16,
+    max_length: MaxLength = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -118,15 +119,16 @@ def evaluate(
 
         folders = adapter or []
         loaded, tokenizer, names = _load(model, folders, quantize, dtype)
-        limit = length_limit(loaded.config, None, virtual_tokens(loaded))
+        limit = length_limit(loaded.config, max_length, virtual_tokens(loaded))
         results = []
         for name in names if names else (None,):
             peft_engine.active(loaded, name)
             say(f"Evaluating {len(rows)} rows of {data}: {task or measures.task_of(rows)}")
             with progress.bar("Evaluating", len(rows)) as bar:
                 found = measures.evaluate(
-                    loaded, tokenizer, rows, task=task, batch_size=batch_size, limit=limit, watch=bar.update
-                )
+                    loaded, tokenizer, rows, task=task, batch_size=batch_size, limit=limit,
+                    split_text=max_length is not None, watch=bar.update,
+                )  # fmt: skip
             results.append(found)
         if json_:
             show(

@@ -150,6 +150,7 @@ def compare(settings: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     }
     say(f"Comparing {', '.join(settings.methods)} on {settings.model}: {settings.data}, to {output}")
     measure = ["eval", f"--model={settings.model}", f"--data={settings.eval_data}", "--json"]
+    measure += [f"--max-length={settings.max_length}"] if settings.max_length else []
     base = [f"--dtype={settings.dtype}", *([f"--quantize={settings.quantize}"] if settings.quantize else [])]
     found["rows"].append(_row("base", run_command([*measure, *base], "base", say)))
     with progress.bar("Comparing", len(settings.methods)) as bar:

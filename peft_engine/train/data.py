@@ -244,9 +244,10 @@ def tokenize(
         pieces = [document]
         if len(document.input_ids) > limit:
             if not (split_text and row.kind == "text"):
+                mend = f"--max-length {limit} cuts it in pieces" if row.kind == "text" else "shorten the row"
                 raise DataError(
                     f"{row.where}: {len(document.input_ids)} tokens, at most {limit} are allowed "
-                    "(the model's length, or --max-length); shorten the row or leave it out"
+                    f"(the model's length, or --max-length); {mend}, or leave it out"
                 )
             pieces = _split(document, limit)
         documents += pieces

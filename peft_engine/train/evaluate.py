@@ -59,14 +59,16 @@ def evaluate(
     task: str | None = None,
     batch_size: int = 16,
     limit: int = 2**31,
+    split_text: bool = False,
     watch: Watcher = lambda done: None,
     say: Say = console_say,
 ) -> dict[str, Any]:
     """task, rows, accuracy, exact_match, token_f1, perplexity, labels, confusion, tokens_per_second, seconds.
 
     confusion[i][j] counts the rows of labels[i] that were answered labels[j]. What does not apply is None.
-    task: None decides by the data (`task_of`). limit: the most tokens of a row; a longer one is a DataError.
-    say gets a line where the model cannot run packed rows; the results are the same then.
+    task: None decides by the data (`task_of`). limit: the most tokens of a row; a longer one is a DataError,
+    or with split_text, where it is text, cut in pieces. say gets a line where the model cannot run packed
+    rows; the results are the same then.
     """
     task = task or task_of(rows)
     limit = min(limit, positions(model))
@@ -77,8 +79,8 @@ def evaluate(
     )
     start = time.perf_counter()
     with torch.no_grad():
-        work = _classify if task == "classify" else _generate
-        found, tokens = work(model, tokenizer, rows, batch_size, limit, watch, say)
+        given = (model, tokenizer, rows, batch_size, limit, watch, say)
+        found, tokens = _classify(*given) if task == "classify" else _generate(*given, split_text)
     seconds = time.perf_counter() - start
     return {
         "task": task,
@@ -155,9 +157,16 @@ def _parts(prompts: list[list[int]], extra: int, batch_size: int) -> list[list[l
 
 
 def _generate(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher, say: Say
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    batch_size: int,
+    limit: int,
+    watch: Watcher,
+    say: Say,
+    split_text: bool,
 ) -> tuple[dict[str, Any], int]:
-    documents = tokenize(rows, tokenizer, limit, learn_end=False)
+    documents = tokenize(rows, tokenizer, limit, split_text=split_text, learn_end=False)
     questions = [] if rows[0].kind == "text" else _questions(rows, tokenizer, limit)  # what is wrong, at once
     loss, tokens = perplexity_loss(model, documents, batch_size, collator(model, say))
     found: dict[str, Any] = {"perplexity": math.exp(min(loss, 700.0))}

@@ -94,6 +94,13 @@ def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path, mon
     assert f"lora failed: {lora['error']}" in drawn and "failed" in drawn.splitlines()[4]
 
 
+def test_the_measuring_cuts_texts_where_the_training_does(compare, monkeypatch):
+    lines = []
+    monkeypatch.setattr("peft_engine.train.compare.run_command", lambda line, *_: lines.append(line) or 1 / 0)
+    assert compare("--max-length", 20)[0] == 1
+    assert lines[0][0] == "eval" and "--max-length=20" in lines[0]
+
+
 def test_the_error_of_a_process_is_its_own_line_and_its_progress_goes_on(tmp_path):
     told: list[str] = []
     with pytest.raises(ChildError) as error:

@@ -124,6 +124,15 @@ def test_eval_of_text_gives_perplexity_alone(command, model, tmp_path, loaded):
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
 
+def test_eval_of_text_that_is_longer_than_the_model_cuts_it_when_told_to(command, model, tmp_path):
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": "fine " * 200}])
+    line = ("eval", "--model", model, "--data", data, "--json")
+    code, out, err = command(*line)
+    assert code == 1 and out == "" and "line 1: " in err and "--max-length 128 cuts it in pieces" in err
+    found = [json.loads(command(*line, "--max-length", length)[1])["perplexity"] for length in (128, 20)]
+    assert all(found) and found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     "labels", [(" positive", " negative"), (" fine warm", " dull", " cold and dull end")]
 )

@@ -312,7 +312,11 @@ def test_a_chat_template_that_changes_earlier_turns_is_refused(tmp_path):
 
 def test_a_row_longer_than_the_model_is_refused_with_its_line_and_both_lengths(tmp_path, tokenizer):
     rows = _read(tmp_path, '{"text": "a"}', json.dumps({"text": "fine " * 50}))
-    with pytest.raises(DataError, match=r"line 2: \d+ tokens, at most 20 .*--max-length"):
+    says = r"line 2: \d+ tokens, at most 20 .*; --max-length 20 cuts it in pieces, or leave it out"
+    with pytest.raises(DataError, match=says):
+        tokenize(rows, tokenizer, 20)
+    rows = _read(tmp_path, json.dumps({"prompt": "fine " * 50, "completion": "a"}))
+    with pytest.raises(DataError, match=r"line 1: .*; shorten the row, or leave it out"):
         tokenize(rows, tokenizer, 20)
 
 
