@@ -1,7 +1,5 @@
 """`peft-engine compare`."""
 
-import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,11 +101,7 @@ def compare(
         found = work.compare(settings, say)
         write_csv(output / "compare.csv", found)
         draw(output / "compare.png", found)
-        if json_:
-            show(found)
-        else:
-            width_ = shutil.get_terminal_size().columns if sys.__stdout__ and sys.__stdout__.isatty() else 110
-            show(table(found, width_))
+        show(found if json_ else table(found))
         say(f"Wrote compare.json, compare.csv and compare.png to {output}")
         failed = [row["method"] for row in found["rows"] if row["error"]]
         if failed:

@@ -1,11 +1,12 @@
 """What a comparison looks like: the table, the CSV file and the picture."""
 
 import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from peft_engine.train.console import drawn
 
 # Of the data's task the first that was measured is shown; of perplexity less is better.
 SCORES = (("accuracy", "accuracy"), ("exact_match", "exact match"), ("perplexity", "perplexity"))
@@ -31,26 +32,18 @@ def costs_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, Callable[[A
     return [number for number in NUMBERS if any(row[number[0]] is not None for row in rows)]
 
 
-def table(found: dict[str, Any], width: int) -> str:
-    """The comparison as a table `width` columns wide; errors of methods that failed stand below it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+def table(found: dict[str, Any], columns: int | None = None) -> str:
+    """The comparison as a table (`console.drawn`); errors of methods that failed stand below it."""
     key, name = score_of(found["rows"])
     costs = costs_of(found["rows"])
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("method")
-    for title in (name, *(title for _, title, _ in costs)):
-        drawn.add_column(title, justify="right")
+    lines = []
     for row in found["rows"]:
         score = "failed" if row["error"] else "" if row[key] is None else f"{row[key]:.4f}"
-        cells = ["" if row[column] is None else shown(row[column]) for column, _, shown in costs]
-        drawn.add_row(row["method"], score, *cells)
-    out = io.StringIO()
-    Console(file=out, width=width).print(drawn)
+        cells = ("" if row[column] is None else shown(row[column]) for column, _, shown in costs)
+        lines.append((row["method"], score, *cells))
+    header = ("method", name, *(title for _, title, _ in costs))
     failed = [f"{row['method']} failed: {row['error']}" for row in found["rows"] if row["error"]]
-    return "\n".join([line.rstrip() for line in out.getvalue().splitlines()] + failed)
+    return "\n".join([drawn(header, lines, columns), *failed])
 
 
 def write_csv(path: Path, found: dict[str, Any]) -> None:
@@ -98,15 +91,15 @@ def _bars(
     axes: Any, rows: list[dict], column: str, title: str, shown: Callable, *, log: bool = False
 ) -> None:
     values = [row[column] for row in rows]
-    drawn = [0.0 if value is None else value for value in values]
+    lengths = [0.0 if value is None else value for value in values]
     places = range(len(rows))
-    axes.barh(places, drawn, color=[COLOURS[row["method"]] for row in rows], height=0.68)
+    axes.barh(places, lengths, color=[COLOURS[row["method"]] for row in rows], height=0.68)
     axes.set_yticks(places, [row["method"] for row in rows])
     axes.set_title(title, fontsize=10, pad=16, loc="left")
-    most = max(drawn, default=0.0) or 1.0
+    most = max(lengths, default=0.0) or 1.0
     low = 0.0
     if log:
-        low = 10 ** math.floor(math.log10(min(v for v in drawn if v)) - 0.3)
+        low = 10 ** math.floor(math.log10(min(v for v in lengths if v)) - 0.3)
         axes.set_xscale("log")
         axes.set_xlim(low, most * (most / low) ** 0.75)  # room for the numbers at the bars' ends
     else:

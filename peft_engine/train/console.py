@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import typer
 
+LABEL = 16  # columns of a label in a confusion table, more where shorter ones would be alike
 BYTES = re.compile("([\udc80-\udcff]+)")  # as Python decodes those that are no text: PEP 383
 
 
@@ -127,6 +129,12 @@ def quiet() -> None:
     )  # imported by transformers where it is installed
 
 
+def width() -> int:
+    """Columns of the terminal that results go to; 110 where they go elsewhere."""
+    out = sys.__stdout__  # sys.stdout is standard error while a command runs
+    return shutil.get_terminal_size().columns if out is not None and out.isatty() else 110
+
+
 def table(found: dict[str, Any], name: str) -> str:
     lines = [
         f"{name}: {found['rows']} rows in {found['seconds']:.1f} s "
@@ -136,26 +144,46 @@ def table(found: dict[str, Any], name: str) -> str:
         if found[key] is not None:
             lines.append(f"  {key:<12} {found[key]:.4f}")
     if found["labels"]:
-        shown = [json.dumps(label, ensure_ascii=False)[:16] for label in found["labels"]]
-        lines.append("  confusion (rows: the data's, columns: the model's)")
-        lines.append("  " + " " * 16 + "".join(f"{label:>18}" for label in shown))
-        for label, counts in zip(shown, found["confusion"], strict=True):
-            lines.append(f"  {label:<16}" + "".join(f"{count:>18}" for count in counts))
+        lines += [f"  {line}" for line in _confusion(found["labels"], found["confusion"], width() - 2)]
     return "\n".join(lines)
 
 
-def drawn(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table 110 columns wide; the first column, and what has no header, are words."""
+def _confusion(labels: list[str], counts: list[list[int]], room: int) -> list[str]:
+    """The table as lines, of at most `room` columns; without it a line that says where it is."""
+    shown = _shortened([json.dumps(label, ensure_ascii=False) for label in labels])
+    columns = [max(len(title), *(len(str(row[i])) for row in counts)) + 2 for i, title in enumerate(shown)]
+    first = max(map(len, shown))
+    if first + sum(columns) > room:
+        return [f"confusion of {len(labels)} labels: too wide for {room + 2} columns; --json has it"]
+    lines = ["confusion (rows: the data's, columns: the model's)"]
+    titles: list[list[Any]] = [shown]
+    for title, row in zip(("", *shown), titles + counts, strict=True):
+        lines.append(f"{title:<{first}}" + "".join(f"{x:>{n}}" for x, n in zip(row, columns, strict=True)))
+    return lines
+
+
+def _shortened(labels: list[str]) -> list[str]:
+    """Long ones without their middle, as much of it as leaves all distinct."""
+    longest = max(map(len, labels))
+    for most in range(LABEL, longest, 8):
+        half = most // 2
+        short = [x if len(x) <= most else f"{x[: half - 1]}…{x[-half:]}" for x in labels]
+        if len(set(short)) == len(labels):
+            return short
+    return labels
+
+
+def drawn(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], columns: int | None = None) -> str:
+    """A table as wide as the terminal, or `columns`; the first column, and what has no header, are words."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, title in enumerate(header):
-        words = i == 0 or not title
-        drawn.add_column(title, justify="left" if words else "right", no_wrap=not words)
+        drawn.add_column(title, justify="right" if i and title else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=110).print(drawn)
+    Console(file=out, width=columns or width()).print(drawn)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
