@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 LINES = 10  # about how many lines a long work prints where there is no terminal
 
@@ -27,14 +28,17 @@ class Bar:
         self.first = done
         self.progress: Progress | None = None
         if sys.stderr.isatty():
-            columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+            bar = BarColumn(
+                bar_width=None, table_column=Column(ratio=1)
+            )  # what the numbers leave of the line
+            columns: list[Any] = [TextColumn("{task.description}"), bar, MofNCompleteColumn()]
             columns += [
                 TextColumn("{task.fields[told]}"),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
             ]
-            self.progress = Progress(*columns, console=Console(stderr=True))
+            self.progress = Progress(*columns, console=Console(stderr=True), expand=True)
             self.task = self.progress.add_task(what, total=total, completed=done, told="")
 
     def update(self, done: int, told: str = "") -> None:

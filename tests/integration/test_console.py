@@ -1,6 +1,11 @@
 """What is printed for a person: tables and bars in the width there is."""
 
-from peft_engine.train import console
+import io
+import sys
+
+from rich.console import Console
+
+from peft_engine.train import console, progress
 from peft_engine.train.compare_report import table as compared
 from peft_engine.train.estimate_command import SAYS
 
@@ -52,6 +57,23 @@ def test_a_table_is_as_wide_as_the_terminal_and_loses_nothing(monkeypatch):
         for shown in (words, numbers):
             assert max(map(len, shown.splitlines())) <= columns and "…" not in shown
     assert "12,345,678" in numbers and "2,048 MiB" in numbers
+
+
+def test_the_bar_leaves_room_for_the_loss_and_the_time(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = progress.Bar("Training", 100_000)
+    told = "loss 10.1234  12,345 tokens/s"
+    bar.update(12_345, told)
+    for width in (80, 110):
+        line = io.StringIO()
+        Console(file=line, width=width, force_terminal=False).print(bar.progress.get_renderable())
+        shown = line.getvalue().rstrip("\n")
+        assert len(shown) <= width and "12345/100000" in shown and told in shown
+        assert "ETA -:--:--" in shown and "…" not in shown
 
 
 def test_the_width_is_the_terminal_s_and_110_without_one(monkeypatch):
