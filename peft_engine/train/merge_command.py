@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,9 @@ SAMPLE = (
     "alone: for x in range(10): print(x * x)",
     "Question: What is the capital of France? Answer: Paris. Question: How many days has a week? Answer: 7.",
 )
-ROWS, TOKENS = 16, 512  # of --data, at the most
+ROWS, TOKENS = 16, 512  # of --data, and of a row, at the most
+HELD = 1 << 30  # bytes of logits that wait for the merge; 4,096 tokens of a vocabulary of 128 Ki in bfloat16
+PLACES = 64  # that are compared at a time
 
 
 def merge(
@@ -88,8 +91,8 @@ def _merge(
     start = time.perf_counter()
     rows = None if data is None else read_rows(data)[:ROWS]  # what is wrong with them is told at once
     model, tokenizer, (adapter_name,) = models.load(name, [adapter], quantize, dtype)
-    documents = _documents(tokenizer, rows, model.config)
-    before = _predictions(model, documents)
+    documents = _documents(tokenizer, rows, model)
+    before = list(_predictions(model, documents))
     layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]
     say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
     with progress.bar("Merging", 2 * len(layers)) as bar:  # each is checked first
@@ -116,47 +119,53 @@ def _merge(
     }
 
 
-def _documents(tokenizer: Any, rows: list[Any] | None, config: Any) -> list[list[int]]:
-    """Tokens to predict: of the rows, or of the sample."""
+def _documents(tokenizer: Any, rows: list[Any] | None, model: Any) -> list[list[int]]:
+    """Tokens to predict: of the rows, the first TOKENS of each, or of the sample; as many as HELD allows."""
     from peft_engine.train.data import length_limit, tokenize
 
-    limit = min(TOKENS, length_limit(config, None, 0))
+    limit = min(TOKENS, length_limit(model.config, None, 0))
     if rows is None:
         found = [tokenizer(text)["input_ids"] for text in SAMPLE]
     else:
-        found = [document.input_ids for document in tokenize(rows, tokenizer, limit)]
-    return [ids[:limit] for ids in found if ids]
+        found = [document.input_ids for document in tokenize(rows, tokenizer, 2**31, learn_end=False)]
+    room = HELD // (model.config.get_text_config().vocab_size * model.dtype.itemsize)
+    documents = []
+    for ids in found:
+        documents.append(ids[: min(limit, room)])
+        room -= len(documents[-1])
+    return [ids for ids in documents if ids]
 
 
-def _predictions(model: Any, documents: list[list[int]]) -> list[Any]:
-    """The log-probabilities of the next token at each place, float32, of each document."""
+def _predictions(model: Any, documents: list[list[int]]) -> Iterator[Any]:
+    """The logits of the next token at each place, as the model gives them, of one document after another."""
     import torch
 
     device = next(model.parameters()).device
-    with torch.inference_mode():
-        return [
-            model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-            .logits[0]
-            .float()
-            .log_softmax(-1)
-            for ids in documents
-        ]
+    for ids in documents:
+        with torch.inference_mode():
+            yield model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].cpu()
 
 
-def _drift(before: list[Any], after: list[Any]) -> dict[str, Any]:
+def _drift(before: Iterable[Any], after: Iterable[Any]) -> dict[str, Any]:
     """How far `after` is from `before`: the mean KL divergence, the largest change of the log-probability of
     a likeliest token, the share of places with the same one.
     """
     import torch
 
-    p, q = torch.cat(before), torch.cat(after)
-    likeliest = p.argmax(-1)
-    change = (p - q).gather(1, likeliest[:, None]).abs()
+    tokens, kl, same, changes = 0, 0.0, 0, []
+    for documents in zip(before, after, strict=True):
+        for part in zip(*(logits.split(PLACES) for logits in documents), strict=True):
+            p, q = (logits.float().log_softmax(-1) for logits in part)
+            likeliest = p.argmax(-1)
+            tokens += len(p)
+            kl += (p.exp() * (p - q)).sum().item()
+            changes.append((p - q).gather(1, likeliest[:, None]).abs().max())
+            same += int((q.argmax(-1) == likeliest).sum())
     return {
-        "tokens": p.shape[0],
-        "kl": (p.exp() * (p - q)).sum(-1).mean().clamp_min(0.0).item(),
-        "largest": change.max().item(),
-        "same": (q.argmax(-1) == likeliest).float().mean().item(),
+        "tokens": tokens,
+        "kl": 0.0 if kl < 0 else kl / tokens,  # below 0 by rounding; NaN stays
+        "largest": torch.stack(changes).max().item(),
+        "same": same / tokens,
     }
 
 

@@ -87,6 +87,37 @@ def test_the_drift_is_that_of_the_distributions():
     assert found["largest"] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)
 
 
+def test_rows_of_any_length_are_measured_on_their_beginnings(command, model, adapter, tmp_path, monkeypatch):
+    rows = [{"prompt": "fine " * 300, "completion": " positive"}, *reviews()]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    plain = shutil.copytree(model, tmp_path / "model")
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    settings["eos_token"] = None  # nothing is learnt here
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    line = ("merge", "--model", plain, "--adapter", adapter(), "--data", data, "--json", "--output")
+    code, out, err = command(*line, tmp_path / "whole")
+    assert code == 0, err
+    whole = json.loads(out)["drift"]
+    assert whole["tokens"] > 128 + 8 * 10 and f"Drift on {whole['tokens']} tokens" in err
+    monkeypatch.setattr(merge_command, "HELD", 150 * 320 * 4)
+    assert json.loads(command(*line, tmp_path / "part")[1])["drift"]["tokens"] == 150
+
+
+def test_the_drift_of_many_documents_is_that_of_all_their_places(monkeypatch):
+    before, after = torch.randn(2, 300, 7).unbind()
+    monkeypatch.setattr(merge_command, "PLACES", 64)
+    found = merge_command._drift(before.split((100, 1, 199)), iter(after.split((100, 1, 199))))
+    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    change = (p - q).gather(1, p.argmax(-1)[:, None]).abs().max()
+    assert found["tokens"] == 300
+    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert found["largest"] == pytest.approx(float(change), rel=1e-5)
+    assert found["same"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    after[0, 0] = float("nan")
+    found = merge_command._drift([before], [after])
+    assert found["kl"] != found["kl"] and found["largest"] != found["largest"]
+
+
 def test_what_is_there_is_not_replaced(command, model, adapter, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
