@@ -4,6 +4,7 @@ Every training and every evaluation is a process of its own (`python -m peft_eng
 of one is not that of another, and a method that fails leaves the others alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,6 +26,7 @@ from peft_engine.train.settings import LoopSettings, RunSettings
 RESULT = "compare.json"
 ERROR = "peft-engine: error: "
 KEPT = ("trainable_parameters", "train_seconds", "peak_rss_bytes", "peak_gpu_bytes", "steps", "tokens")
+GRACE = 3.0  # seconds for a process that was interrupted to end by itself
 SCORES = ("accuracy", "exact_match", "token_f1", "perplexity")
 
 
@@ -198,8 +200,13 @@ def _check_output(settings: Comparison) -> None:
     (output / RESULT).unlink(missing_ok=True)
 
 
-def run_command(line: list[str], label: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """What a command prints with --json; its progress goes on as ours. Raises ChildError with its error."""
+def run_command(
+    line: list[str], label: str, say: Callable[[str], None], temporary: Path | None = None
+) -> dict[str, Any]:
+    """What a command prints with --json; its progress goes on as ours. Raises ChildError with its error.
+
+    temporary: the folder for its temporary files, for one that may be killed with all that it has there.
+    """
     package = str(Path(peft_engine.__file__).parents[1])
     path = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
     process = subprocess.Popen(
@@ -207,7 +214,8 @@ def run_command(line: list[str], label: str, say: Callable[[str], None]) -> dict
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        errors="surrogateescape",  # the bytes of a path that are no text
+        env={**os.environ, "PYTHONPATH": path} | ({"TMPDIR": str(temporary)} if temporary else {}),
     )
     errors: list[str] = []
 
@@ -219,16 +227,30 @@ def run_command(line: list[str], label: str, say: Callable[[str], None]) -> dict
                 say(f"  {label}: {text.rstrip()}")
 
     teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
     try:
+        teller.start()
         out = process.stdout.read() if process.stdout else ""
         code = process.wait()
     finally:
-        process.kill()
-        process.wait()
-        teller.join(timeout=5)
+        _end(process)
+        if teller.ident:
+            teller.join(timeout=5)
     if code < 0:
         raise ChildError(f"killed by signal {-code}" + ("; was there enough memory?" if code == -9 else ""))
     if code:
         raise ChildError(errors[-1] if errors else f"exit code {code}; its reason is above")
     return json.loads(out)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process that is left when we are interrupted, with time to take its temporary files away."""
+    for end in (
+        lambda: None,
+        process.terminate,
+        process.kill,
+    ):  # first: it may have had the Ctrl-C that we had
+        end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+            return
+    process.wait()

@@ -220,7 +220,7 @@ def _probe(
     spec["changes"] = [plain(lever.settings, lever.tokens) for lever in changes]
     file = work / "probe.json"
     file.write_text(json.dumps(spec, default=str))
-    return run_command(["probe", str(file)], "estimate", lambda line: None)
+    return run_command(["probe", str(file)], "estimate", lambda line: None, work)
 
 
 def _sum(exact: memory.Exact, depths: tuple[int, ...], found: list[dict[str, Any]]) -> dict[str, Any]:

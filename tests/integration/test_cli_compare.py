@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +111,42 @@ def test_the_error_of_a_process_is_its_own_line_and_its_progress_goes_on(tmp_pat
     with pytest.raises(ChildError, match="exit code 2"):
         run_command(["eval"], "base", told.append)
     assert any("--model" in line and line.startswith("  base: ") for line in told)
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Puts a script of sh in the place of Python for the processes that are started."""
+
+    def put(text: str) -> None:
+        file = tmp_path / "python"
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(file))
+
+    return put
+
+
+@pytest.mark.parametrize("trap", ["'echo gone >\"$TMPDIR/gone\"; exit 1'", "''"])
+def test_a_process_is_given_time_to_end_and_killed_when_it_does_not(script, monkeypatch, tmp_path, trap):
+    script(f"trap {trap} TERM\necho $$ >&2\nwhile :; do sleep 0.1; done")
+    monkeypatch.setattr("peft_engine.train.compare.GRACE", 0.5)
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_command(["train"], "lora", say, tmp_path)
+    assert not Path(f"/proc/{told[0].split()[-1]}").exists()
+    assert (tmp_path / "gone").exists() is (trap != "''")
+
+
+def test_a_path_that_is_no_text_is_told_as_it_is(script):
+    script("printf 'to out/\\374\\n' >&2\necho '{}'")
+    told: list[str] = []
+    assert run_command(["train"], "lora", told.append) == {}
+    assert told == ["  lora: to out/\udcfc"]
 
 
 @pytest.mark.parametrize(
