@@ -100,6 +100,9 @@ struct Seen {
   int64_t first, count;
 };
 
+// Where they may start: at the scalar level panels are narrower than the 16 to which keys are padded.
+constexpr int64_t kSeenUnit = kPanel < 16 ? 16 : kPanel;
+
 inline Seen seen_by(const PrefixAttentionArgs& x, int64_t b, int64_t t0, int64_t t1, int64_t origin, int64_t unit) {
   int64_t first = x.keys, last = 0;
   for (int64_t t = t0; t < t1; ++t) {
@@ -178,7 +181,7 @@ inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int
   pack_keys<T, T>(x.k, x.v, b, g, origin, end, n, x.head_dim, keys, scratch);
   for (int64_t i = row0; i < row1; i += kRowBlock) {
     const int64_t rows = row1 - i < kRowBlock ? row1 - i : kRowBlock;
-    seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, origin, kPanel);
+    seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, origin, kSeenUnit);
     for (int64_t r = 0; r < rows; ++r)
       read_row<T, T>(row_of<T>(x.q, b, g * group + (i + r) % group, (i + r) / group), x.head_dim, n.width,
                      query + r * n.row);

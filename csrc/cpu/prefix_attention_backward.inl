@@ -83,7 +83,7 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
                            const Sums& dkeys, const Block& s) {
   constexpr int W = Sizes<T>::W;
   const int64_t group = x.group(), even = (rows + W - 1) / W * W;
-  const Seen seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, origin, kPanel);
+  const Seen seen = seen_by(x, b, i / group, (i + rows - 1) / group + 1, origin, kSeenUnit);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = (i + r) / group, h = g * group + (i + r) % group;
     read_row<T, T>(row_of<T>(x.q, b, h, t), x.head_dim, n.width, s.query + r * n.row);

@@ -187,6 +187,21 @@ def test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient(isa):
         assert (lse[:, :, :2] == -torch.inf).all() and lse[:, :, 2:].isfinite().all(), nothing
 
 
+def test_nothing_is_read_behind_the_keys(isa):
+    """What an earlier call left in the scratch: NaN, which zero weights do not take away."""
+    nothing = torch.empty(1, 0, 64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # one scratch
+        left = [torch.full((1, 1, 64, 64), torch.nan) for _ in range(3)]
+        run((*left, nothing, nothing), left[0], window=64)
+        tensors = case(1, 1, 1, 64, 64, 0, 16)
+        results = run(tensors, tensors[0], window=20)
+    finally:
+        torch.set_num_threads(before)
+    assert all(t.isfinite().all() for t in results)
+
+
 def raw_lse(tensors, intervals, bias):
     q, k, v, pk, pv = tensors
     first, last = intervals or (None, None)
