@@ -344,8 +344,9 @@ def _base_sample(model: nn.Module) -> list[float] | None:
     if not isinstance(embedding, nn.Embedding) or embedding.weight.device.type == "meta":
         return None
     weight = sharded.whole(copies.base_of(embedding, "weight").detach())
-    rows = torch.linspace(0, min(weight.shape[0], 1024) - 1, 16).long()
-    columns = torch.linspace(0, weight.shape[1] - 1, 16).long()
+    sizes = min(weight.shape[0], 1024), weight.shape[1]
+    # In float32 whatever torch's default is: bfloat16 rounds 1023 to 1024.
+    rows, columns = (torch.linspace(0, n - 1, 16, dtype=torch.float32, device="cpu").long() for n in sizes)
     return weight[rows.to(weight.device)][:, columns.to(weight.device)].float().flatten().tolist()
 
 
@@ -354,7 +355,7 @@ def _check_base(model: nn.Module, ours: dict[str, Any], where: str) -> None:
     if then is None or now is None:
         return
     try:
-        a, b = torch.tensor(then, dtype=torch.float32), torch.tensor(now, dtype=torch.float32)
+        a, b = (torch.tensor(t, dtype=torch.float32, device="cpu") for t in (then, now))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: base_sample in the metadata is broken: {error}") from None
     # Half the mantissa of bfloat16: the same base loaded in any float dtype agrees, another one does not.

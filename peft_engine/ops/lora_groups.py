@@ -44,9 +44,10 @@ def sort_rows(adapters: Sequence[int], each: int, groups: int, device: torch.dev
         if adapter >= 0:
             places[adapter].append(i)
     with dispatch.outside_inference():
-        first = torch.tensor([i * each for group in places for i in group], dtype=torch.int64)
-        order = (first[:, None] + torch.arange(each)).reshape(-1)
-        sizes = torch.tensor([0, *(len(group) * each for group in places)])
+        entries = [i * each for group in places for i in group]
+        first = torch.tensor(entries, dtype=torch.int64, device="cpu")
+        order = (first[:, None] + torch.arange(each, device="cpu")).reshape(-1)
+        sizes = torch.tensor([0, *(len(group) * each for group in places)], device="cpu")
         return SortedRows(order.to(device), sizes.cumsum(0).to(device, torch.int32))
 
 

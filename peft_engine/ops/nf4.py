@@ -26,7 +26,8 @@ NESTED_BLOCKSIZE = 256
 SCALES = ("absmax", "nested_absmax", "offset")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The 16 quantiles of N(0, 1), scaled to [-1, 1] with an exact zero (QLoRA, appendix E).
+# The 16 quantiles of N(0, 1), scaled to [-1, 1] with an exact zero (QLoRA, appendix E). As every table
+# here, in float32 and on the CPU, whatever the caller has made torch's defaults.
 CODE_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -34,7 +35,7 @@ CODE_VALUES = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-CODE = torch.tensor(CODE_VALUES, dtype=torch.float32)
+CODE = torch.tensor(CODE_VALUES, dtype=torch.float32, device="cpu")
 
 
 def _absmax_code() -> torch.Tensor:
@@ -44,11 +45,11 @@ def _absmax_code() -> torch.Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2.0
         values += (10 ** (exponent - 6) * means).tolist()
         values += (-(10 ** (exponent - 6)) * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 ABSMAX_CODE = _absmax_code()
@@ -165,7 +166,7 @@ class NF4Tensor:
             }
             out[f"{prefix}.nested_absmax"] = self.nested_absmax
             out[f"{prefix}.nested_quant_map"] = ABSMAX_CODE.to(self.device, copy=True)
-        state = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+        state = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8, device="cpu")
         return out | {f"{prefix}.quant_state.bitsandbytes__nf4": state}
 
     @classmethod
@@ -183,8 +184,8 @@ class NF4Tensor:
             nested = "nested_blocksize" in state
             if nested and (size := state["nested_blocksize"]) != NESTED_BLOCKSIZE:
                 raise ValueError(f"nested_blocksize must be {NESTED_BLOCKSIZE}, got {size}")
-            offset = torch.tensor(state["nested_offset"], dtype=torch.float32) if nested else None
             packed, absmax = tensors[prefix], tensors[f"{prefix}.absmax"]
+            offset = packed.new_tensor(state["nested_offset"], dtype=torch.float32) if nested else None
             nested_absmax = tensors[f"{prefix}.nested_absmax"] if nested else None
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(
@@ -199,8 +200,8 @@ class NF4Tensor:
         if packed.dtype != torch.uint8:  # bitsandbytes' quant_storage: the same bytes seen as another dtype
             packed = packed.contiguous().view(torch.uint8)
         packed = packed.reshape(-1, 1).contiguous()
-        if offset is not None and nested_absmax is not None:
-            offset, nested_absmax = offset.to(packed.device), nested_absmax.float().contiguous()
+        if nested_absmax is not None:
+            nested_absmax = nested_absmax.float().contiguous()
         absmax = absmax.contiguous() if nested else absmax.float().contiguous()
         return cls(packed, absmax, nested_absmax, offset, shape, blocksize, dtype)
 
@@ -235,7 +236,7 @@ def nf4_quantize(weight: torch.Tensor, *, blocksize: int = 64, double_quant: boo
         raise ValueError("nf4_quantize: weight holds NaN or inf, which NF4 cannot; is the checkpoint whole?")
     nested_absmax = offset = None
     if double_quant:
-        offset = absmax.mean() if absmax.numel() else torch.zeros((), device=absmax.device)
+        offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
         absmax, nested_absmax = _quantize_absmax(absmax - offset)
     return NF4Tensor(packed, absmax, nested_absmax, offset, tuple(weight.shape), blocksize, weight.dtype)
 
@@ -299,11 +300,15 @@ def reference_dequantize(q: NF4Tensor, dtype: torch.dtype, out: torch.Tensor | N
 _CHUNK = 1 << 16
 
 
+def _room_for(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    n = weight.numel()
+    absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
+    return weight.new_empty(-(-n // 2), 1, dtype=torch.uint8), absmax
+
+
 def reference_quantize(flat: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed bytes (ceil(n / 2), 1) and float32 absmax (ceil(n / blocksize),) of a flat tensor."""
-    n = flat.numel()
-    packed = flat.new_empty(-(-n // 2), 1, dtype=torch.uint8)
-    absmax = flat.new_empty(-(-n // blocksize), dtype=torch.float32)
+    n, (packed, absmax) = flat.numel(), _room_for(flat, blocksize)
     for start in range(0, n, _CHUNK):
         bytes_, scales = _quantize_chunk(flat[start : start + _CHUNK].float(), blocksize)
         packed[start // 2 : start // 2 + bytes_.numel(), 0] = bytes_
@@ -343,7 +348,7 @@ _HALF_RANGE = (_ABSMAX_POINTS - 1) / 2
 @functools.cache
 def _absmax_points(device: torch.device) -> torch.Tensor:
     """The index into ABSMAX_CODE for each of the evenly spaced points, uint8."""
-    points = torch.arange(_ABSMAX_POINTS) / _HALF_RANGE - 1.0
+    points = torch.arange(_ABSMAX_POINTS, dtype=torch.float32, device="cpu") / _HALF_RANGE - 1.0
     return torch.bucketize(points, (ABSMAX_CODE[1:] + ABSMAX_CODE[:-1]) / 2).to(device, torch.uint8)
 
 
@@ -366,13 +371,7 @@ native.library.define(
 )
 
 
-@torch.library.register_fake("peft_engine::nf4_quantize")
-def _(weight: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    n = weight.numel()
-    return (
-        weight.new_empty((n + 1) // 2, 1, dtype=torch.uint8),
-        weight.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32),
-    )
+torch.library.register_fake("peft_engine::nf4_quantize", _room_for)
 
 
 @torch.library.register_fake("peft_engine::nf4_dequantize")

@@ -228,6 +228,18 @@ def test_an_adapter_for_another_base_is_named(llama, saved):
     assert load_adapter(llama(seed=5), saved, any_base=True) == "default"
 
 
+def test_the_base_is_known_whatever_torchs_default_dtype_is(llama, tmp_path):
+    """In bfloat16 the last row, 1023, would be 1024."""
+    model = shake(attach(llama(vocab_size=1024), LoraConfig(r=2)))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        saved = save_adapter(model, tmp_path / "adapter")
+    finally:
+        torch.set_default_dtype(before)
+    assert load_adapter(llama(vocab_size=1024), saved) == "default"
+
+
 @pytest.mark.parametrize("low", range(0, 256, 8))
 def test_a_header_of_any_length_is_read(tmp_path, low):
     """safetensors begin with the header's length, a multiple of 8; 0x80 is also a pickle's first byte."""

@@ -38,6 +38,8 @@ def test_rows_are_sorted_by_adapter_and_keep_their_order():
     rows = sort_rows((1, -1, 0, 1), 2, 3, CPU)
     assert rows.order.tolist() == [4, 5, 0, 1, 6, 7]
     assert rows.bounds.tolist() == [0, 2, 6, 6]
+    with torch.device("meta"):  # the caller's default is not where they go
+        assert sort_rows((1, -1, 0, 1), 3, 3, CPU).order.tolist() == [6, 7, 8, 0, 1, 2, 9, 10, 11]
     with pytest.raises(ValueError, match="there are 2 adapters, got number 2 for entry 1"):
         sort_rows((0, 2), 1, 2, CPU)
 

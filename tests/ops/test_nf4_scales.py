@@ -1,10 +1,12 @@
 """What an NF4Tensor asks of its scales, which kernels read as they lie."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
+from peft_engine.ops import nf4
 from peft_engine.ops.nf4 import NF4Tensor, nf4_quantize
 
 
@@ -25,3 +27,27 @@ def test_scales_that_kernels_would_misread_are_refused_and_those_of_files_are_me
     scale = "weight.nested_absmax" if double else "weight.absmax"
     stored[scale] = stored[scale].double()
     assert torch.equal(NF4Tensor.from_bnb_state_dict(stored).dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}]
+)
+def test_torch_defaults_of_the_moment_change_nothing(monkeypatch, defaults):
+    """As inside from_pretrained, which makes the model's dtype the default."""
+    w = torch.randn(64, 640)
+    want = nf4_quantize(w, double_quant=True)
+    stored = want.to_bnb_state_dict()
+    monkeypatch.setattr(nf4, "_absmax_points", functools.cache(nf4._absmax_points.__wrapped__))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(defaults.get("dtype", before))
+        with torch.device(defaults.get("device", "cpu")):
+            got = nf4_quantize(w, double_quant=True)
+            nothing = nf4_quantize(w[:0], double_quant=True)
+            again = NF4Tensor.from_bnb_state_dict(got.to_bnb_state_dict())
+            assert torch.equal(nf4._absmax_code(), nf4.ABSMAX_CODE)
+    finally:
+        torch.set_default_dtype(before)
+    assert nothing.offset.dtype == torch.float32 and nothing.offset.device.type == "cpu"
+    for q in (got, again):
+        assert all(torch.equal(t, stored[name]) for name, t in q.to_bnb_state_dict().items())
