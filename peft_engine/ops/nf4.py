@@ -256,9 +256,9 @@ def nf4_dequantize(
                 f"{tuple(out.shape)} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
             )
         if dtype is not None and dtype != out.dtype:
-            raise TypeError(
-                f"nf4_dequantize: out is {out.dtype} but dtype asks for {dtype}; give one of them"
-            )
+            raise TypeError(f"nf4_dequantize: out is {out.dtype} and dtype {dtype}; give one of them")
+        if out.requires_grad and torch.is_grad_enabled():
+            raise ValueError("nf4_dequantize: out asks for a gradient, and gets none here; give out.detach()")
         dtype = out.dtype
     dtype = dtype or q.dtype
     if dtype not in DTYPES:
@@ -266,6 +266,7 @@ def nf4_dequantize(
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
     DEQUANTIZE.choose(Nf4Call(q.device.type, dtype, q.blocksize)).run(q, out)
+    torch.autograd.graph.increment_version(out)  # autograd does not see what kernels write
     return out
 
 

@@ -380,6 +380,8 @@ def test_wrong_arguments_are_refused_by_name():
         nf4_dequantize(q, out=torch.empty(16, 4).t())
     with pytest.raises(TypeError, match="give one of them"):
         nf4_dequantize(q, out=torch.empty(4, 16), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="out asks for a gradient"):
+        nf4_dequantize(q, out=torch.empty(4, 16, requires_grad=True))
     with pytest.raises(TypeError, match="dtype must be"):
         nf4_dequantize(q, dtype=torch.float64)
 
@@ -389,6 +391,10 @@ def test_dequantise_writes_into_the_buffer_given_and_returns_it(backend):
     out = torch.full((4, 16), math.nan)
     assert nf4_dequantize(q, out=out) is out
     assert torch.equal(out.bfloat16(), q.dequantize())
+    product = torch.ones(16, requires_grad=True) * out
+    nf4_dequantize(q, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
     assert q.dequantize().dtype == torch.bfloat16 and q.dequantize(torch.float16).dtype == torch.float16
 
 
