@@ -315,7 +315,7 @@ def _attend(
             if k.shape[2] > queries > 1:  # a static cache before its first token: later slots are empty
                 k, v = k[:, :, :queries], v[:, :, :queries]
             return attention(q, k, v, scale=scale)
-        intervals = kept_intervals(mask)
+        intervals = kept_intervals(mask) if mask.shape[-1] == k.shape[2] else None
         if intervals is not None:
             return attention(q, k, v, intervals=intervals, scale=scale)
     causal = mask is None and queries > 1  # torch's, too, has the first query at the first key

@@ -19,7 +19,7 @@ from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
 class Intervals(NamedTuple):
-    """The keys each query sees, first <= key < last: two int32 tensors (B, Tq), contiguous."""
+    """The keys each query sees, first <= key < last: two int32 tensors (B or 1, Tq or 1), contiguous."""
 
     first: torch.Tensor
     last: torch.Tensor
@@ -60,7 +60,7 @@ def attention(
     if intervals is None:
         check_causal("attention", q, k.shape[2])
     else:
-        check_intervals("attention", intervals, q)
+        intervals = fit_intervals("attention", intervals, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3])).run(q, k, v, intervals, scale)
 
@@ -95,14 +95,20 @@ def check_causal(who: str, q: torch.Tensor, keys: int) -> None:
         )
 
 
-def check_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> None:
-    """Raises ValueError unless both ends are as the raw ops read them."""
+def fit_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> Intervals:
+    """Both ends as the raw ops read them: one row, or one query, that stands for all is written out.
+
+    Raises ValueError where they are not for q.
+    """
+    shape = q.shape[0], q.shape[2]
     for name, t in zip(("first", "last"), intervals, strict=True):
-        if t.shape != (q.shape[0], q.shape[2]) or t.dtype != torch.int32 or not t.is_contiguous():
+        fits = t.dim() == 2 and all(size in (1, n) for size, n in zip(t.shape, shape, strict=True))
+        if not fits or t.dtype != torch.int32 or not t.is_contiguous():
             raise ValueError(
                 f"{who}: intervals.{name} must be int32, contiguous, "
-                f"(batch, queries)=({q.shape[0]}, {q.shape[2]}), got {t.dtype} {tuple(t.shape)}"
+                f"(batch or 1, queries or 1)=({shape[0]}, {shape[1]}), got {t.dtype} {tuple(t.shape)}"
             )
+    return Intervals(*(t if t.shape == shape else t.expand(shape).contiguous() for t in intervals))
 
 
 def _is_readable(mask: torch.Tensor) -> bool:

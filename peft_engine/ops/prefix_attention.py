@@ -24,8 +24,8 @@ from peft_engine.ops.attention import (
     by_token,
     check_causal,
     check_heads,
-    check_intervals,
     dense,
+    fit_intervals,
     in_autocast,
     intervals_from_mask,
     mask_from_intervals,
@@ -155,7 +155,7 @@ def _structure(q, keys: int, is_causal, cu_seqlens, window, intervals) -> tuple[
                 "prefix_attention: intervals already say what each query sees; give them without is_causal, "
                 "cu_seqlens and window"
             )
-        check_intervals("prefix_attention", intervals, q)
+        intervals = fit_intervals("prefix_attention", intervals, q)
         _check_devices(q, **{"intervals.first": intervals.first, "intervals.last": intervals.last})
         return intervals, False
     if is_causal or window is not None:
@@ -215,8 +215,7 @@ def _masks(q, keys: int, is_causal: bool, attn_mask, position_bias, intervals):
             attn_mask = attn_mask & mask_from_intervals(q, keys, intervals)
         found = intervals_from_mask(attn_mask)
         if found is not None:
-            shape = q.shape[0], q.shape[2]
-            intervals = Intervals(*(t.expand(shape).contiguous() for t in found))
+            intervals = fit_intervals("prefix_attention", found, q)
             attn_mask = None
         else:
             nothing = torch.zeros((), dtype=q.dtype, device=q.device)

@@ -239,6 +239,18 @@ def test_a_mask_with_holes_is_obeyed():
     torch.testing.assert_close(got, want)
 
 
+def test_a_mask_for_all_rows_or_all_queries_is_spread_as_torch_spreads_it():
+    plain, fused = make(), make()
+    fuse(fused)
+    ids, causal = torch.randint(3, 61, (2, 12)), torch.ones(12, 12, dtype=torch.bool).tril()
+    padding = torch.ones(2, 1, 1, 12, dtype=torch.bool)
+    padding[0, ..., 9:] = False
+    for mask in (causal[None, None], padding, padding[:1], torch.ones(2, 1, 12, 1, dtype=torch.bool)):
+        with torch.no_grad():
+            want, got = (model(ids, attention_mask=mask).logits for model in (plain, fused))
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("without_gradient", [torch.no_grad, torch.inference_mode])
 def test_a_mask_changed_in_place_is_read_again(without_gradient):
     model = make()

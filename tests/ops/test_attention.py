@@ -167,6 +167,15 @@ def test_a_mask_of_intervals_is_recognised():
     assert intervals_from_mask(causal[None, None].float()) is None
 
 
+def test_one_interval_for_all_rows_or_all_queries_is_spread(backend):
+    q = heads(2, 2, 6, 8, torch.float32)
+    for rows, queries in ((1, 6), (2, 1), (1, 1)):
+        first, last = (torch.randint(low, low + 3, (rows, queries), dtype=torch.int32) for low in (0, 3))
+        spread = Intervals(*(t.expand(2, 6).contiguous() for t in (first, last)))
+        got, want = (attention(q, q, q, intervals=i) for i in (Intervals(first, last), spread))
+        assert torch.equal(got, want)
+
+
 def test_a_mask_is_not_read_while_a_graph_is_captured(monkeypatch):
     """What was kept of its values before is not used either: the graph may run with others."""
     q, k, v = (heads(1, 2, 6, 8, torch.float32) for _ in range(3))
