@@ -110,10 +110,11 @@ class _Frozen(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, by another product where that is faster and nothing but x asks for a gradient."""
+    """F.linear, by another product where that is faster and nothing but x asks for a gradient, backwards."""
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if learns or not plain or torch.compiler.is_compiling() or library(weight) == "torch":
+    forward_mode = dispatch.has_tangents(x, weight, bias)
+    if learns or forward_mode or not plain or torch.compiler.is_compiling() or library(weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Frozen.apply(x, weight, bias)

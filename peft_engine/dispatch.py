@@ -65,8 +65,8 @@ class Op:
         """The names of what was registered, the preferred first."""
         return tuple(entry.name for entry in self._entries)
 
-    def choose(self, call: Hashable) -> Choice:
-        """The first backend that does not refuse `call`.
+    def choose(self, call: Hashable, *tensors: Any) -> Choice:
+        """The first backend that does not refuse `call`, which is about to be made with `tensors`.
 
         Raises BackendError when `force_backend` or PEFT_ENGINE_BACKEND pins one that refuses.
         """
@@ -74,7 +74,7 @@ class Op:
         choice = self._cache.get(key)
         if choice is None:
             choice = self._cache[key] = self._choose(call)
-        if forward_ad._current_level >= 0 and choice.backend != "reference":  # kernels drop tangents
+        if forward_ad._current_level >= 0 and choice.backend != "reference" and has_tangents(*tensors):
             raise BackendError(
                 f"{self.name}: its kernels have no forward-mode derivatives (torch.func.jvp, dual tensors); "
                 'plain torch has: with peft_engine.force_backend("reference")'
@@ -112,6 +112,19 @@ def direct(x: torch.Tensor) -> bool:
     """Whether to pass a raw op by: on a GPU, where nothing traces, its dispatcher costs 20 us a call."""
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)
     return on_gpu(x) and plain and not torch.compiler.is_compiling()
+
+
+def has_tangents(*tensors: Any) -> bool:
+    """Whether forward-mode derivatives are taken of one of these, which kernels would drop."""
+    if forward_ad._current_level < 0:
+        return False
+    # The level is the process's: it is also set while another thread is in torch.func.jvp.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(
+        wrapped(t) or forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+        if isinstance(t, torch.Tensor)
+    )
 
 
 def is_captured(x: torch.Tensor) -> bool:

@@ -55,6 +55,14 @@ def test_product(by_onednn, shape, with_bias):
         assert_twice_as_good(dense.product(x.mT.contiguous().mT, weight, bias), plain, exact)
 
 
+def test_forward_mode_derivatives_are_torchs(by_onednn):
+    x, weight = torch.randn(3, 24), torch.randn(40, 24)
+    assert torch.func.jvp(lambda x: dense.linear(x, weight), (x,), (x,))[1].abs().max() > 0
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        assert torch.autograd.forward_ad.unpack_dual(dense.linear(dual, weight)).tangent is not None
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradient_is_that_of_x_alone(by_onednn, with_bias):
     x, weight = torch.randn(2, 7, 24, requires_grad=True), torch.randn(40, 24)

@@ -62,7 +62,8 @@ def attention(
     else:
         intervals = fit_intervals("attention", intervals, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3])).run(q, k, v, intervals, scale)
+    call = AttentionCall(q.device.type, q.dtype, q.shape[3])
+    return ATTENTION.choose(call, q, k, v).run(q, k, v, intervals, scale)
 
 
 def in_autocast(q: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -89,7 +89,8 @@ def bottleneck(
         down_weight.shape[0],
         norm is not None,
     )
-    run = BOTTLENECK.choose(call).run
+    tensors = (x, residual, down_weight, down_bias, up_weight, up_bias, *(norm or ()))
+    run = BOTTLENECK.choose(call, *tensors).run
     return run(x, residual, down_weight, down_bias, up_weight, up_bias, norm, activation, float(scaling))
 
 

@@ -81,7 +81,7 @@ def dora_linear(
             f"{tuple(norm.shape)} {norm.dtype} on {norm.device}; dora_norm makes it"
         )
     y = lora_linear(x if dropped is None else dropped, weight, lora_a, lora_b, scaling)
-    run = DORA_LINEAR.choose(DoraLinearCall(y.device.type, y.dtype)).run
+    run = DORA_LINEAR.choose(DoraLinearCall(y.device.type, y.dtype), y, magnitude, bias).run
     if dropped is None:
         return run(y, magnitude.float(), norm, bias)
     return lora_linear(x - dropped, weight, None, None, 1.0, bias=bias) + run(

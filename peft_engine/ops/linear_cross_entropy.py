@@ -53,7 +53,7 @@ def linear_cross_entropy(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, labels, bias, reduction)
-    run = LINEAR_CROSS_ENTROPY.choose(LinearCrossEntropyCall(x.device.type, x.dtype)).run
+    run = LINEAR_CROSS_ENTROPY.choose(LinearCrossEntropyCall(x.device.type, x.dtype), x, weight, bias).run
     return run(x, weight, labels, bias, ignore_index, reduction)
 
 

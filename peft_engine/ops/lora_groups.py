@@ -89,7 +89,9 @@ def lora_groups(
         weight.require_one_device("lora_groups")
     base = "nf4" if isinstance(weight, NF4Tensor) else weight.dtype
     call = LoraLinearCall(x.device.type, x.dtype, base, lora_a.dtype, k, rank)
-    return LORA_GROUPS.choose(call).run(x, weight, lora_a, lora_b, rows, bias)
+    return LORA_GROUPS.choose(call, x, weight, lora_a, lora_b, bias).run(
+        x, weight, lora_a, lora_b, rows, bias
+    )
 
 
 def reference(x, weight, lora_a, lora_b, rows, bias=None) -> torch.Tensor:

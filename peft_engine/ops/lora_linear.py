@@ -68,7 +68,7 @@ def lora_linear(
         x.shape[-1],
         0 if lora_a is None else lora_a.shape[0],
     )
-    run = LORA_LINEAR.choose(call).run
+    run = LORA_LINEAR.choose(call, x, weight, lora_a, lora_b, bias).run
     return run(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
 
 

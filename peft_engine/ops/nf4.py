@@ -230,7 +230,7 @@ def nf4_quantize(weight: torch.Tensor, *, blocksize: int = 64, double_quant: boo
         raise ValueError(f"nf4_quantize: blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     weight = weight.detach()
     flat = weight.reshape(-1)
-    run = QUANTIZE.choose(Nf4Call(weight.device.type, weight.dtype, blocksize)).run
+    run = QUANTIZE.choose(Nf4Call(weight.device.type, weight.dtype, blocksize), weight).run
     packed, absmax = run(flat, blocksize)
     if not absmax.is_meta and not absmax.isfinite().all():
         raise ValueError("nf4_quantize: weight holds NaN or inf, which NF4 cannot; is the checkpoint whole?")

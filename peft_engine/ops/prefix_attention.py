@@ -107,7 +107,7 @@ def prefix_attention(
     )
     first, last = (None, None) if intervals is None else intervals
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return PREFIX_ATTENTION.choose(call).run(*tensors, first, last, bias, is_causal, scale)
+    return PREFIX_ATTENTION.choose(call, *tensors, bias).run(*tensors, first, last, bias, is_causal, scale)
 
 
 # --- the door -----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def prompt_embedding(input_ids: torch.Tensor, embedding: torch.Tensor, prompt: t
     """
     _check(input_ids, embedding, prompt)
     call = PromptEmbeddingCall(input_ids.device.type, embedding.dtype, prompt.dtype)
-    return PROMPT_EMBEDDING.choose(call).run(input_ids, embedding, prompt)
+    return PROMPT_EMBEDDING.choose(call, embedding, prompt).run(input_ids, embedding, prompt)
 
 
 def _check(input_ids, embedding, prompt) -> None:

@@ -45,7 +45,8 @@ def rms_norm(
         )
     if x.device != weight.device:
         raise ValueError(f"rms_norm: x is on {x.device} and weight on {weight.device}; move one of them")
-    return RMS_NORM.choose(RmsNormCall(x.device.type, x.dtype, weight.dtype)).run(x, weight, eps, offset)
+    call = RmsNormCall(x.device.type, x.dtype, weight.dtype)
+    return RMS_NORM.choose(call, x, weight).run(x, weight, eps, offset)
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:

@@ -118,7 +118,7 @@ def rotary_by_token(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rotary without its checks, over (B, T, H, D): for the layers, whose shapes are their config's."""
-    return ROTARY.choose(RotaryCall(q.device.type, q.dtype)).run(q, k, cos, sin)
+    return ROTARY.choose(RotaryCall(q.device.type, q.dtype), q, k).run(q, k, cos, sin)
 
 
 def _kernels(q, k, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:

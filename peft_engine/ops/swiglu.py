@@ -43,7 +43,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, spare: tuple[int, int, int] 
         )
     if dtype not in DTYPES:
         raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {dtype}")
-    return SWIGLU.choose(SwigluCall(device.type, dtype)).run(gate, up, spare)
+    return SWIGLU.choose(SwigluCall(device.type, dtype), gate, up).run(gate, up, spare)
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor, spare: tuple[int, int, int] = NO_ROOM) -> torch.Tensor:

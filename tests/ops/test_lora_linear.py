@@ -380,5 +380,8 @@ def test_forward_mode_derivatives_are_refused_and_plain_torch_has_them(backend):
     if backend != "reference":
         with pytest.raises(dispatch.BackendError, match="lora_linear: its kernels have no forward-mode"):
             torch.func.jvp(y, (x,), (x,))
+    # A call without tangents goes through: the level that jvp opens is that of all threads.
+    beside = torch.func.jvp(lambda t: (t, lora_linear(x, weight, None, None, 1.0)), (x[0],), (x[0],))[0][1]
+    assert torch.equal(beside, y(x))
     with dispatch.force_backend("reference"):
         assert torch.equal(torch.func.jvp(y, (x,), (x,))[1], y(x))
