@@ -68,7 +68,7 @@ def library(weight: torch.Tensor) -> str:
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b, no gradient recorded: x (..., K), weight (N, K), bias (N,), of one dtype."""
     whose = library(weight)
-    if x.numel() == 0 or x.numel() < LEAST_ROWS[whose] * x.shape[-1]:
+    if 0 in (x.numel(), weight.numel()) or x.numel() < LEAST_ROWS[whose] * x.shape[-1]:
         whose = "torch"
     if bias is not None and whose != "torch":
         bias = bias.contiguous()  # neither asks how it lies
@@ -83,7 +83,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dy W, no gradient recorded: dy (..., N), weight (N, K), of one dtype."""
-    whose = library(weight) if dy.numel() else "torch"
+    whose = library(weight) if dy.numel() and weight.numel() else "torch"
     if whose == "oneDNN":
         return product(dy, weight.t())  # a view: oneDNN takes any strides
     if whose == "peft-engine":

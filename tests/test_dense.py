@@ -55,6 +55,14 @@ def test_product(by_onednn, shape, with_bias):
         assert_twice_as_good(dense.product(x.mT.contiguous().mT, weight, bias), plain, exact)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=str)
+def test_a_weight_without_rows_or_columns(by_us, shape):
+    weight = torch.randn(shape, dtype=torch.float16)
+    x, dy = (torch.randn(5, n, dtype=torch.float16) for n in reversed(shape))
+    assert torch.equal(dense.product(x, weight), x @ weight.t())
+    assert torch.equal(dense.product_back(dy, weight), dy @ weight)
+
+
 def test_forward_mode_derivatives_are_torchs(by_onednn):
     x, weight = torch.randn(3, 24), torch.randn(40, 24)
     assert torch.func.jvp(lambda x: dense.linear(x, weight), (x,), (x,))[1].abs().max() > 0

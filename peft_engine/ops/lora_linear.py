@@ -69,6 +69,8 @@ def lora_linear(
         0 if lora_a is None else lora_a.shape[0],
     )
     run = LORA_LINEAR.choose(call, x, weight, lora_a, lora_b, bias).run
+    if 0 in weight.shape:  # nothing to multiply: no kernel need know of it
+        run = reference
     return run(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed)
 
 
@@ -157,7 +159,7 @@ def reference(x, weight, lora_a, lora_b, scaling, bias=None, dropout_p=0.0, seed
         return y
     dropped = x.to(lora_a.dtype)
     if dropout_p > 0.0:
-        mask = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], dropout_p).view(x.shape)
+        mask = dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], dropout_p).view(x.shape)
         dropped = dropped * mask / (1.0 - dropout_p)
     return (y + F.linear(F.linear(dropped, lora_a), lora_b) * scaling).to(x.dtype)
 

@@ -143,6 +143,19 @@ def test_any_shape_and_magnitude(rows, k, n, rank, dtype, nf4, scale, p):
         case(rows, k, n, rank, dtype, nf4=nf4, scale=scale, p=p if rank else 0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 64), (24, 0), (0, 0)], ids=str)
+def test_a_weight_without_rows_or_columns(isa, shape, dtype):
+    n, k = shape
+    seed, bias = torch.tensor([3]), torch.randn(n).to(dtype)
+    for weight in (torch.randn(n, k).to(dtype), nf4_quantize(torch.randn(n, k).to(dtype))):
+        for rows in (1, 40):
+            x, a, b = (torch.randn(s).requires_grad_() for s in ((rows, k), (4, k), (n, 4)))
+            y = lora_linear(x.to(dtype), weight, a, b, 2.0, bias=bias, dropout_p=0.5, seed=seed)
+            assert torch.equal(y, bias.expand(rows, n))
+            assert not any(t.any() for t in torch.autograd.grad(y.sum(), (x, a, b)))
+
+
 @pytest.mark.parametrize("rows", (0, 3, 9))
 def test_leading_dimensions_are_kept_and_may_be_empty(backend, rows):
     x = torch.randn(2, rows, 64, requires_grad=True)
