@@ -53,6 +53,7 @@ def linear_cross_entropy(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, labels, bias, reduction)
+    labels = labels.long()  # before ignore_index is looked for: -100 in uint8 is 156
     run = LINEAR_CROSS_ENTROPY.choose(LinearCrossEntropyCall(x.device.type, x.dtype), x, weight, bias).run
     return run(x, weight, labels, bias, ignore_index, reduction)
 
@@ -91,7 +92,7 @@ def reference(x, weight, labels, bias=None, ignore_index=-100, reduction="mean")
     logits = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
     if logits.dtype != torch.float64:
         logits = logits.float()
-    loss = F.cross_entropy(logits, labels.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction)
+    loss = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
@@ -215,7 +216,7 @@ def _labelled(x, labels, ignore_index: int, vocabulary: int, scale, mean: bool) 
 def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need_db):
     """Loss of every row (labels' shape, 0 where ignored), dx, dW and db; see the schema above."""
     vocabulary, k = weight.shape
-    flat_x, flat_labels = x.reshape(labels.numel(), k), labels.reshape(-1).long()
+    flat_x, flat_labels = x.reshape(labels.numel(), k), labels.reshape(-1)
     loss = x.new_zeros(flat_labels.numel(), dtype=torch.float32)
     dx = x.new_zeros(flat_x.shape if need_dx else (0,))
     dw = weight.new_zeros(weight.shape if need_dw else (0,))

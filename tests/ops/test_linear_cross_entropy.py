@@ -162,6 +162,16 @@ def test_without_labels_mean_is_nan_sum_is_zero_and_gradients_are_zero(backend):
     assert not linear_cross_entropy(x, weight, labels, reduction="none").any()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_any_integers_are_compared_as_numbers(backend, dtype):
+    """In uint8 -100 is 156, and 300 is 44."""
+    x, weight, _, _ = problem(6, 200, 8, torch.float32)
+    labels = torch.tensor([44, 100, 44, 3, 120 if dtype == torch.int8 else 156, 9])
+    for ignored in (-100, 300):
+        want = linear_cross_entropy(x, weight, labels, ignore_index=ignored)
+        assert torch.equal(linear_cross_entropy(x, weight, labels.to(dtype), ignore_index=ignored), want)
+
+
 def test_no_rows_at_all(backend):
     x, labels = torch.empty(2, 0, 4, requires_grad=True), torch.empty(2, 0, dtype=torch.long)
     assert linear_cross_entropy(x, torch.ones(3, 4), labels).isnan()
