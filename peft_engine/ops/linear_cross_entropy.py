@@ -327,7 +327,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         elif need_dw or need_db:
             dw, db = dw * grad, db * grad
-        if need_dx:  # not with *, which would make a float32 copy of a half-precision dx first
+        # By one number * makes no copy; by a row of float32, and on the CPU even into out=, it makes one of a
+        # half-precision dx in float32 first.
+        if need_dx and grad.dim() == 0 and not dispatch.on_gpu(dx):
+            dx = dx * grad
+        elif need_dx:
             dx = torch.mul(dx, by_row[..., None], out=torch.empty_like(dx))
         return (
             dx if need_dx else None,

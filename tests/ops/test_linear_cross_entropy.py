@@ -274,6 +274,19 @@ def test_only_a_gradient_of_the_size_of_x_is_kept_for_the_backward():
     assert sorted(t.numel() for t in kept) == [0, 0, 64, 64 * 8]
 
 
+@needs_cpu
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_allocates_its_result_alone(dtype, reduction):
+    """And no copies in float32 of a half-precision gradient."""
+    x, weight, labels, _ = problem(512, 50, 64, dtype)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, labels, reduction=reduction)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(loss, x)
+    asked = (event.self_cpu_memory_usage for event in profile.events())
+    assert sum(n for n in asked if n > 0) < x.nbytes + 4096
+
+
 # --- around it -------------------------------------------------------------------------------------------
 
 
