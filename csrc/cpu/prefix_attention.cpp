@@ -153,14 +153,16 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v
   return {out, lse};
 }
 
+// Of out and lse, which the GPU's kernels read, nothing is needed here.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor out, Tensor lse,
-    std::optional<Tensor> first, std::optional<Tensor> last, std::optional<Tensor> bias, bool causal, double scale) {
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, std::optional<Tensor>,
+    std::optional<Tensor>, std::optional<Tensor> first, std::optional<Tensor> last, std::optional<Tensor> bias,
+    bool causal, double scale) {
   Tensor dq = by_token(q), dk = by_token(k), dv = by_token(v);
   const auto empty_like = [](const Tensor& t) { return pe::like(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
   Tensor dprefix_k = empty_like(prefix_k), dprefix_v = empty_like(prefix_v);
   PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale);
-  x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr()), x.dout = heads4(dout);
+  x.dout = heads4(dout);
   x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
   x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);
   if (x.prefix == 0) {
@@ -183,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
       (x, b0, std::min(x.batch, b0 + each), i % x.kv_heads, sums + i * area, scratch(x));
     }
   });
-  if (x.shared && x.prefix > 0)
+  if (x.shared)
     torch::stable::parallel_for(0, x.kv_heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) PE_CALL(prefix_attention_write_prefix)
       (x, g, sums + g * area, chunks, x.kv_heads * area, reinterpret_cast<float*>(scratch(x)));

@@ -5,8 +5,8 @@
 
 Intervals are what decoders use: causal, documents packed in a row, left or right padding, sliding windows, a
 cache. A query whose interval is empty gives zeros. It is prefix_attention without a prefix, and runs by that
-op's kernels. Saved for the backward: q, k, v, out and the log-sum-exp of S; blocks of S are computed again.
-S and P are never held as a whole, and keys that no query of a block sees cost nothing.
+op's kernels. Saved for the backward: q, k, v, on a GPU also out and the log-sum-exp of S; blocks of S are
+computed again. S and P are never held as a whole, and keys that no query of a block sees cost nothing.
 """
 
 from typing import NamedTuple

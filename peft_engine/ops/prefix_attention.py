@@ -8,7 +8,7 @@
 q (B, Hq, T, D), K and V (B, Hkv, S, D), P_k and P_v (Hkv, P, D). Every query sees the whole prefix; of the
 real keys it sees one interval (causal, packed documents, padding, a sliding window), less what bias makes
 -inf. The prefix is read from its one copy: nothing is concatenated, nothing expanded. Saved for the backward:
-q, k, v, the prefix, out and lse (B, Hq, T).
+q, k, v and the prefix; on a GPU also out and lse (B, Hq, T).
 """
 
 import itertools
@@ -281,7 +281,7 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
 _MASKS = "Tensor? first, Tensor? last, Tensor? bias, bool causal, float scale"
 native.library.define(f"prefix_attention_forward({_INPUTS}, {_MASKS}) -> (Tensor, Tensor)")
 native.library.define(
-    f"prefix_attention_backward(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_MASKS})"
+    f"prefix_attention_backward(Tensor dout, {_INPUTS}, Tensor? out, Tensor? lse, {_MASKS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -327,7 +327,8 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
         run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward
         out, lse = run(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale)
-        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, out, lse, first, last, bias)
+        results = (out, lse) if dispatch.on_gpu(q) else (None, None)  # the CPU's backward reads neither
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *results, first, last, bias)
         ctx.settings = causal, scale
         return out
 

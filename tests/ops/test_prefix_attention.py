@@ -285,6 +285,14 @@ def test_memory_beside_the_results_does_not_grow_with_the_batch(isa):
     assert allocated(32) <= allocated(1) + 4096
 
 
+def test_the_backward_keeps_its_inputs_alone(isa):
+    """Not out: with adapters on q and v only, nothing else would keep it."""
+    tensors, kept = case(2, 4, 2, 9, 9, 3, 8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        prefix_attention(*(t.detach().requires_grad_() for t in tensors), is_causal=True)
+    assert {t.untyped_storage().data_ptr() for t in kept} == {t.data_ptr() for t in tensors}
+
+
 def test_gradient_of_the_reference_is_exact():
     for prefix, own in ((2, False), (2, True), (0, False)):
         tensors = [t.double().requires_grad_() for t in case(2, 2, 1, 4, 4, prefix, 3, own=own)]
