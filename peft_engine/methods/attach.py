@@ -212,6 +212,7 @@ def install(
 def activate(model: nn.Module, which: Which) -> None:
     """Switches the adapters; those named become trainable, and none is frozen (see `active`)."""
     adapters = attached(model)
+    model.peft_engine_active = which  # type: ignore[assignment]
     for slot in {method.SLOT: method for method in METHODS}.values():
         mine = {name for name, config in adapters.items() if method_of(config).SLOT == slot.SLOT}
         slot.activate(model, _project(which, mine))
@@ -223,7 +224,6 @@ def activate(model: nn.Module, which: Which) -> None:
         for place, leaf in walks.kept(model, ("homes", name), lambda name=name: _homes(model, name)):  # type: ignore[misc]
             if not place[leaf].requires_grad:
                 place[leaf].requires_grad_()
-    model.peft_engine_active = which  # type: ignore[assignment]
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, torch.Tensor]:

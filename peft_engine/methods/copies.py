@@ -8,13 +8,15 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from peft_engine import dispatch
 from peft_engine.methods.walks import kept
+
+Name = TypeVar("Name")
 
 OURS = "peft_engine_"  # how the names of the children begin that hold what a method adds
 CHILD = f"{OURS}copies"
@@ -246,7 +248,7 @@ def back_in_order(parts: Sequence[torch.Tensor], groups: Iterable[Sequence[int]]
     return torch.cat(list(parts)).index_select(0, rows_at(places, parts[0].device))
 
 
-def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | None, list[int]]:
+def row_groups(names: Sequence[Name], rows: int, who: str) -> dict[Name, list[int]]:
     """The rows of each adapter when each of `names` stands for rows / len(names) rows in turn."""
     only = _here.only
     if only is not None:
@@ -257,7 +259,7 @@ def row_groups(names: Sequence[str | None], rows: int, who: str) -> dict[str | N
             f"{rows} rows; give one name per row, or one name for all"
         )
     each = rows // len(names)
-    groups: dict[str | None, list[int]] = {}
+    groups: dict[Name, list[int]] = {}
     for i, name in enumerate(names):
         groups.setdefault(name, []).extend(range(i * each, (i + 1) * each))
     return groups

@@ -88,6 +88,8 @@ class PrefixPlan:
 class PrefixEncoder(nn.Module):
     """The prefix of one stack: a table of keys and values, or the MLP that makes it."""
 
+    runs_the_stack = False
+
     def __init__(self, config: PrefixTuningConfig, stack: Stack, folded: bool):
         super().__init__()
         self.positions = config.num_virtual_tokens
@@ -120,7 +122,7 @@ class PrefixEncoder(nn.Module):
         return weight if self.transform is None else self.transform(weight)
 
     def keys_and_values(
-        self, stack: nn.Module, tokens: Any, name: str
+        self, stack: nn.Module, tokens: Any, row: int | None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each attention layer its keys and values, (kv_heads, P, head_dim) each."""
         first, rows = self.sites[0], self.positions
@@ -224,7 +226,7 @@ def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> N
         module: Any = model.get_submodule(stack.path)
         tokens = module._modules[virtual_tokens.CHILD]
         crossed: dict[str, Any] = {} if hidden is None else {"encoder_hidden_states": hidden}
-        with virtual_tokens.own_pass(module, tokens, name) as lives:
+        with virtual_tokens.own_pass(module, tokens, None) as lives:
             out = module(input_ids=ids[None], use_cache=False, **crossed)
             rows = [t[0].transpose(0, 1).flatten(1).float() for live in lives for t in live.caught]  # type: ignore[union-attr]
         tokens.encoders[name].embedding.weight.copy_(torch.cat(rows, dim=1))

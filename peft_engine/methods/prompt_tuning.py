@@ -84,16 +84,21 @@ class PromptEncoder(nn.Module):
         return self.causal
 
     @property
+    def runs_the_stack(self) -> bool:
+        """Whether they come from the stack itself, and from what is stacked there."""
+        return self.causal
+
+    @property
     def positions(self) -> int:
         """How far real tokens move in a stack whose inputs keep their length."""
         return self.length if self.causal else 0
 
-    def keys_and_values(self, stack: Any, tokens: Any, name: str) -> list[tuple]:
+    def keys_and_values(self, stack: Any, tokens: Any, row: int | None) -> list[tuple]:
         """For each attention layer the keys and values of the prompt, from its own pass through the stack."""
         if not self.causal:
             return [()] * len(tokens.lives)
         dtype = stack.get_input_embeddings().weight.dtype
-        with virtual_tokens.own_pass(stack, tokens, name) as lives:
+        with virtual_tokens.own_pass(stack, tokens, row) as lives:
             # A copy: some models scale their embeddings in place.
             out = stack(inputs_embeds=self.embedding.weight[None].to(dtype, copy=True), use_cache=False)
             # A decoder's attention to an encoder does not run where there is none.
@@ -129,13 +134,13 @@ class PromptReader(nn.Module):
     """In the decoder of an encoder-decoder: the mask of the encoder's output, which is P longer."""
 
     positions = 0
-    makes_a_graph = False
+    makes_a_graph = runs_the_stack = False
 
     def __init__(self, length: int):
         super().__init__()
         self.length = length
 
-    def keys_and_values(self, stack: Any, tokens: Any, name: str) -> list[tuple]:
+    def keys_and_values(self, stack: Any, tokens: Any, row: int | None) -> list[tuple]:
         """None: the decoder sees the prompt in the encoder's output."""
         return [()] * len(tokens.lives)
 

@@ -34,8 +34,9 @@ class VirtualTokens(nn.Module):
         self.encoders = nn.ModuleDict()
         self.lives = lives
         self.active: str | tuple[str | None, ...] | None = None
-        self.causal = stack.causal
-        self.cross = [site.cross for site in stack.sites]
+        self.entries: tuple[
+            str | None, ...
+        ] = ()  # of a mixed batch: the rows' names, with all that is stacked
         self.embeddings = stack.embeddings
         self.limit = stack.limit
         self.arguments = parameters_of(module)
@@ -116,6 +117,7 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
     names = which if isinstance(which, tuple) else (which,)
     for tokens in held:
         tokens.active, tokens.kept = which, None
+        tokens.entries = model.peft_engine_active if isinstance(which, tuple) else ()
         own = any(name in tokens.encoders for name in names if name is not None)
         for live in tokens.lives:
             live.parts, live.waiting = [], own
@@ -227,16 +229,22 @@ class _Labels:
 def _fill(module: Any, tokens: VirtualTokens, rows: int, decoding: bool) -> tuple[dict, dict]:
     """Leaves this forward's keys and values at the layers.
 
-    Returns how many tokens each adapter has, and the rows it has (None: all), by name.
+    Returns how many tokens each group of rows has, and the rows (None: all). A group is rows of one adapter,
+    of a prompt those with the same stacked on it: its own pass runs through that.
     """
     active = tokens.active
-    groups: dict[Any, list[int] | None] = {active: None}  # type: ignore[dict-item]
+    groups: dict[Any, list[int] | None] = {(active, None): None}
+    order: list[Any] = []
     if isinstance(active, tuple):
-        groups = dict(copies.row_groups(active, rows, "active"))
+        split = {name for name, encoder in tokens.encoders.items() if encoder.runs_the_stack}
+        entries = zip(active, tokens.entries, strict=True)
+        order = [(name, entry if name in split else None) for name, entry in entries]
+        groups = dict(copies.row_groups(order, rows, "active"))
         if len(groups) == 1:
             groups = dict.fromkeys(groups)
     found = {}
-    for name in groups:
+    for group in groups:
+        name = group[0]
         if name not in tokens.encoders:
             continue
         encoder: Any = tokens.encoders[name]
@@ -248,15 +256,16 @@ def _fill(module: Any, tokens: VirtualTokens, rows: int, decoding: bool) -> tupl
             )
         # what was made in inference mode has no version, and cannot change outside it
         versions = ((id(p), 0 if p.is_inference() else p._version) for p in encoder.parameters())
-        key = (name, *versions)
+        key = (group, *versions)
         kept = tokens.kept.get(key) if decoding and tokens.kept else None
-        found[key] = kept or encoder.keys_and_values(module, tokens, name)
+        row = order.index(group) if order else None
+        found[key] = kept or encoder.keys_and_values(module, tokens, row)
     tokens.kept = None if torch.is_grad_enabled() else found
     for i, live in enumerate(tokens.lives):
         live.parts = [(groups[key[0]], *kv[i]) for key, kv in found.items() if kv[i]]
         live.waiting = False
-    count = {key[0]: tokens.encoders[key[0]].positions for key in found}
-    return {name: count.get(name, 0) for name in groups}, groups
+    count = {key[0]: tokens.encoders[key[0][0]].positions for key in found}
+    return {group: count.get(group, 0) for group in groups}, groups
 
 
 def _checkpoints_twice(module: nn.Module) -> bool:
@@ -274,8 +283,8 @@ def _shift(lengths: dict, groups: dict, rows: int, device: torch.device) -> Any:
     if len(groups) == 1:
         return next(iter(lengths.values()))
     each = torch.zeros(rows, 1, dtype=torch.long)
-    for name, group in groups.items():
-        each[group] = lengths[name]
+    for group, mine in groups.items():
+        each[mine] = lengths[group]
     return each.to(device)
 
 
@@ -302,9 +311,11 @@ def _check_implementation(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[list[Live]]:
-    """While it lasts, the stack runs as the base, with what is stacked on `name`, and its keys are kept."""
-    alone = tokens.active.index(name) if isinstance(tokens.active, tuple) else None
+def own_pass(module: nn.Module, tokens: VirtualTokens, row: int | None) -> Iterator[list[Live]]:
+    """While it lasts, the stack runs as the base with what is stacked on it, and its keys are kept.
+
+    row: of a mixed batch, whose entry is stacked.
+    """
     layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
     here = thread()  # others may be in the middle of a forward
     for layer in layers:  # keys caught inside a checkpoint would be made again in backward, elsewhere
@@ -312,7 +323,7 @@ def own_pass(module: nn.Module, tokens: VirtualTokens, name: str) -> Iterator[li
     for live in tokens.lives:
         live.passes[here] = None
     try:
-        with copies.only_row(alone):
+        with copies.only_row(row):
             yield tokens.lives
     finally:
         for layer in layers:

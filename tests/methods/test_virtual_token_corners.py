@@ -132,6 +132,29 @@ def test_a_first_token_alone_sees_what_changed_since_the_last_generation(changed
     torch.testing.assert_close(now, model(input_ids=one).logits[:, -1])
 
 
+OTHERS = {
+    "lora": pe.LoraConfig(r=4, init_lora_weights=False),
+    "houlsby": pe.BottleneckConfig.houlsby(),
+    "pfeiffer": pe.BottleneckConfig.pfeiffer(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", OTHERS)
+def test_rows_that_share_a_prompt_and_stack_other_adapters_each_have_their_own(other):
+    model = adapted("prompt", "p")
+    shake(pe.attach(model, OTHERS[other], "other"), "other")
+    ids = families.inputs("llama", rows=3)["input_ids"]
+    alone = {}
+    for name in ("p", "other+p"):
+        pe.active(model, name)
+        alone[name] = model(ids).logits
+    for names in (["other+p", "p", "other+p"], ["p", "other+p", "p"]):
+        pe.active(model, names)
+        logits = model(ids).logits
+        assert all(torch.equal(logits[row], alone[name][row]) for row, name in enumerate(names))
+
+
 @pytest.mark.parametrize(("kind", "settings"), [("prompt", {}), ("prefix", {"prefix_projection": True})])
 def test_keys_from_a_graph_refuse_the_older_checkpointing(kind, settings):
     model = adapted(kind, **settings).train()
