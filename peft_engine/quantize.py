@@ -33,9 +33,11 @@ def quantize_(
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
     ("down_proj"); it takes the place of the default, the output head (a classifier: its last layer). A tied
-    weight stays dense always, and so does what transformers keeps in float32 (T5's wo).
-    Raises ValueError before anything is changed: for a model with adapters or another quantisation, for
-    linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches nothing.
+    weight stays dense always, and so do what transformers keeps in float32 (T5's wo) and what an adapter
+    trains in a copy (modules_to_save). Other adapters than LoRA may be there already.
+    Raises ValueError before anything is changed: for layers with LoRA, for a model with another quantisation,
+    for linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches
+    nothing.
     """
     _check_blocksize("quantize_", blocksize)
     sharded.refuse(model, "quantize_")
@@ -189,12 +191,16 @@ def _output_head(model: torch.nn.Module) -> list[str]:
         return []
     head = get()
     if head is None:
-        return [[name for name, _ in model.named_parameters()][-1].rpartition(".")[0]]
+        own = [name for name, _ in model.named_parameters() if not copies.is_ours(name)]
+        return [own[-1].rpartition(".")[0]]
     return [name for name, module in model.named_modules() if module is head]
 
 
 def _tied_weights(model: torch.nn.Module) -> set[str]:
-    """Names of parameters that are one with another: by transformers' list, or by being one object."""
+    """Names of parameters that are one with another: by transformers' list, or by being one object.
+
+    One that an adapter has a copy of is among them: the base's, or the copy, is held beside the module too.
+    """
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     owners = Counter(
         id(parameter)

@@ -63,7 +63,8 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
     if not adapters:
         trainable = base.peft_engine_trainable
         for path, parameter in base.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(path in trainable)  # type: ignore[operator]
+            # quantize_ may have packed it since, and packed bytes take no gradient
+            parameter.requires_grad_(path in trainable and parameter.is_floating_point())  # type: ignore[operator]
         for attribute in ("peft_engine_adapters", "peft_engine_active", "peft_engine_trainable"):
             delattr(base, attribute)
     elif not set(_names(now)) & set(names):

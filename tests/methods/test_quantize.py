@@ -2,11 +2,13 @@
 
 import math
 
+import families
 import pytest
 import torch
 import transformers
-from quantized_cases import IDS, linear_names, nf4_names
+from quantized_cases import IDS, assert_same_model, linear_names, nf4_names
 
+import peft_engine as pe
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.nf4 import BLOCKSIZES, nf4_quantize
 from peft_engine.quantize import quantize_
@@ -44,6 +46,13 @@ def test_the_head_of_a_classifier_stays_dense(tiny_llama):
     model = transformers.LlamaForSequenceClassification(tiny_llama().config)
     quantize_(model)
     assert linear_names(model) - nf4_names(model) == {"score"}
+
+
+def test_the_last_layer_stays_dense_behind_virtual_tokens():
+    model = families.build("bert").bert
+    pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=2))
+    quantize_(model)
+    assert type(model.pooler.dense) is torch.nn.Linear and "encoder.layer.1.output.dense" in nf4_names(model)
 
 
 def test_a_tied_head_stays_dense_even_when_nothing_is_skipped(tiny_llama):
@@ -114,6 +123,28 @@ def test_a_model_with_adapters_or_bitsandbytes_layers_is_refused(bnb, tiny_llama
         quantize_(adapted)
     with pytest.raises(ValueError, match=r"0 is bitsandbytes' Linear4bit, quantised already"):
         quantize_(torch.nn.Sequential(bnb.nn.Linear4bit(4, 4), torch.nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    "config", [pe.PrefixTuningConfig(num_virtual_tokens=2), pe.BottleneckConfig.houlsby(width=4)]
+)
+def test_under_an_adapter_that_leaves_the_layers_alone_the_base_is_quantised(config):
+    model = pe.attach(families.build("llama"), config)
+    quantize_(model)
+    assert model(IDS).logits.isfinite().all()
+    pe.detach(model)
+    assert_same_model(model, quantize_(families.build("llama")))
+    assert model.lm_head.weight.requires_grad and not model.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+def test_what_an_adapter_trains_in_a_copy_stays_dense():
+    config = pe.PrefixTuningConfig(num_virtual_tokens=2, modules_to_save=["up_proj"])
+    for active in ("default", None):
+        model = pe.attach(families.build("llama"), config)
+        pe.active(model, active)
+        quantize_(model)
+        pe.detach(model)
+        assert_same_model(model, quantize_(families.build("llama"), skip_modules=["up_proj", "lm_head"]))
 
 
 @pytest.mark.peers
