@@ -65,8 +65,7 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
         for path, parameter in base.named_parameters(remove_duplicate=False):
             # quantize_ may have packed it since, and packed bytes take no gradient
             parameter.requires_grad_(path in trainable and parameter.is_floating_point())  # type: ignore[operator]
-        for attribute in ("peft_engine_adapters", "peft_engine_active", "peft_engine_trainable"):
-            delattr(base, attribute)
+        _forget_all(base)
     elif not set(_names(now)) & set(names):
         activate(base, now)
     return model
@@ -193,18 +192,36 @@ def install(
     plan: Any,
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Adds the adapter of a plan and makes it active; `values` by its method's paths, None: fresh ones."""
-    if not attached(model):
+    """Adds the adapter of a plan and makes it active; `values` by its method's paths, None: fresh ones.
+
+    What it raises (no tokenizer, no memory, a forward that fails) leaves the model as it was.
+    """
+    first = not attached(model)
+    if first:
         floats = (p for p in model.named_parameters(remove_duplicate=False) if p[1].requires_grad)
         model.peft_engine_trainable = frozenset(path for path, _ in floats)  # type: ignore[assignment]
         model.peft_engine_adapters = {}  # type: ignore[assignment]
         model.peft_engine_active = None  # type: ignore[assignment]
+    before: Which = model.peft_engine_active  # type: ignore[assignment]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     activate(model, None)
     walks.forget(model)
     model.requires_grad_(False)
-    method_of(config, "attach").install(model, config, name, plan, values)
-    given = None if values is None else {path: values[path] for path in plan.copied}
-    copies.put(model, name, plan.copied, given)
+    method = method_of(config, "attach")
+    try:
+        method.install(model, config, name, plan, values)
+        given = None if values is None else {path: values[path] for path in plan.copied}
+        copies.put(model, name, plan.copied, given)
+    except BaseException:
+        method.remove(model, name)
+        copies.take(model, name)
+        walks.forget(model)
+        for parameter in trained:
+            parameter.requires_grad_()
+        activate(model, before)
+        if first:
+            _forget_all(model)
+        raise
     attached(model)[name] = config
     walks.forget(model)  # what was kept while the adapter was being put there
     activate(model, name)
@@ -238,6 +255,13 @@ def _homes(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
 
 
 # --- parts --------------------------------------------------------------------------------------------------
+
+
+def _forget_all(model: nn.Module) -> None:
+    """Takes off what a model with adapters says of them, when the last has gone."""
+    for attribute in ("peft_engine_adapters", "peft_engine_active", "peft_engine_trainable"):
+        delattr(model, attribute)
+    walks.forget(model)
 
 
 def _names(which: Which) -> tuple[str, ...]:

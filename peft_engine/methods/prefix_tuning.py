@@ -219,20 +219,23 @@ def _encoders(model: nn.Module, name: str) -> dict[str, PrefixEncoder]:
 def _start_from(model: Any, name: str, plan: PrefixPlan, ids: torch.Tensor) -> None:
     """Sets the tables to the keys and values that the base has for the tokens `ids`."""
     hidden = None
-    mode = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     virtual_tokens.activate(model, name)  # the layers leave their keys only under our attention
-    for stack in plan.stacks:
-        module: Any = model.get_submodule(stack.path)
-        tokens = module._modules[virtual_tokens.CHILD]
-        crossed: dict[str, Any] = {} if hidden is None else {"encoder_hidden_states": hidden}
-        with virtual_tokens.own_pass(module, tokens, None) as lives:
-            out = module(input_ids=ids[None], use_cache=False, **crossed)
-            rows = [t[0].transpose(0, 1).flatten(1).float() for live in lives for t in live.caught]  # type: ignore[union-attr]
-        tokens.encoders[name].embedding.weight.copy_(torch.cat(rows, dim=1))
-        hidden = out[0]
-    virtual_tokens.activate(model, None)
-    model.train(mode)
+    try:
+        for stack in plan.stacks:
+            module: Any = model.get_submodule(stack.path)
+            tokens = module._modules[virtual_tokens.CHILD]
+            crossed: dict[str, Any] = {} if hidden is None else {"encoder_hidden_states": hidden}
+            with virtual_tokens.own_pass(module, tokens, None) as lives:
+                out = module(input_ids=ids[None], use_cache=False, **crossed)
+                rows = [t[0].transpose(0, 1).flatten(1).float() for live in lives for t in live.caught]  # type: ignore[union-attr]
+            tokens.encoders[name].embedding.weight.copy_(torch.cat(rows, dim=1))
+            hidden = out[0]
+    finally:
+        virtual_tokens.activate(model, None)
+        for module in training:
+            module.training = True
 
 
 # --- PEFT's file --------------------------------------------------------------------------------------------

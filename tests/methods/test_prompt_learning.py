@@ -208,6 +208,42 @@ def test_a_text_that_cannot_be_a_start_is_refused(tokenizer):
         attach("w150")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", (False, True), ids=("alone", "beside"))
+def test_an_attach_that_fails_midway_leaves_the_model_as_it_was(kind, before, monkeypatch):
+    model = families.build("llama").train()
+    model.model.layers[0].eval()
+    if before:
+        shake(
+            pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=3, modules_to_save=["norm"]), "a"), "a"
+        )
+
+    def state():
+        flags = {path: (id(p), p.requires_grad) for path, p in model.named_parameters()}
+        modules = {path: (type(m), m.training, set(m.__dict__)) for path, m in model.named_modules()}
+        return flags, modules, model.config._attn_implementation
+
+    then = state()
+    init = f"{'prefix_init' if kind == 'prefix' else 'prompt_tuning_init'}"
+    with pytest.raises(OSError, match="nowhere"):
+        text = {init: "TEXT", f"{init}_text": "w1", "tokenizer_name_or_path": "./nowhere"}
+        pe.attach(model, KINDS[kind](num_virtual_tokens=P, **text), "b")
+    assert state() == then
+    if kind == "prefix":
+        monkeypatch.setattr(model.model.norm, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pe.attach(model, KINDS[kind](num_virtual_tokens=P, **{init: "SAMPLE_VOCAB"}), "b")
+        monkeypatch.undo()
+        assert state() == then
+
+
+def test_a_start_from_vocabulary_leaves_the_modes_of_the_layers():
+    model = families.build("llama").train()
+    model.model.layers[0].eval()
+    pe.attach(model, config("prefix", "llama", prefix_init="SAMPLE_VOCAB"))
+    assert model.training and model.model.layers[1].mlp.training and not model.model.layers[0].mlp.training
+
+
 BAD = [
     ("prefix", {"num_virtual_tokens": 0}, "num_virtual_tokens must be an integer of at least 1, got 0"),
     ("prompt", {"num_virtual_tokens": 2.5}, "num_virtual_tokens must be an integer of at least 1, got 2.5"),
