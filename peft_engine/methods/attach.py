@@ -164,12 +164,12 @@ def check_name(model: nn.Module, name: str, who: str) -> None:
         or "." in name
         or "+" in name
         or name == copies.BASE
-        or hasattr(nn.ModuleDict, name)
+        or hasattr(nn.ModuleDict(), name)  # of an instance: `training` is an attribute of no class
     ):
         raise ValueError(
             f"{who}: {name!r} cannot be an adapter's name: it must have no dot, no plus, and be no torch word"
         )
-    if hasattr(nn.ParameterDict, name):
+    if hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"{who}: {name!r} cannot be an adapter's name: torch's ParameterDict has a method of that name"
         )

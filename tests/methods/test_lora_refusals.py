@@ -84,7 +84,7 @@ def test_the_rank_may_be_all_that_the_layer_holds(tiny_llama):
     attach(tiny_llama(), LoraConfig(r=64, target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 32}))
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "values", "__base__", 3])
+@pytest.mark.parametrize("name", ["", "a.b", "values", "training", "__base__", 3])
 def test_a_name_that_a_module_cannot_hold_is_refused(tiny_llama, name):
     with pytest.raises(ValueError, match="cannot be an adapter's name"):
         attach(tiny_llama(), ALL, name)
