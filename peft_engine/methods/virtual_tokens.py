@@ -43,6 +43,11 @@ class VirtualTokens(nn.Module):
         self.shift: Any = 0  # how far positions move, for the embedding layer's hook
         self.kept: Any = None  # keys and values that decoding steps use again
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for own in FORWARDS:  # the config names ours, which the process that reads a pickle may not know
+            _register(own)
+
     def passes(self) -> bool:
         """Whether a prompt's own pass runs in this thread."""
         return bool(self.lives) and self.lives[0].catch

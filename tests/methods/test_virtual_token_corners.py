@@ -1,5 +1,7 @@
 """Virtual tokens where a forward goes another way than most: inner decoders, one token, old checkpointing."""
 
+import subprocess
+import sys
 import threading
 
 import families
@@ -130,6 +132,27 @@ def test_a_first_token_alone_sees_what_changed_since_the_last_generation(changed
     now = first()
     assert not torch.allclose(now, before)
     torch.testing.assert_close(now, model(input_ids=one).logits[:, -1])
+
+
+READER = """
+import sys, torch
+model, batch, wanted = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    torch.testing.assert_close(model(**batch).logits, wanted)
+"""
+
+
+@pytest.mark.parametrize("optimized", (False, True), ids=("plain", "optimized"))
+def test_a_pickle_runs_in_a_process_that_has_attached_nothing(optimized, tmp_path):
+    model, batch = adapted("prefix"), families.inputs("llama", pad="left")
+    if optimized:
+        pe.optimize(model)
+    with torch.no_grad():
+        torch.save((model, batch, model(**batch).logits), tmp_path / "model.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", READER, tmp_path / "model.pt"], capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
 
 
 OTHERS = {
