@@ -131,14 +131,19 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
         now = config._attn_implementation
         own = now.removeprefix(NAME)
         if wanted and own == now and own in FORWARDS:
-            config._attn_implementation = _register(own)
+            _set_attention(config, _register(own))
         elif not wanted and own != now:
-            config._attn_implementation = own
+            _set_attention(config, own)
+
+
+def _set_attention(config: Any, name: str) -> None:
+    config._attn_implementation = {"": name}  # a plain string goes to the configs inside it too
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs that say which attention runs, each once."""
-    found = [getattr(module, "config", None) for module in model.modules()]
+    """The configs that say which attention runs in the stacks, each once."""
+    stacks = [module for module in model.modules() if CHILD in module._modules]
+    found = [getattr(module, "config", None) for stack in stacks for module in stack.modules()]
     named = [c for c in found if isinstance(getattr(c, "_attn_implementation", None), str)]
     return list({id(config): config for config in named}.values())
 
@@ -307,7 +312,7 @@ def _check_implementation(config: Any) -> None:
     """The attention may have been set anew since the adapter was made active."""
     now = config._attn_implementation
     if now in FORWARDS:
-        config._attn_implementation = _register(now)
+        _set_attention(config, _register(now))
     elif not now.startswith(NAME):
         raise ValueError(
             f"virtual tokens: the model's attention is set to {now!r}, which cannot put keys in front; call "

@@ -100,6 +100,20 @@ def test_the_decoder_behind_a_vision_tower_takes_both(kind):
     pe.attach(transformers.LlavaForConditionalGeneration(config), KINDS[kind](num_virtual_tokens=P))
 
 
+def test_only_the_stacks_own_configs_name_our_attention_and_each_gets_its_own_back():
+    text = transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaConfig(text_config=text, vision_config=transformers.CLIPVisionConfig(**IMAGE))
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    names = [config, config.text_config, config.vision_config]
+    before = [each._attn_implementation for each in names]
+    assert before == ["sdpa", "sdpa", "eager"]
+    pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P))
+    assert [each._attn_implementation for each in names] == ["sdpa", "peft_engine_sdpa", "eager"]
+    pe.detach(model)
+    assert [each._attn_implementation for each in names] == before
+
+
 def test_attention_that_runs_without_its_stack_says_so():
     model = adapted("prefix")
     layer = model.model.layers[0]
