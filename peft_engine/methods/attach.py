@@ -318,6 +318,11 @@ def _apart(model: nn.Module) -> list[str]:
 def _check_mixed(model: nn.Module, names: Sequence[str]) -> None:
     """ValueError when a method cannot run the rows of a batch under different adapters."""
     for name in names:
-        why = method_of(attached(model)[name]).refuse_mixed(model, name)
+
+        def why_not(name: str = name) -> str | None:
+            why = method_of(attached(model)[name]).refuse_mixed(model, name)
+            return why or copies.out_of_order(model, copies.of(model, name))
+
+        why = walks.kept(model, ("mixed", name), why_not)
         if why is not None:
             raise ValueError(f"active: {why}")

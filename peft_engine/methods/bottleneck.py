@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import bottleneck_files, bottleneck_layers, prompt_learning
+from peft_engine.methods import bottleneck_files, bottleneck_layers, copies, prompt_learning
 from peft_engine.methods.bottleneck_config import BottleneckConfig
 from peft_engine.methods.bottleneck_layers import CHILD, Adapter, leaf_names, of, tensors
 from peft_engine.methods.bottleneck_sites import ATTENTION, CROSS_ATTENTION, OUTPUT, Site, find
@@ -104,13 +104,7 @@ def install(
 
 def refuse_mixed(model: nn.Module, name: str) -> str | None:
     """Why a batch of several adapters cannot run: a site that sees tokens out of the batch's order."""
-    for path, held in of(model).items():
-        if ".experts." in path and name in held.adapters:
-            return (
-                f"{path} gets its rows from a router, not in the batch's order; a mixed batch cannot run "
-                "through it: activate one adapter"
-            )
-    return None
+    return copies.out_of_order(model, (path for path, held in of(model).items() if name in held.adapters))
 
 
 def untouched(model: nn.Module, name: str) -> str:

@@ -6,6 +6,7 @@ the base's, which wait in a child named CHILD, where `.to`, `deepcopy` and `para
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from peft_engine import dispatch
+from peft_engine.methods import sharded
 from peft_engine.methods.walks import kept
 
 Name = TypeVar("Name")
@@ -263,6 +265,32 @@ def row_groups(names: Sequence[Name], rows: int, who: str) -> dict[Name, list[in
     for i, name in enumerate(names):
         groups.setdefault(name, []).extend(range(i * each, (i + 1) * each))
     return groups
+
+
+# Families of transformers, by the folder of their code, in which layers see (tokens, rows, features).
+TIME_MAJOR = {
+    "bridgetower", "bros", "clipseg", "fsmt", "led", "longformer", "mask2former", "mlcd", "oneformer",
+    "xlnet",
+}  # fmt: skip
+# Arguments of modules that see the patches of all images in one row, as many as each has.
+JOINED = ("cu_seqlens", "grid_thw")
+
+
+def out_of_order(model: nn.Module, paths: Iterable[str]) -> str | None:
+    """Why a mixed batch cannot run through one of the modules at `paths`: its rows are not the batch's."""
+    for path in paths:
+        why = "gets its rows from a router, not in the batch's order" if ".experts." in path else None
+        parts = path.split(".")
+        for above in (model.get_submodule(".".join(parts[:n])) for n in range(len(parts))):
+            kind: Any = sharded.class_of(above)
+            where = kind.__module__.split(".")
+            if where[:2] == ["transformers", "models"] and where[2] in TIME_MAJOR:
+                why = f"sees the tokens of {kind.__name__} in front of the batch's rows"
+            elif not set(JOINED).isdisjoint(inspect.signature(kind.forward).parameters):
+                why = f"sees the patches of all images as the rows of {kind.__name__}"
+        if why is not None:
+            return f"{path} {why}; a mixed batch cannot run through it: activate one adapter"
+    return None
 
 
 def _mixed_forward(

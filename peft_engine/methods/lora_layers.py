@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import derived, dora, lora, sharded, targets
+from peft_engine.methods import copies, derived, dora, lora, sharded, targets
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
 from peft_engine.methods.walks import kept
@@ -32,13 +32,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 def refuse_mixed(model: nn.Module, name: str) -> str | None:
     """Why a batch of several adapters cannot run: a layer that sees tokens out of the batch's order."""
-    for path, layer in layers(model):
-        if ".experts." in path and name in layer.lora:
-            return (
-                f"{path} gets its rows from a router, not in the batch's order; a mixed batch cannot "
-                "run through it: activate one adapter"
-            )
-    return None
+    return copies.out_of_order(model, (path for path, layer in layers(model) if name in layer.lora))
 
 
 def shapes(
