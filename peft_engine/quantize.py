@@ -14,7 +14,8 @@ import torch
 
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies, sharded
-from peft_engine.methods.targets import in_convolution, read_directly
+from peft_engine.methods.read_directly import in_fast_path, never_called
+from peft_engine.methods.targets import in_convolution
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
 
@@ -33,8 +34,9 @@ def quantize_(
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
     ("down_proj"); it takes the place of the default, the output head (a classifier: its last layer). A tied
-    weight stays dense always, and so do what transformers keeps in float32 (T5's wo) and what an adapter
-    trains in a copy (modules_to_save). Other adapters than LoRA may be there already.
+    weight stays dense always, and so do what transformers keeps in float32 (T5's wo), what another module
+    reads without calling the layer (Mamba's dt_proj), and what an adapter trains in a copy
+    (modules_to_save). Other adapters than LoRA may be there already.
     Raises ValueError before anything is changed: for layers with LoRA, for a model with another quantisation,
     for linear layers of a kind it cannot quantise, for a weight with NaN or inf, for a name that matches
     nothing.
@@ -93,8 +95,8 @@ def select_linears(
             raise ValueError(
                 f"{caller}: skip_modules names {pattern!r}, which no module has{_near(pattern, names)}"
             )
-    tied = _tied_weights(model)
-    unused = {name: f"(its weight {why})" for name, why in read_directly(model).items()}
+    unused = {name: f"(its weight {why})" for name, why in in_fast_path(model).items()}
+    dense_always = _tied_weights(model) | {f"{name}.weight" for name in never_called(model)}
     # T5's wo: its block casts what goes in to the weight's dtype, which for packed bytes is none.
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     chosen: list[str] = []
@@ -113,7 +115,8 @@ def select_linears(
         if why is None and type(module) is torch.nn.Linear:
             why = unused.get(name)
         if why is None and type(module) is torch.nn.Linear:
-            skipped = skipped or f"{name}.weight".removeprefix(".") in tied or name.rpartition(".")[2] in kept
+            skipped = skipped or name.rpartition(".")[2] in kept
+            skipped = skipped or f"{name}.weight".removeprefix(".") in dense_always
             (dense if skipped else chosen).append(name)
         elif why is not None and skipped:
             dense.append(name)

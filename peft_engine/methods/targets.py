@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import regex
-import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies
 from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, LoraSettings, settings_for
+from peft_engine.methods.read_directly import in_fast_path, never_called
 
 ALL_LINEAR = "all-linear"
 MOST_SECONDS = 1.0  # for a pattern and a path
@@ -76,7 +76,7 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
             idle = [pattern for pattern in getattr(config, which) if pattern not in used]
             if idle:
                 raise ValueError(f"{who}: {which}: {', '.join(map(repr, idle))} decides no targeted layer")
-    layers, unused = {}, read_directly(model)
+    layers, unused = {}, never_called(model) | in_fast_path(model)
     for path in paths:
         module: Any = model.get_submodule(path)
         _check_layer(path, module, who)
@@ -121,48 +121,21 @@ def default_targets(model: nn.Module) -> tuple[str, ...] | str:
 
 
 def all_linear(model: nn.Module, task_type: str | None = None) -> list[str]:
-    """The paths of every linear layer but the output head, and those nn.MultiheadAttention never calls."""
+    """The paths of every linear layer but the output head, and those that are never called."""
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
     if head is None and task_type == "SEQ_CLS":
         head = next((h for h in (getattr(model, name, None) for name in HEAD_NAMES) if h is not None), None)
+    uncalled = never_called(model)
     return [
         path
         for path, module in model.named_modules()
         if is_linear(module)
+        and path not in uncalled
         and module is not head
         and not isinstance(module, NonDynamicallyQuantizableLinear)
         and not copies.is_ours(path)
     ]
-
-
-def read_directly(model: nn.Module) -> dict[str, str]:
-    """Linear layers whose weight another module reads without a call of the layer, each with why.
-
-    torch's encoder layers do that in evaluation, with a kernel of their own; WavLM's attention always.
-    """
-    found: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            takes = getattr(module.self_attn, "batch_first", True) and module.activation_relu_or_gelu
-            names: tuple[str, ...] = ("linear1", "linear2")
-            why = (
-                f"is read by {type(module).__name__} in evaluation without a call of the layer (torch's fast "
-                "path); call torch.backends.mha.set_fastpath_enabled(False) first, here and where the model "
-                "runs"
-            )
-            if not takes or not torch.backends.mha.get_fastpath_enabled():
-                continue
-        elif any(kind.__name__ == "WavLMAttention" for kind in type(module).__mro__):
-            names = ("q_proj", "k_proj", "v_proj", "out_proj")
-            why = (
-                f"is read by {type(module).__name__} without a call of the layer (it goes to torch's "
-                "multi_head_attention_forward)"
-            )
-        else:
-            continue
-        found |= {f"{path}.{name}".removeprefix("."): why for name in names}
-    return found
 
 
 def in_convolution(model: nn.Module, path: str) -> bool:

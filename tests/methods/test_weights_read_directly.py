@@ -67,16 +67,64 @@ def test_encoder_layers_that_never_take_the_fast_path_are_left_in_peace():
         assert not torch.allclose(model(X), base)
 
 
-def test_the_attention_of_wavlm_is_refused_and_may_be_left_out():
+def test_the_attention_of_wavlm_is_refused_and_left_out():
     model = transformers.WavLMModel(transformers.WavLMConfig(**SPEECH))
-    for targets in ("all-linear", ["q_proj"], ["out_proj"]):
-        with pytest.raises(TypeError, match=r"attention\.(k|q|out)_proj would do nothing.*read by WavLMAtt"):
+    for targets in (["q_proj"], ["out_proj"]):
+        with pytest.raises(TypeError, match=r"attention\.(q|out)_proj would do nothing.*read by WavLMAtt"):
             attach(model, LoraConfig(r=2, target_modules=targets))
-    with pytest.raises(ValueError, match=r"attention\.k_proj \(its weight is read by WavLM.*skip_modules"):
-        quantize_(model)
-    quantize_(model, skip_modules=["q_proj", "k_proj", "v_proj", "out_proj", "gru_rel_pos_linear"])
-    attach(model, LoraConfig(r=2, target_modules=["intermediate_dense", "output_dense"]))
+    quantize_(model)
+    attach(model, LoraConfig(r=2, target_modules="all-linear"))
+    attention = model.encoder.layers[0].attention
+    assert all(type(getattr(attention, f"{name}_proj")) is nn.Linear for name in ("q", "k", "v", "out"))
     assert model.eval()(torch.randn(1, 800)).last_hidden_state.isfinite().all()
+
+
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99, "state_size": 8}
+JAMBA = MAMBA | {
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_experts": 1,
+    "mamba_d_state": 8, "attn_layer_offset": 1, "attn_layer_period": 2,
+}  # fmt: skip
+BOTH = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "uncalled"),
+    [
+        ("Mamba", MAMBA, {"x_proj", "dt_proj", "out_proj"}),
+        ("FalconMamba", MAMBA, {"x_proj", "dt_proj", "out_proj"}),
+        ("Mamba2", MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 1}, {"out_proj"}),
+        ("Jamba", JAMBA, {"dt_proj"}),
+    ],
+)
+@pytest.mark.parametrize("nf4", (False, True), ids=("dense", "nf4"))
+def test_mamba_trains_all_but_what_its_mixer_reads(kind, settings, uncalled, nf4):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings, **BOTH)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    one = min(uncalled)
+    with pytest.raises(TypeError, match=f"{one} would do nothing: its weight is read by {kind}"):
+        attach(model, LoraConfig(r=2, target_modules=[one]))
+    if nf4:
+        quantize_(model)
+        assert not {name.rpartition(".")[2] for name in nf4_names(model)} & uncalled
+        assert any(name.endswith("in_proj") for name in nf4_names(model))
+    attach(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    ids = torch.arange(3, 11)[None]
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    trained = {path: p for path, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained.values())
+    assert not {path.split(".lora_")[0].rpartition(".")[2] for path in trained} & uncalled
+
+
+def test_the_head_of_mobilebert_is_left_out():
+    config = transformers.MobileBertConfig(
+        vocab_size=99, hidden_size=32, embedding_size=16, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, true_hidden_size=32, intra_bottleneck_size=32,
+    )  # fmt: skip
+    model = transformers.MobileBertForMaskedLM(config).eval()
+    attach(quantize_(model), LoraConfig(r=2, target_modules="all-linear"))
+    assert type(model.cls.predictions.dense) is nn.Linear
+    assert model(input_ids=torch.arange(5)[None]).logits.isfinite().all()
 
 
 def test_all_linear_leaves_out_what_multi_head_attention_reads():
