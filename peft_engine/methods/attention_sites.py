@@ -68,6 +68,19 @@ def stacks(model: Any) -> tuple[Stack, ...]:
     return (_stack(paths[id(stack)], stack, causal=bool(layers) and causal, shifted=True),)
 
 
+def mixes_outside(model: nn.Module, stack: Stack) -> str | None:
+    """What mixes the tokens of a stack besides attention, a recurrence or a convolution; None: nothing."""
+    for path, module in model.get_submodule(stack.path).named_modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size != (1,):
+            return f"the convolution {path}"
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and any(s.path.startswith(f"{path}.") for s in stack.sites):
+            for i, layer in enumerate(module):
+                if not _attentions(layer):
+                    return f"{path}.{i}, which has no attention,"
+    return None
+
+
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of a module's forward, in order."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]

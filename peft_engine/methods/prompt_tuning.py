@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peft_engine.methods import prompt_learning, sharded, virtual_tokens
-from peft_engine.methods.attention_sites import Stack, stacks
+from peft_engine.methods.attention_sites import Stack, mixes_outside, stacks
 from peft_engine.methods.prompt_learning import (
     STORED,
     check_attention,
@@ -160,6 +160,12 @@ def resolve(model: Any, config: PromptTuningConfig, who: str = "attach", strict:
     found = stacks(model)
     if found[0].causal or (not found[0].sites and model.can_generate()):
         check_attention(model, bool(found[0].sites), "prompt", who)
+        mixer = mixes_outside(model, found[0])
+        if mixer is not None:
+            raise TypeError(
+                f"{who}: {mixer} of {type(model).__name__} mixes tokens too, and a prompt reaches them by "
+                "attention alone; take a prefix, which is keys and values of attention layers, or LoRA"
+            )
     return PromptPlan(found[0], found[1:], copied(model, config, who, strict))
 
 

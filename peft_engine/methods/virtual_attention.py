@@ -64,6 +64,12 @@ def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[t
     """Attention of `module` behind its virtual tokens; `base`, called as by the interface, without any."""
     live: Live | None = module.__dict__.get(SITE)
     if live is not None and live.catch:
+        if live.caught is not None:
+            raise ValueError(
+                f"virtual tokens: {type(module).__name__} runs more than once in a forward, with other keys "
+                "each time, and a prompt (or a prefix that starts from text) has those of one; take a prefix "
+                "that starts at random, or LoRA"
+            )
         live.passes[thread()] = key, value
         return base(module, query, key, value, attention_mask, **kwargs)
     if live is not None and live.waiting:

@@ -114,6 +114,45 @@ def test_only_the_stacks_own_configs_name_our_attention_and_each_gets_its_own_ba
     assert [each._attn_implementation for each in names] == before
 
 
+HYBRID = TEXT | {"num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "convolution layers.0.conv.conv"),
+        ("FalconH1", MAMBA | {"mamba_d_ssm": 64}, r"convolution layers.0.mamba.conv1d"),
+        (
+            "MiniMax",
+            {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "block_size": 4},
+            r"model.layers.0, which has no attention,",
+        ),
+    ],
+)
+def test_a_decoder_that_mixes_tokens_outside_attention_takes_a_prefix_but_no_prompt(kind, settings, message):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**HYBRID, **settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with pytest.raises(TypeError, match=f"attach: the {message} of |attach: {message} of .* take a prefix"):
+        pe.attach(model, pe.PromptTuningConfig(num_virtual_tokens=P))
+    ids = torch.arange(3, 9)[None]
+    base = model(ids, use_cache=False).logits
+    shake(pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P)))
+    assert not torch.equal(model(ids, use_cache=False).logits, base)
+
+
+def test_a_prompt_is_refused_where_a_layer_runs_twice():
+    model = families.build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    pe.attach(model, pe.PromptTuningConfig(num_virtual_tokens=P))
+    with pytest.raises(ValueError, match=r"LlamaAttention runs more than once.*take a prefix"):
+        model(torch.arange(5)[None])
+    pe.detach(model)
+    pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P))
+    assert model(torch.arange(5)[None]).logits.isfinite().all()
+
+
 def test_attention_that_runs_without_its_stack_says_so():
     model = adapted("prefix")
     layer = model.model.layers[0]
