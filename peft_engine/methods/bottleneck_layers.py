@@ -130,19 +130,19 @@ class Catch:
     def __init__(self, argument: int):
         self.argument = argument
         self.wanted = False
-        self.held: torch.Tensor | None = None
+        self.held: dict[int, torch.Tensor] = {}  # by thread: others may be in the middle of a forward
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.wanted:
-            self.held = args[self.argument] if len(args) > self.argument else kwargs["hidden_states"]
+            s = args[self.argument] if len(args) > self.argument else kwargs["hidden_states"]
+            self.held[copies.thread()] = s
 
     def take(self) -> torch.Tensor | None:
         """What was kept, which is then let go."""
-        held, self.held = self.held, None
-        return held
+        return self.held.pop(copies.thread(), None)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "held": None}  # a copy starts empty
+        return {**self.__dict__, "held": {}}  # a copy starts empty
 
 
 def _sums_alike(h: torch.Tensor, rows: int) -> bool:
@@ -257,7 +257,7 @@ def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> No
         held.__dict__["active"] = which
         if held.catch is not None:
             held.catch.wanted = any(name is not None and name in held.adapters for name in names)
-            held.catch.held = None
+            held.catch.held.clear()
 
 
 def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -219,6 +219,11 @@ def _runs_apart(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "func", None) is _mixed_forward
 
 
+def thread() -> int:
+    """Which thread runs; torch.compile traces in one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 class _Here(threading.local):
     only: int | None = None
 

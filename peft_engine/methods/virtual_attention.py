@@ -5,7 +5,6 @@ virtual_tokens.py puts it. Rows without any run the model's own attention.
 """
 
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import heads_of
+from peft_engine.methods.copies import thread
 from peft_engine.ops.attention import Intervals, kept_intervals
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
 
@@ -28,9 +28,26 @@ class Live:
     """What stands in front of one attention layer's keys in the forward that runs; copies start empty."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []  # rows (None: all), keys and values (kv_heads, P, head_dim)
+        self.each: dict[int, list[Part]] = {}  # what each thread's last forward left; `last`: the last of all
+        self.last: list[Part] = []
         self.waiting = False  # an adapter was made active, and its stack has not run yet
         self.passes: dict[int, Any] = {}  # what the layer leaves of its own keys and values, by thread
+
+    @property
+    def parts(self) -> list[Part]:
+        """Rows (None: all), keys and values (kv_heads, P, head_dim).
+
+        A thread that left none runs a backward, and goes through a checkpointed layer again.
+        """
+        return self.each.get(thread(), self.last)
+
+    @parts.setter
+    def parts(self, parts: list[Part]) -> None:
+        self.each[thread()] = self.last = parts
+
+    def clear(self) -> None:
+        """Nothing stands in front any more."""
+        self.each, self.last = {}, []
 
     @property
     def catch(self) -> bool:
@@ -47,11 +64,6 @@ class Live:
 
     def __reduce__(self) -> tuple:
         return Live, ()
-
-
-def thread() -> int:
-    """Which thread runs; torch.compile traces in one."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def stands_before(module: Any) -> bool:

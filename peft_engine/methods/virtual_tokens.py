@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
-from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live, thread
+from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live
 from peft_engine.methods.walks import kept
 from peft_engine.ops.prompt_embedding import extend_inputs
 
@@ -40,7 +40,7 @@ class VirtualTokens(nn.Module):
         self.embeddings = stack.embeddings
         self.limit = stack.limit
         self.arguments = parameters_of(module)
-        self.shift: Any = 0  # how far positions move, for the embedding layer's hook
+        self.shifts: dict[int, Any] = {}  # how far positions move, for the embedding layer's hook, by thread
         self.kept: Any = None  # keys and values that decoding steps use again
 
     def __setstate__(self, state: dict) -> None:
@@ -125,7 +125,8 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
         tokens.entries = model.peft_engine_active if isinstance(which, tuple) else ()
         own = any(name in tokens.encoders for name in names if name is not None)
         for live in tokens.lives:
-            live.parts, live.waiting = [], own
+            live.clear()
+            live.waiting = own
     wanted = any(name is not None and name in tokens.encoders for tokens in held for name in names)
     for config in kept(model, "configs", lambda: _configs(model)):
         now = config._attn_implementation
@@ -181,15 +182,16 @@ def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     seen = 0 if past is None else past.get_seq_length()
     decoding = queries == 1 and past is not None and not torch.is_grad_enabled() and bool(seen > 0)
     lengths, groups = _fill(module, tokens, rows, decoding)
-    tokens.shift = 0
+    shift: Any = 0
     if tokens.embeddings is not None:
         _check_room(tokens, max(lengths.values()), seen, queries)
-        tokens.shift = _shift(lengths, groups, rows, inputs.device)
+        shift = _shift(lengths, groups, rows, inputs.device)
+    tokens.shifts[copies.thread()] = shift
     if tokens.embeddings == "":
         given = kwargs.get("position_ids")
         if given is None:
             given = (torch.arange(queries, device=inputs.device) + seen)[None]
-        kwargs["position_ids"] = given + tokens.shift
+        kwargs["position_ids"] = given + shift
     return (), kwargs
 
 
@@ -200,7 +202,7 @@ class _Shift:
         self.tokens = tokens
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        shift, inside = self.tokens.shift, self.tokens.passes()
+        shift, inside = self.tokens.shifts.get(copies.thread(), 0), self.tokens.passes()
         if self.tokens.active is None or inside or (isinstance(shift, int) and shift == 0):
             return None
         kwargs = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
@@ -327,7 +329,7 @@ def own_pass(module: nn.Module, tokens: VirtualTokens, row: int | None) -> Itera
     row: of a mixed batch, whose entry is stacked.
     """
     layers = [m for m in module.modules() if getattr(m, "gradient_checkpointing", False)]
-    here = thread()  # others may be in the middle of a forward
+    here = copies.thread()  # others may be in the middle of a forward
     for layer in layers:  # keys caught inside a checkpoint would be made again in backward, elsewhere
         layer.gradient_checkpointing = False  # type: ignore[assignment]
     for live in tokens.lives:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import families
 import pytest
@@ -292,6 +293,24 @@ def test_it_compiles_whole(family, preset):
         out = run(**inputs(family))
         results.append([out.logits, *torch.autograd.grad(out.loss, mine)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ("pfeiffer", "parallel"))
+def test_a_forward_in_the_middle_of_another_threads_keeps_its_states(preset):
+    model = attached("bert", getattr(pe.BottleneckConfig, preset)(width=4)).eval()
+    batches = [inputs("bert", seed=seed) for seed in (0, 5)]
+    want, got = [model(**batch).logits for batch in batches], []
+
+    def meanwhile(module, args):
+        hook.remove()
+        other = threading.Thread(target=lambda: got.append(model(**batches[1]).logits))
+        other.start()
+        other.join()
+
+    hook = model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(meanwhile)
+    got.append(model(**batches[0]).logits)
+    assert torch.equal(got[1], want[0]) and torch.equal(got[0], want[1])
 
 
 def test_dropout_is_for_training_and_repeats_with_the_seed():

@@ -276,6 +276,27 @@ def test_a_model_that_scales_its_embeddings_in_place_leaves_the_prompt_alone():
     assert torch.equal(prompt, before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ("llama", "bert"))
+def test_a_forward_of_another_length_in_another_thread_keeps_its_rows(family):
+    model = families.build(family)
+    shake(pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P), "a"), "a")
+    pe.active(model, ["a", None])
+    batches = [families.inputs(family, rows=rows) for rows in (4, 2)]
+    want, got = [model(**batch).logits for batch in batches], []
+    layer = next(module for path, module in model.named_modules() if path.endswith(("layers.0", "layer.0")))
+
+    def meanwhile(module, args, output):
+        hook.remove()
+        other = threading.Thread(target=lambda: got.append(model(**batches[1]).logits))
+        other.start()
+        other.join()
+
+    hook = layer.register_forward_hook(meanwhile)
+    got.append(model(**batches[0]).logits)
+    assert torch.equal(got[1], want[0]) and torch.equal(got[0], want[1])
+
+
 def test_mixed_batches_of_two_models_in_two_threads_stay_apart():
     def make():
         model = adapted("prompt", "p")
