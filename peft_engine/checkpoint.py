@@ -18,7 +18,7 @@ from torch import nn
 from peft_engine.adapter_files import in_order, read_header, write_at_once
 from peft_engine.merge import merge_
 from peft_engine.methods import copies, sharded
-from peft_engine.methods.attach import check_name, install, require, unwrap
+from peft_engine.methods.attach import check_name, install, require, tensors, unwrap
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.methods.registry import METHODS, Method, method_of
 
@@ -79,8 +79,10 @@ def _refuse_worthless(model: nn.Module, method: Method, held: dict[str, torch.Te
 
 
 def _refuse_outdated(model: nn.Module, config: Any, name: str, copied: dict[str, Any]) -> None:
-    """ValueError for copies that went with their module, or have another shape than the base's."""
-    wrong = []
+    """ValueError for tensors that went with their module, or copies of another shape than the base's."""
+    there = {_plain(path) for path in tensors(model, name)}
+    then: Any = model.peft_engine_tensors
+    wrong = [f"{path} is gone with its module" for path in sorted(then[name]) if _plain(path) not in there]
     for roots in copies.root_paths(model, getattr(config, "modules_to_save", None) or ()).values():
         for root in roots:
             for path, _ in model.get_submodule(root).named_parameters(root, remove_duplicate=False):
@@ -91,9 +93,8 @@ def _refuse_outdated(model: nn.Module, config: Any, name: str, copied: dict[str,
             wrong.append(f"that of {path} must be {tuple(shape)} like the base's, got {tuple(copy.shape)}")
     if wrong:
         raise ValueError(
-            f"save_adapter: adapter {name!r}: the model has changed under the copies of modules_to_save: "
-            f"{_some(wrong)}; call resize_token_embeddings, or whatever replaced them, before attach, and "
-            "train again"
+            f"save_adapter: adapter {name!r}: the model has changed under the adapter: {_some(wrong)}; call "
+            "resize_token_embeddings, or whatever replaced modules, before attach, and train again"
         )
 
 

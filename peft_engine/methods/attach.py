@@ -1,7 +1,8 @@
 """Puts adapters into a model and takes them out: attach, detach, active.
 
-Nothing is wrapped: each method (registry.py) says what it does to the model it is put on. The model keeps the
-config of each adapter in `peft_engine_adapters`, and what is active in `peft_engine_active`.
+Nothing is wrapped: each method (registry.py) says what it does to the model it is put on. The model keeps
+each adapter's config in `peft_engine_adapters`, the paths of its tensors in `peft_engine_tensors`, and what
+is active in `peft_engine_active`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,12 +54,13 @@ def detach(model: ModelType, name: str | None = None) -> ModelType:
         return model
     sharded.refuse(base, "detach")
     now: Which = base.peft_engine_active  # type: ignore[assignment]
+    paths: Any = base.peft_engine_tensors
     activate(base, None)
     walks.forget(base)
     for name in names:
         method_of(adapters[name], "detach").remove(base, name)
         copies.take(base, name)
-        del adapters[name]
+        del adapters[name], paths[name]
     walks.forget(base)
     if not adapters:
         trainable = base.peft_engine_trainable
@@ -201,6 +203,7 @@ def install(
         floats = (p for p in model.named_parameters(remove_duplicate=False) if p[1].requires_grad)
         model.peft_engine_trainable = frozenset(path for path, _ in floats)  # type: ignore[assignment]
         model.peft_engine_adapters = {}  # type: ignore[assignment]
+        model.peft_engine_tensors = {}  # type: ignore[assignment]
         model.peft_engine_active = None  # type: ignore[assignment]
     before: Which = model.peft_engine_active  # type: ignore[assignment]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -223,6 +226,8 @@ def install(
             _forget_all(model)
         raise
     attached(model)[name] = config
+    paths: Any = model.peft_engine_tensors
+    paths[name] = frozenset(method.tensors(model, name))
     walks.forget(model)  # what was kept while the adapter was being put there
     activate(model, name)
 
@@ -259,8 +264,8 @@ def _homes(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
 
 def _forget_all(model: nn.Module) -> None:
     """Takes off what a model with adapters says of them, when the last has gone."""
-    for attribute in ("peft_engine_adapters", "peft_engine_active", "peft_engine_trainable"):
-        delattr(model, attribute)
+    for attribute in ("adapters", "tensors", "active", "trainable"):
+        delattr(model, f"peft_engine_{attribute}")
     walks.forget(model)
 
 

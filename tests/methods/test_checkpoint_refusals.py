@@ -252,6 +252,14 @@ def test_a_header_of_any_length_is_read(tmp_path, low):
     assert read_header(path)[0] == {"a": (2,)}
 
 
+def test_an_adapter_that_a_resize_took_off_the_head_is_not_saved(llama, tmp_path):
+    model = shake(attach(llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])))
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    with pytest.raises(ValueError, match=r"lm_head\.lora_A\.weight is gone with its module.*before attach"):
+        save_adapter(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_copies_that_a_resize_left_behind_are_not_saved(llama, tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     model = shake(attach(llama(), config))
