@@ -244,12 +244,9 @@ def run_command(
 
 def _end(process: subprocess.Popen[str]) -> None:
     """Ends a process that is left when we are interrupted, with time to take its temporary files away."""
-    for end in (
-        lambda: None,
-        process.terminate,
-        process.kill,
-    ):  # first: it may have had the Ctrl-C that we had
-        end()
+    for end in (None, process.terminate, process.kill):  # at first it may have had the Ctrl-C that we had
+        if end is not None:
+            end()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
             return

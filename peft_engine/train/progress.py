@@ -28,9 +28,7 @@ class Bar:
         self.first = done
         self.progress: Progress | None = None
         if sys.stderr.isatty():
-            bar = BarColumn(
-                bar_width=None, table_column=Column(ratio=1)
-            )  # what the numbers leave of the line
+            bar = BarColumn(bar_width=None, table_column=Column(ratio=1))  # what the numbers leave of a line
             columns: list[Any] = [TextColumn("{task.description}"), bar, MofNCompleteColumn()]
             columns += [
                 TextColumn("{task.fields[told]}"),
