@@ -148,7 +148,8 @@ def load_adapter(
     broken = []
     with safetensors.safe_open(weights, framework="pt") as file:
         for path, key in keys.items():
-            values[path] = file.get_tensor(key)
+            # A copy: what is read lies in the file's pages, at any address, and a file may be written over.
+            values[path] = file.get_tensor(key).clone()
             if not torch.isfinite(values[path]).all():
                 broken.append(key)
         for path, key in repeated.items():

@@ -6,12 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from method_cases import ALL, shake
 
 from peft_engine import adapter_files
 from peft_engine.adapter_files import staging
 from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter, save_adapter
 from peft_engine.methods import attach
+from peft_engine.methods.attach import tensors
 
 
 @pytest.fixture
@@ -52,6 +54,18 @@ def test_a_folder_of_the_same_disk_mounted_in_another_place(tmp_path):
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path / "a") == ["x"]
+
+
+def test_what_was_loaded_does_not_change_with_its_file(llama, trained, tmp_path):
+    folder = save_adapter(trained, tmp_path / "adapter")
+    model = llama()
+    load_adapter(model, folder)
+    before = {path: p.clone() for path, p in tensors(model, "default").items()}
+    assert all(p.data_ptr() % 16 == 0 for p in tensors(model, "default").values())
+    data = (folder / WEIGHTS).read_bytes()
+    with open(folder / WEIGHTS, "r+b") as file:  # in place, as cp writes
+        file.write(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    assert all(torch.equal(p, before[path]) for path, p in tensors(model, "default").items())
 
 
 def test_the_folder_that_the_process_stands_in_stays_the_same(llama, trained, tmp_path, monkeypatch):
