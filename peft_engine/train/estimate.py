@@ -5,24 +5,28 @@ same width with a few layers of random weights, each in a process of its own (`p
 more adds the same. A run's peak is the larger of two: while the model is loaded, and in a training step.
 """
 
+import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft_engine.train import memory, progress
+from peft_engine.train import method_options as of_method
 from peft_engine.train.compare import run_command
+from peft_engine.train.data import length_limit
 from peft_engine.train.models import load_config
 from peft_engine.train.settings import RunSettings
 
 LONGEST_PERIOD = 8  # layers after which the kinds of layers come again
 SMALL = 64 << 20  # bytes of a layer; of smaller ones more are run, as some 20 MiB lie free after the imports
 FILL = 1 << 20  # random values that the small models' weights repeat
-KINDS = ("imports", "weights", "files", "adapter", "gradients", "optimiser", "activations", "workspace")
 
 
 class EstimateError(ValueError):
@@ -52,6 +56,12 @@ def estimate(
     pattern, or that has an encoder besides.
     """
     config = load_config(settings.model)
+    limit = length_limit(config, settings.max_length, of_method.virtual_tokens(settings.method_options))
+    if tokens is not None and tokens > limit:
+        raise EstimateError(
+            f"--tokens: {tokens} in a row, at most {limit} are allowed (the model's length beside virtual "
+            "tokens, or --max-length), so train would refuse it; give fewer"
+        )
     if getattr(config, "quantization_config", None) is not None:
         say("The base is stored in 4 bit; loading is estimated as if it were quantised on the way")
         settings = dataclasses.replace(settings, quantize="nf4")
@@ -66,7 +76,8 @@ def estimate(
     wanted = list(_levers(settings, config, tokens)) if levers else []
     with tempfile.TemporaryDirectory(prefix="peft-engine-estimate-") as work:
         say(f"Measuring {' and '.join(map(str, depths))} of {len(exact.layers)} layers, with random weights")
-        write_small(config, depths, memory.stored_dtype(settings.model, config), Path(work))
+        with _disk_explained(work):
+            write_small(config, depths, memory.stored_dtype(settings.model, config), Path(work))
         runs = 1 + sum(lever.reloads for lever in wanted)
         with progress.bar("Measuring", runs * len(depths)) as bar:
 
@@ -88,6 +99,21 @@ def estimate(
         "levers": [{"option": option, "saves": size} for size, option in less],
         "free": free, "free_says": who, "fits": found["needed"] <= free,
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _disk_explained(work: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise EstimateError(
+            f"estimate: {Path(work).parent} has no space for the small models that are measured; set TMPDIR "
+            "to a folder on a disk that has"
+        ) from error
 
 
 # --- the small models ---------------------------------------------------------------------------------------

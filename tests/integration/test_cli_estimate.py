@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 import transformers
 from texts import reviews, tiny_model_folder, write_jsonl
@@ -102,6 +104,40 @@ def test_a_config_alone_is_enough_and_the_largest_lever_comes_first(command, mod
 def test_rows_or_their_length_must_be_given(command, model, arguments):
     code, out, err = command("estimate", "--model", model, *arguments)
     assert code == 2 and out == "" and "--tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "limit"), [((), 128), (("--method", "prefix"), 112), (("--max-length", 9), 9)]
+)
+def test_rows_that_train_would_refuse_are_not_estimated(command, model, more, limit):
+    code, out, err = command("estimate", "--model", model, "--tokens", limit + 1, *more)
+    assert code == 1 and out == "" and f"--tokens: {limit + 1} in a row, at most {limit} are allowed" in err
+
+
+@pytest.mark.parametrize("at", ["config", "weights"])
+def test_a_full_disk_is_told_with_the_variable_that_chooses_another(
+    command, model, tmp_path, monkeypatch, at
+):
+    def full(*of, **more):
+        if at == "config":
+            raise OSError(28, "No space left on device")
+        raise safetensors.SafetensorError("Error: I/O error: No space left on device (os error 28)")
+
+    where = "safetensors.torch.save_file" if at == "weights" else "transformers.LlamaConfig.save_pretrained"
+    monkeypatch.setattr(where, full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, out, err = command("estimate", "--model", model, "--tokens", 8)
+    assert code == 1 and out == "" and not list(tmp_path.iterdir())
+    assert f"estimate: {tmp_path} has no space for the small models that are measured; set TMPDIR" in err
+
+
+def test_what_a_probe_leaves_is_in_the_folder_that_goes(command, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        estimate, "run_command", lambda line, label, say, folder: seen.append(folder) or 1 / 0
+    )
+    assert command("estimate", "--model", model, "--tokens", 8)[0] == 1
+    assert "peft-engine-estimate-" in seen[0].name and not seen[0].exists()
 
 
 def test_the_line_of_the_depths_goes_to_the_whole_model():
