@@ -88,12 +88,23 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
 def uses_interface(module: nn.Module) -> bool:
     """Whether a module is an attention layer that asks transformers' interface for its function."""
+    code = _code(module)
+    return code is not None and INTERFACE in code.co_names
+
+
+def goes_by_name(module: nn.Module) -> bool:
+    """Whether an attention layer does part of it itself under transformers' own implementations, by name."""
+    code = _code(module)
+    return code is not None and ("eager", "sdpa") in code.co_consts
+
+
+def _code(module: nn.Module) -> Any:
+    """The code of a module's forward as transformers has it."""
     for kind in type(module).__mro__:
         forward = vars(kind).get("forward")
         if forward is not None and kind.__module__.startswith("transformers."):
-            code = getattr(inspect.unwrap(forward), "__code__", None)
-            return code is not None and INTERFACE in code.co_names
-    return False
+            return getattr(inspect.unwrap(forward), "__code__", None)
+    return None
 
 
 # --- parts --------------------------------------------------------------------------------------------------

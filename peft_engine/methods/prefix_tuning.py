@@ -145,7 +145,7 @@ def resolve(model: Any, config: PrefixTuningConfig, who: str = "attach", strict:
     check_transformers(model, who)
     check_length(model, config, who)
     found = stacks(model)
-    check_attention(model, any(stack.sites for stack in found), "prefix", who)
+    check_attention(model, found, "prefix", who)
     return PrefixPlan(tuple(s for s in found if s.sites), copied(model, config, who, strict))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peft_engine.methods import copies, peft_config
-from peft_engine.methods.attention_sites import parameters_of, stacks
+from peft_engine.methods.attention_sites import Stack, goes_by_name, parameters_of, stacks
 from peft_engine.methods.virtual_attention import NAME
 
 STORED = "prompt_embeddings"  # the key in PEFT's file, without anything in front
@@ -76,6 +76,11 @@ def check_length(model: Any, config: Any, who: str) -> None:
             f"{who}: {type(stack).__name__} takes token ids only (its forward has no inputs_embeds), so no "
             "prompt can be put in front of them; take a prefix, or LoRA"
         )
+    if hasattr(config, "prompt_tuning_init") and getattr(stack.config, "hidden_size_per_layer_input", None):
+        raise TypeError(
+            f"{who}: the layers of {type(stack).__name__} read embeddings of their own for each token id "
+            "(hidden_size_per_layer_input), and a prompt has no ids; take a prefix, or LoRA"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.num_virtual_tokens >= limit:
         raise ValueError(
@@ -107,9 +112,16 @@ def check_transformers(model: Any, who: str) -> None:
             raise TypeError(f"{who}: {why} {type(module).__name__} of {kind} reads {reads}; {mend}")
 
 
-def check_attention(model: Any, sites: bool, what: str, who: str) -> None:
+def check_attention(model: Any, found: Iterable[Stack], what: str, who: str) -> None:
     """TypeError for attention without sites to put keys in front of, ValueError where another one is set."""
-    if not sites:
+    layers = [model.get_submodule(site.path) for stack in found for site in stack.sites]
+    named = next((type(layer).__name__ for layer in layers if goes_by_name(layer)), None)
+    if named is not None:
+        raise TypeError(
+            f"{who}: {named} chooses the keys that a query sees only under attention that transformers knows "
+            f"by name, so no {what} can be put in front of its keys; take LoRA, or bottleneck adapters"
+        )
+    if not layers:
         raise TypeError(
             f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
             f"interface, so no {what} can be put in front of its keys; take LoRA, or bottleneck adapters"

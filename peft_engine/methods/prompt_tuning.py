@@ -159,7 +159,7 @@ def resolve(model: Any, config: PromptTuningConfig, who: str = "attach", strict:
     check_length(model, config, who)
     found = stacks(model)
     if found[0].causal or (not found[0].sites and model.can_generate()):
-        check_attention(model, bool(found[0].sites), "prompt", who)
+        check_attention(model, found[:1], "prompt", who)
         mixer = mixes_outside(model, found[0])
         if mixer is not None:
             raise TypeError(

@@ -142,6 +142,39 @@ def test_a_decoder_that_mixes_tokens_outside_attention_takes_a_prefix_but_no_pro
     assert not torch.equal(model(ids, use_cache=False).logits, base)
 
 
+GEMMA4 = HYBRID | {
+    "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": families.VOCABULARY,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_last_logits_of_gemma_4_are_those_of_all():
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**GEMMA4)).eval()
+    with pytest.raises(TypeError, match=r"Gemma4TextModel read embeddings of their own.*take a prefix"):
+        pe.attach(model, pe.PromptTuningConfig(num_virtual_tokens=P))
+    shake(pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P)))
+    ids = torch.arange(3, 15).view(2, 6)
+    logits = model(ids).logits
+    for last in (1, 2, 3):
+        torch.testing.assert_close(model(ids, logits_to_keep=last).logits, logits[:, -last:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_that_picks_keys_by_the_name_of_the_implementation_is_refused(kind):
+    indexed = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "n_routed_experts": 2}
+    low = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV32Config(
+        **(HYBRID | {"num_key_value_heads": 4}), **indexed, **low, num_experts_per_tok=1, n_group=1,
+        topk_group=1, moe_intermediate_size=16, n_shared_experts=1,
+    )  # fmt: skip
+    model = transformers.DeepseekV32ForCausalLM(config)
+    with pytest.raises(TypeError, match=r"DeepseekV32Attention chooses the keys.*take LoRA"):
+        pe.attach(model, KINDS[kind](num_virtual_tokens=P))
+
+
 def test_a_prompt_is_refused_where_a_layer_runs_twice():
     model = families.build("llama")
     model.model.layers[1] = model.model.layers[0]
