@@ -70,8 +70,34 @@ def contenders(rows: int, features: int, dtype: torch.dtype) -> Contenders:
     return calls | {"products alone": products(tensors, dy)}
 
 
+def forwards(features: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Contenders:
+    """A row without gradients, as in decoding, through an adapter of x's dtype or float32."""
+    x, *adapter = (t.detach() for t in inputs(1, features, dtype))
+    adapter = [t.to(adapter_dtype) for t in adapter]
+
+    def without_gradient(op: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        def call() -> torch.Tensor:
+            with torch.no_grad():
+                return op(x, *adapter)
+
+        return call
+
+    def eager_of(x: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
+        return eager(x.to(adapter_dtype), *adapter).to(dtype)
+
+    return {"peft-engine": without_gradient(ours), "eager": without_gradient(eager_of)}
+
+
 def layer(settings: measure.Settings) -> Iterator[measure.Row]:
-    """Forward and backward, every gradient; width 64."""
+    """Forward and backward, every gradient, and a row's forward alone; width 64."""
+    few = (64,) if settings.quick else (576, 1024, 2048, 4096)
+    half, full = torch.bfloat16, torch.float32
+    for features in few:
+        for dtype, adapter_dtype in ((full, full), (half, full), (half, half)):
+            calls = forwards(features, dtype, adapter_dtype)
+            case = f"{_name(dtype)}, adapter in {_name(adapter_dtype)}, {features} features, 1 row"
+            for name, seconds in measure.interleave(calls, settings.rounds).items():
+                yield measure.row(case, name, "forward", "us", (s * 1e6 for s in seconds))
     for dtype in (torch.float32, torch.bfloat16):
         for features in (64,) if settings.quick else (576, 1024, 2048, 4096):
             for rows in (16,) if settings.quick else (1, 16, 512):
@@ -79,8 +105,12 @@ def layer(settings: measure.Settings) -> Iterator[measure.Row]:
                 # Where torch has no bf16 product, its calls take seconds: turns enough for a median.
                 rounds = settings.rounds if dtype == torch.float32 else min(settings.rounds, 5)
                 for name, seconds in measure.interleave(calls, rounds).items():
-                    case = f"{str(dtype).removeprefix('torch.')}, {features} features, {rows} rows"
+                    case = f"{_name(dtype)}, {features} features, {rows} rows"
                     yield measure.row(case, name, "forward and backward", "ms", (s * 1e3 for s in seconds))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("side", ["peft-engine", "eager", "products alone"])
