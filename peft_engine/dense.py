@@ -90,7 +90,7 @@ def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         dy, base, no_adapter = dy.contiguous(), flat_base(weight), (None, None, None)
         like_x = dy.new_empty(()).expand(*dy.shape[:-1], weight.shape[1])  # its shape alone is read
         backward = torch.ops.peft_engine.lora_linear_backward
-        return backward(dy, like_x, *base, *no_adapter, 1.0, 0.0, None, True)[0]
+        return backward(dy, like_x, *base, *no_adapter, 1.0, 0.0, None, True, False)[0]
     return dy @ weight
 
 

@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
                                                std::optional<Tensor> offset, int64_t blocksize,
                                                std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
                                                std::optional<Tensor> h, double scaling, double dropout_p,
-                                               std::optional<Tensor> seed, bool need_dx) {
+                                               std::optional<Tensor> seed, bool need_dx, bool need_da) {
   const int64_t k = x.size(x.dim() - 1), n = dy.size(dy.dim() - 1);
   LoraLinearBackward f{};
   f.rows = 1;
@@ -100,13 +100,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   for (int64_t d = 0; need_dx && d < x.dim(); ++d) shape.push_back(x.size(d));
   if (!need_dx) shape.push_back(0);
   Tensor dx = empty(shape.data(), static_cast<int64_t>(shape.size()), dy.scalar_type());
-  const bool adapter_grads = lora_a && h;
   Tensor da = lora_a ? torch::stable::empty_like(*lora_a) : like(dy, {0});
   Tensor db = lora_b ? torch::stable::empty_like(*lora_b) : like(dy, {0});
   if (need_dx) f.dx = dx.mutable_data_ptr();
-  if (adapter_grads) {
+  if (lora_a && need_da) f.da = da.mutable_data_ptr();
+  if (lora_b && h) {
     f.h = static_cast<const float*>(pe::values_of(*h));
-    f.da = da.mutable_data_ptr();
     f.db = db.mutable_data_ptr();
   }
   PE_CALL(lora_linear_backward)(f, torch::stable::get_num_threads(), most_tiles());

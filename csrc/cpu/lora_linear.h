@@ -35,9 +35,9 @@ struct LoraLinearBackward {
   int64_t rows;
   Matrix w;
   Adapter adapter;
-  const float* h;  // (rows, rank)
-  void* dx;        // or null where not needed
-  void* da;        // or null for both
+  const float* h;  // (rows, rank), read for db only
+  void* dx;        // each null where it is not needed
+  void* da;
   void* db;
 };
 

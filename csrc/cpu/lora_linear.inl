@@ -231,7 +231,7 @@ inline void forward_panels(const LoraLinearForward& f, int64_t threads, int64_t 
   else forward_panels<kPairs, Panel::rows_left>(f, threads, most_tiles);
 }
 
-// dA = dh^T drop(x) and dB = s dy^T h.
+// dA = dh^T drop(x) and dB = s dy^T h, or one of them.
 template <bool kPairs>
 inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64_t threads, int64_t most_tiles) {
   constexpr bool kUnit = kTileUnit<kPairs>;
@@ -250,13 +250,15 @@ inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64
   db.cols = rank;
   db.transposed = true;
   db.scale = f.adapter.scaling;
-  const bool worth = rank * f.rows * (n + k) >= kWorthThreads;
+  const bool a = f.da != nullptr, b = f.db != nullptr;
+  const bool worth = rank * f.rows * ((a ? k : 0) + (b ? n : 0)) >= kWorthThreads;
   if (!worth) threads = 1;
   if constexpr (!kUnit) {
-    const int64_t size = 16 * tiles * f.rows, x_tiles = (k + 15) / 16, all = x_tiles + (n + 15) / 16;
+    const int64_t size = 16 * tiles * f.rows, x_tiles = a ? (k + 15) / 16 : 0;
+    const int64_t all = x_tiles + (b ? (n + 15) / 16 : 0);
     float* blocks = scratch<float>(Slot::activations, 2 * size);
-    const float* of_x = in_blocks_of_16(dh, f.rows, rank, blocks);
-    const float* of_dy = in_blocks_of_16(f.h, f.rows, rank, blocks + size);
+    const float* of_x = a ? in_blocks_of_16(dh, f.rows, rank, blocks) : nullptr;
+    const float* of_dy = b ? in_blocks_of_16(f.h, f.rows, rank, blocks + size) : nullptr;
     // By fours, which share cache lines of half precision, and the hashes of a dropout.
     in_parallel((all + 3) / 4, worth, [&](int64_t begin, int64_t end) {
       const int64_t first = 4 * begin, last = 4 * end < all ? 4 * end : all;
@@ -268,7 +270,7 @@ inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64
   const int64_t steps = steps_for<kPairs>(f.rows, false), words = tiles * steps * kTile;
   uint32_t* act = scratch<uint32_t>(Slot::activations, 6 * words);
   Segment segments[2];
-  for (int which = 0; which < 2; ++which) {
+  for (int which = a ? 0 : 1; which < (b ? 2 : 1); ++which) {
     float* turned = scratch<float>(Slot::transposed, rank * f.rows * 3);
     const Terms t = split<kPairs>(transposed(which == 0 ? dh : f.h, f.rows, rank, turned), false,
                                   reinterpret_cast<uint16_t*>(turned + rank * f.rows));
@@ -284,11 +286,12 @@ inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64
   segments[0].w = x;
   segments[1].w = dy;
   const Plan a_plan(k, tiles, threads, most_tiles, true), b_plan(n, tiles, threads, most_tiles, true);
-  in_parallel(a_plan.tasks() + b_plan.tasks(), worth, [&](int64_t begin, int64_t end) {
+  const int64_t a_tasks = a ? a_plan.tasks() : 0, b_tasks = b ? b_plan.tasks() : 0;
+  in_parallel(a_tasks + b_tasks, worth, [&](int64_t begin, int64_t end) {
     const TileUnit unit;
     for (int64_t task = begin; task < end; ++task) {
-      if (task < a_plan.tasks()) run_task<kPairs, Panel::columns_right>(a_plan, task, &segments[0], 1, 0, dropout, da);
-      else run_task<kPairs, Panel::columns_right>(b_plan, task - a_plan.tasks(), &segments[1], 1, 0, dropout, db);
+      if (task < a_tasks) run_task<kPairs, Panel::columns_right>(a_plan, task, &segments[0], 1, 0, dropout, da);
+      else run_task<kPairs, Panel::columns_right>(b_plan, task - a_tasks, &segments[1], 1, 0, dropout, db);
     }
   });
 }
@@ -296,6 +299,10 @@ inline void backward_adapter(const LoraLinearBackward& f, const float* dh, int64
 template <bool kPairs>
 inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_t most_tiles) {
   constexpr bool kUnit = kTileUnit<kPairs>;
+  if (f.dx == nullptr && f.da == nullptr) {  // dB is of h alone
+    if (f.db != nullptr) backward_adapter<kPairs>(f, nullptr, threads, most_tiles);
+    return;
+  }
   const int64_t k = f.w.cols, n = f.w.rows, rank = f.adapter.rank;
   const bool worth = f.rows * n * (f.dx == nullptr ? rank : k) >= kWorthThreads;
   const int64_t all_threads = threads;
@@ -372,7 +379,7 @@ inline void backward_panels(const LoraLinearBackward& f, int64_t threads, int64_
         run_task<kPairs, Panel::columns_right>(plan, task, product + first, 2 - first, row0, dropout, dx);
     });
   }
-  if (f.da != nullptr) backward_adapter<kPairs>(f, dh, all_threads, most_tiles);
+  if (f.da != nullptr || f.db != nullptr) backward_adapter<kPairs>(f, dh, all_threads, most_tiles);
 }
 
 inline void lora_linear_forward(const LoraLinearForward& f, int64_t threads, int64_t most_tiles) {

@@ -26,7 +26,21 @@ def backward(
     """dx (or nothing), dA (G, R, K) and dB (G, N, R); an adapter without rows gets zeros."""
     flat = alone.rows_of(dy)
     dx, _, _ = backward_alone(
-        dy, x, weight, absmax, nested_absmax, offset, blocksize, None, None, None, 1.0, 0.0, None, need_dx
+        dy,
+        x,
+        weight,
+        absmax,
+        nested_absmax,
+        offset,
+        blocksize,
+        None,
+        None,
+        None,
+        1.0,
+        0.0,
+        None,
+        need_dx,
+        False,
     )
     dh = down(flat, lora_b.transpose(1, 2), 1.0, order=order, bounds=bounds)
     if need_dx:

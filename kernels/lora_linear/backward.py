@@ -9,9 +9,9 @@ from peft_engine.kernels.lora_linear.outer import outer
 
 def backward(
     dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed,
-    need_dx
+    need_dx, need_da
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dx, dA and dB; the arguments of the raw op lora_linear_backward. h None: the adapter is frozen.
+    """dx, dA and dB; the arguments of the raw op lora_linear_backward. h None: B is frozen.
 
     What is not asked for is empty memory: dx of no element, dA and dB of their shapes.
     """
@@ -33,12 +33,15 @@ def backward(
         dx = dx.view(x.shape)
     if lora_a is None:
         return dx, dy.new_empty(0), dy.new_empty(0)
-    if h is None:
-        return dx, torch.empty_like(lora_a), torch.empty_like(lora_b)
-    if dh is None:
+    da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
+    if not need_da and h is None:
+        return dx, da, db
+    if need_da and dh is None:
         dh = down(flat, lora_b.t(), scaling)
-    da, db = outer(
-        dh, rows_of(x), h, flat, lora_a.dtype, scaling=scaling, dropout_p=dropout_p, seed=seed,
+    nothing = flat[:, :0]  # in the place of what is not asked for: a product without tiles
+    found = outer(
+        dh if need_da else h, rows_of(x) if need_da else nothing, dh if h is None else h,
+        nothing if h is None else flat, lora_a.dtype, scaling=scaling, dropout_p=dropout_p, seed=seed,
         arrivals=arrivals,
     )  # fmt: skip
-    return dx, da, db
+    return dx, found[0] if need_da else da, db if h is None else found[1]

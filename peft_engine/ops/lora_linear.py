@@ -6,7 +6,8 @@ Hu et al. 2021, arXiv 2106.09685; Dettmers et al. 2023, arXiv 2305.14314.
     dh = s dy B                        dx = dy W + drop'(dh A)
     dA = dh^T drop(x)                  dB = s dy^T h
 
-x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: x, h (M x R) and the weights.
+x (..., K), W (N, K) frozen, A (R, K), B (N, R). Saved for the backward: the weights, x where A learns and
+h (M x R) where B does.
 Dropout keeps element (m, k) by a hash of the seed, the row and the column, so no mask is stored.
 """
 
@@ -173,7 +174,7 @@ native.library.define(
 )
 native.library.define(
     f"lora_linear_backward(Tensor dy, Tensor x, {BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h,"
-    " float scaling, float dropout_p, Tensor? seed, bool need_dx) -> (Tensor, Tensor, Tensor)"
+    " float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_da) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -192,7 +193,7 @@ def _(
 @torch.library.register_fake("peft_engine::lora_linear_backward")
 def _(
     dy, x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, dropout_p, seed,
-    need_dx,
+    need_dx, need_da,
 ):  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else (0,))
     if lora_a is None:
@@ -230,11 +231,10 @@ class _LoraLinear(torch.autograd.Function):
         y, h = run(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
-        adapter_grad = lora_a is not None and (ctx.needs_input_grad[7] or ctx.needs_input_grad[8])
-        # x is needed only for dA; a frozen adapter (or none) keeps no activation at all.
+        # x is for dA, h for dB; a frozen adapter (or none) keeps no activation at all.
         ctx.save_for_backward(
-            x if adapter_grad else None, weight, absmax, nested_absmax, offset, lora_a, lora_b,
-            h if adapter_grad else None, seed,
+            x if ctx.needs_input_grad[7] else None, weight, absmax, nested_absmax, offset, lora_a, lora_b,
+            h if ctx.needs_input_grad[8] else None, seed,
         )  # fmt: skip
         ctx.settings = blocksize, scaling, p, x.shape, None if bias is None else bias.dtype
         return y
@@ -250,7 +250,7 @@ class _LoraLinear(torch.autograd.Function):
         run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.lora_linear_backward
         dx, da, db = run(
             dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p,
-            seed, ctx.needs_input_grad[0],
+            seed, ctx.needs_input_grad[0], ctx.needs_input_grad[7],
         )  # fmt: skip
         need = ctx.needs_input_grad
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias_dtype) if need[10] else None

@@ -88,7 +88,7 @@ def test_opcheck_of_lora_linear(device, nf4, rank, p):
     _, h = ops.lora_linear_forward(*forward)
     dy = torch.randn(2, 5, 32, device=device)
     for need_dx in (True, False):
-        backward = dy, x, *base, a, b, h if rank else None, 0.5, p, seed, need_dx
+        backward = dy, x, *base, a, b, h if rank else None, 0.5, p, seed, need_dx, bool(rank)
         torch.library.opcheck(ops.lora_linear_backward.default, backward)
 
 

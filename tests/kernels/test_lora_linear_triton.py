@@ -27,7 +27,7 @@ def ours(x, weight, a, b, bias, dy, scaling, p, seed):
     """y and the gradients of the kernels, in the order of NAMES."""
     base = base_of(weight)
     y, h = forward(x, *base, weight.shape[0], a, b, scaling, bias, p, seed)
-    dx, da, db = backward(dy, x, *base, a, b, h, scaling, p, seed, True)
+    dx, da, db = backward(dy, x, *base, a, b, h, scaling, p, seed, True, True)
     return [y, dx] if a is None else [y, dx, da, db]
 
 
@@ -128,6 +128,22 @@ def test_base_without_an_adapter(device, path):
         for rows, k, n in ((1, 576, 49), (40, 128, 65)):
             for nf4 in (True, False):
                 case(device, rows, k, n, 0, torch.bfloat16, nf4=nf4)
+
+
+def test_a_gradient_of_the_adapter_asked_for_alone_is_the_same(device):
+    x, weight, a, b, dy = (
+        torch.randn(s, device=device) for s in ((33, 128), (70, 128), (5, 128), (70, 5), (33, 70))
+    )
+    seed, base = torch.tensor([SEED], device=device), base_of(weight)
+    _, h = forward(x, *base, 70, a, b, 0.5, None, 0.1, seed)
+    for need_dx in (True, False):
+
+        def gradients(x, h, need_da, need_dx=need_dx):
+            return backward(dy, x, *base, a, b, h, 0.5, 0.1, seed, need_dx, need_da)
+
+        both, nothing = gradients(x, h, True), dy.new_empty(()).expand(x.shape)
+        torch.testing.assert_close(gradients(x, None, True)[:2], both[:2])
+        torch.testing.assert_close(gradients(nothing, h, False)[::2], both[::2])
 
 
 def test_any_number_of_columns_runs_in_the_workspace(device):

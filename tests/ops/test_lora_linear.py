@@ -240,11 +240,28 @@ def test_frozen_adapter_keeps_no_activation(isa):
     assert x.grad.abs().sum() > 0
 
 
-def test_saved_for_the_backward_are_x_and_h_alone(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_asked_for_alone_has_the_same_bits(isa, dtype):
+    leaves = [torch.randn(s) for s in ((40, 192), (5, 192), (70, 5))]
+    weight, dy = nf4_quantize(torch.randn(70, 192).to(dtype)), torch.randn(40, 70).to(dtype)
+
+    def gradients(*which):
+        x, a, b = (t.clone().requires_grad_(i in which) for i, t in enumerate(leaves))
+        y = lora_linear(x.to(dtype), weight, a, b, 0.5, dropout_p=0.1, seed=SEED)
+        return dict(zip(which, torch.autograd.grad(y, [(x, a, b)[i] for i in which], dy), strict=True))
+
+    together = gradients(0, 1, 2)
+    for which in ((1,), (2,), (0, 1), (0, 2)):
+        assert all(torch.equal(g, together[i]) for i, g in gradients(*which).items()), which
+
+
+@pytest.mark.parametrize("learns", ["ab", "a", "b"])
+def test_saved_for_the_backward_are_x_for_a_and_h_for_b(isa, learns):
     """Of the activations: no mask, no scaled copy."""
     x, rank = torch.randn(64, 256, requires_grad=True), 4
     q = nf4_quantize(torch.randn(128, 256), double_quant=True)
-    lora_a, lora_b = (torch.randn(s, requires_grad=True) for s in ((rank, 256), (128, rank)))
+    lora_a, lora_b = torch.randn(rank, 256), torch.randn(128, rank)
+    lora_a.requires_grad_("a" in learns), lora_b.requires_grad_("b" in learns)
     saved = {}
 
     def pack(t):
@@ -254,7 +271,8 @@ def test_saved_for_the_backward_are_x_and_h_alone(isa):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         lora_linear(x, q, lora_a, lora_b, 1.0, dropout_p=0.1, seed=SEED)
     weights = {t.data_ptr() for t in (q.packed, q.absmax, q.nested_absmax, q.offset, lora_a, lora_b, SEED)}
-    assert sorted(shape for at, shape in saved.items() if at not in weights) == [(64, rank), (64, 256)]
+    want = [(64, rank)] * ("b" in learns) + [(64, 256)] * ("a" in learns)
+    assert sorted(shape for at, shape in saved.items() if at not in weights) == want
 
 
 def test_traces_in_one_graph(isa):
