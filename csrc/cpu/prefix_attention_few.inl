@@ -100,12 +100,28 @@ inline void few_part(const PrefixAttentionArgs& x, bool real, int64_t b, int64_t
     few_rows<From, To, 1>(x, keys, values, real, b, kv_b, g, row, key0, count, out + row * step, scratch);
 }
 
+// The part of keys that no query sees.
+inline void few_nothing(const PrefixAttentionArgs& x, float* out) {
+  const int64_t width = padded(x.head_dim);
+  for (int64_t r = 0; r < x.rows(); ++r, out += width + 16) {
+    memset(out, 0, width * sizeof(float));
+    out[width] = -__builtin_inff(), out[width + 1] = 0.0f;
+  }
+}
+
 inline void prefix_attention_few_part(const PrefixAttentionArgs& x, int64_t b, int64_t g, int64_t part, float* out,
                                       uint32_t* scratch) {
   const int64_t before = (x.prefix + kPartKeys - 1) / kPartKeys;
   const bool real = part >= before;
-  const int64_t key0 = (real ? part - before : part) * kPartKeys, left = (real ? x.keys : x.prefix) - key0;
-  const int64_t count = left < kPartKeys ? left : kPartKeys;
+  int64_t key0 = (real ? part - before : part) * kPartKeys, end = real ? x.keys : x.prefix;
+  if (key0 + kPartKeys < end) end = key0 + kPartKeys;
+  if (real) {  // what no query sees is left out by sixteens, so that the others keep their places in the sums
+    const Seen seen = seen_by(x, b, 0, x.queries, 0, 16);
+    if (seen.first > key0) key0 = seen.first;
+    if (seen.first + seen.count < end) end = seen.first + seen.count;
+  }
+  if (key0 >= end) return few_nothing(x, out);
+  const int64_t count = end - key0;
   with_type(x.type, [&](auto type) {
     using T = decltype(type);
     if (!real && x.prefix_type != T::type) few_part<F32, T>(x, real, b, g, key0, count, out, Carver{scratch});

@@ -32,6 +32,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// A slot is a buffer of its own for each T: bottleneck's backward has floats and words of Slot::panel alive at once.
 template <class T>
 T* scratch(Slot slot, int64_t count) {
   thread_local Scratch slots[static_cast<int>(Slot::count)];

@@ -103,13 +103,17 @@ def fit_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> Intervals:
     """
     shape = q.shape[0], q.shape[2]
     for name, t in zip(("first", "last"), intervals, strict=True):
-        fits = t.dim() == 2 and all(size in (1, n) for size, n in zip(t.shape, shape, strict=True))
+        fits = t.shape == shape or (
+            t.dim() == 2 and all(a in (1, b) for a, b in zip(t.shape, shape, strict=True))
+        )
         if not fits or t.dtype != torch.int32 or not t.is_contiguous():
             raise ValueError(
                 f"{who}: intervals.{name} must be int32, contiguous, "
                 f"(batch or 1, queries or 1)=({shape[0]}, {shape[1]}), got {t.dtype} {tuple(t.shape)}"
             )
-    return Intervals(*(t if t.shape == shape else t.expand(shape).contiguous() for t in intervals))
+    if intervals.first.shape == intervals.last.shape == shape:
+        return intervals
+    return Intervals(*(t.expand(shape).contiguous() for t in intervals))
 
 
 def _is_readable(mask: torch.Tensor) -> bool:

@@ -202,6 +202,18 @@ def test_nothing_is_read_behind_the_keys(isa):
     assert all(t.isfinite().all() for t in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_queries_read_no_keys_that_none_of_them_sees(isa, dtype):
+    """As in a static cache, most of which is empty: here NaN."""
+    q, k, v, pk, pv = case(1, 4, 2, 2, 1100, 5, 40, dtype)
+    ends = (torch.tensor([at], dtype=torch.int32) for at in ([290, 280], [300, 500]))
+    masks = {"intervals": Intervals(*ends), "position_bias": torch.randn(1, 4, 1, 1100)}
+    want = prefix_attention(q, k, v, pk, pv, **masks)
+    for t in (k, v):
+        t[:, :, :272] = t[:, :, 512:] = torch.nan
+    assert torch.equal(prefix_attention(q, k, v, pk, pv, **masks), want)
+
+
 def raw_lse(tensors, intervals, bias):
     q, k, v, pk, pv = tensors
     first, last = intervals or (None, None)
