@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -69,6 +70,17 @@ PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v,
 
 uint32_t* scratch(const PrefixAttentionArgs& x) { return pe::scratch<uint32_t>(Slot::task, pe::task_words(x)); }
 
+// Tasks of unlike work, the dearest first: whichever thread is free takes the next. Each owns what it writes, so the bits
+// do not depend on who took it.
+template <class Task>
+void hand_out(int64_t tasks, const Task& run) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
+  });
+}
+
 // A shared prefix as operands, once a call.
 void pack_shared(PrefixAttentionArgs& x, bool backward) {
   if (!x.shared || x.prefix == 0 || x.batch == 0) return;
@@ -80,7 +92,7 @@ void pack_shared(PrefixAttentionArgs& x, bool backward) {
   x.packed = packed;
 }
 
-// The segments of every row of the batch; together they own every query and every key.
+// The segments of every row of the batch, the largest first; together they own every query and every key.
 std::vector<Segment> segments(const PrefixAttentionArgs& x) {
   std::vector<Segment> out;
   std::vector<int64_t> from(x.queries + 1);  // the first key that any query from t on sees
@@ -105,6 +117,8 @@ std::vector<Segment> segments(const PrefixAttentionArgs& x) {
     s.k1 = x.keys;
     out.push_back(s);
   }
+  const auto work = [](const Segment& s) { return (s.q1 - s.q0) * (s.k1 - s.k0); };
+  std::stable_sort(out.begin(), out.end(), [&](const Segment& a, const Segment& b) { return work(a) > work(b); });
   return out;
 }
 
@@ -142,13 +156,12 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v
     return {out, lse};
   }
   pack_shared(x, false);
-  const int64_t chunks = (x.rows() + kForwardRows - 1) / kForwardRows;
-  torch::stable::parallel_for(0, x.batch * x.kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row0 = i % chunks * kForwardRows, head = i / chunks;
-      PE_CALL(prefix_attention_forward_task)
-      (x, head / x.kv_heads, head % x.kv_heads, row0, std::min(x.rows(), row0 + kForwardRows), scratch(x));
-    }
+  // Where queries see what is before them, the last see most.
+  const int64_t chunks = (x.rows() + kForwardRows - 1) / kForwardRows, heads = x.batch * x.kv_heads;
+  hand_out(heads * chunks, [&](int64_t i) {
+    const int64_t row0 = (chunks - 1 - i / heads) * kForwardRows, head = i % heads;
+    PE_CALL(prefix_attention_forward_task)
+    (x, head / x.kv_heads, head % x.kv_heads, row0, std::min(x.rows(), row0 + kForwardRows), scratch(x));
   });
   return {out, lse};
 }
@@ -167,9 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);
   if (x.prefix == 0) {
     const std::vector<Segment> all = segments(x);
-    torch::stable::parallel_for(0, static_cast<int64_t>(all.size()) * x.kv_heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        PE_CALL(prefix_attention_backward_segment)(x, all[i / x.kv_heads], i % x.kv_heads, scratch(x));
+    hand_out(static_cast<int64_t>(all.size()) * x.kv_heads, [&](int64_t i) {
+      PE_CALL(prefix_attention_backward_segment)(x, all[i / x.kv_heads], i % x.kv_heads, scratch(x));
     });
     return {dq, dk, dv, dprefix_k, dprefix_v};
   }

@@ -255,14 +255,21 @@ def test_a_row_of_the_batch_is_the_same_bits_whatever_stands_beside_it(isa, quer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("queries", [1, 300])
-def test_threads_do_not_change_the_bits(isa, queries, dtype):
-    tensors = case(3, 4, 1, queries, 300, 20, 16, dtype)
+@pytest.mark.parametrize("prefix", [0, 20])
+@pytest.mark.parametrize("queries", [1, 300, 900])
+def test_threads_do_not_change_the_bits(isa, queries, prefix, dtype):
+    keys = max(300, queries)
+    tensors = case(3, 4, 1, queries, keys, prefix, 16, dtype)
+    at = torch.arange(keys - queries, keys)
+    document = torch.tensor([0, 10, 200, 210, 250])  # of unlike work
+    first = document[torch.searchsorted(document, at, right=True) - 1]
+    ends = Intervals(*(t.int().expand(3, queries).contiguous() for t in (first, at + 1)))
     before, answers = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             answers.append(run(tensors, tensors[0], is_causal=True))
+            answers[-1] += run(tensors, tensors[0], intervals=ends)
             with torch.no_grad():
                 answers[-1] += (prefix_attention(*tensors, is_causal=True),)
     finally:
