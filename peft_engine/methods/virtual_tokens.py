@@ -171,9 +171,8 @@ def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
         return None
     kwargs = {**dict(zip(tokens.arguments, args, strict=False)), **kwargs}
     _check_implementation(module.config)
-    if (
-        "logits_to_keep" in kwargs
-    ):  # Gemma 4's last layers leave out queries by sdpa's rules; its head does too
+    if hasattr(module, "_maybe_slice_kv_shared_inputs"):
+        # Gemma 4's last layers leave out queries by rules for the name "sdpa"; its head leaves out the rest
         kwargs["logits_to_keep"] = 0
     names = tokens.active if isinstance(tokens.active, tuple) else (tokens.active,)
     for name in dict.fromkeys(names):
