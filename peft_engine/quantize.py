@@ -44,6 +44,7 @@ def quantize_(
     _check_blocksize("quantize_", blocksize)
     sharded.refuse(model, "quantize_")
     chosen, dense = select_linears(model, skip_modules, "quantize_")
+    _refuse_quantised(model)
     if not chosen:
         raise ValueError("quantize_: the model has no nn.Linear left to quantise")
     for name in chosen:
@@ -167,6 +168,19 @@ def write_config(model: torch.nn.Module, dense: list[str], dtype: torch.dtype, d
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+
+
+def _refuse_quantised(model: torch.nn.Module) -> None:
+    """ValueError for a model whose config says that its weights are quantised in another way than NF4."""
+    given = getattr(getattr(model, "config", None), "quantization_config", None)
+    if given is None:
+        return
+    fields = given if isinstance(given, dict) else given.to_dict()
+    if not (fields.get("load_in_4bit") and fields.get("bnb_4bit_quant_type") == "nf4"):
+        raise ValueError(
+            f"quantize_: the model is quantised already, by its config in {fields.get('quant_method')!r}, which "
+            "is not NF4; start from the dense checkpoint"
+        )
 
 
 def _check_blocksize(caller: str, blocksize: int) -> None:

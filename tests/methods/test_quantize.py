@@ -42,6 +42,15 @@ def test_skip_modules_takes_names_whole_or_their_ends_in_place_of_the_head(tiny_
     assert isinstance(model.lm_head, NF4Linear)
 
 
+def test_a_model_that_is_quantised_in_another_way_is_refused(tiny_llama):
+    model = tiny_llama()
+    for given in ({"quant_method": "gptq", "bits": 4}, transformers.BitsAndBytesConfig(load_in_8bit=True)):
+        model.config.quantization_config = given
+        with pytest.raises(ValueError, match=r"is quantised already.*start from the dense checkpoint"):
+            quantize_(model)
+        assert model.config.quantization_config is given and not nf4_names(model)
+
+
 def test_the_head_of_a_classifier_stays_dense(tiny_llama):
     model = transformers.LlamaForSequenceClassification(tiny_llama().config)
     quantize_(model)
