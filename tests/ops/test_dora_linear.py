@@ -109,6 +109,19 @@ def test_many_rows_are_summed_as_exactly_as_torch_does(isa):
     case(20000, 8, 40, 2, torch.float32, nf4=False)
 
 
+def test_threads_do_not_change_the_bits(isa):
+    y, dy = torch.randn(300, 1000), torch.randn(300, 1000)
+    before, answers = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            op = torch.ops.peft_engine.dora_linear_backward
+            answers.append(op(dy, y, torch.ones(1000), torch.ones(1000), True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
 def test_strides_do_not_change_the_answer(isa):
     x, weight, a, b = (
         torch.randn(9, 6).t(),
