@@ -178,8 +178,8 @@ def _refuse_quantised(model: torch.nn.Module) -> None:
     fields = given if isinstance(given, dict) else given.to_dict()
     if not (fields.get("load_in_4bit") and fields.get("bnb_4bit_quant_type") == "nf4"):
         raise ValueError(
-            f"quantize_: the model is quantised already, by its config in {fields.get('quant_method')!r}, which "
-            "is not NF4; start from the dense checkpoint"
+            f"quantize_: the model is quantised already, by its config in {fields.get('quant_method')!r}, "
+            "which is not NF4; start from the dense checkpoint"
         )
 
 

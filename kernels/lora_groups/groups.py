@@ -25,23 +25,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dx (or nothing), dA (G, R, K) and dB (G, N, R); an adapter without rows gets zeros."""
     flat = alone.rows_of(dy)
-    dx, _, _ = backward_alone(
-        dy,
-        x,
-        weight,
-        absmax,
-        nested_absmax,
-        offset,
-        blocksize,
-        None,
-        None,
-        None,
-        1.0,
-        0.0,
-        None,
-        need_dx,
-        False,
-    )
+    base = weight, absmax, nested_absmax, offset, blocksize
+    dx, _, _ = backward_alone(dy, x, *base, None, None, None, 1.0, 0.0, None, need_dx, False)
     dh = down(flat, lora_b.transpose(1, 2), 1.0, order=order, bounds=bounds)
     if need_dx:
         up_(dx.view(-1, x.shape[-1]), dh, lora_a.transpose(1, 2), 1.0, order=order, bounds=bounds)
