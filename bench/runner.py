@@ -100,8 +100,16 @@ def main(argv: list[str] | None = None) -> int:
         measure.ROOT / "out" / "bench" if arguments.quick else measure.ROOT / "bench" / "results"
     )
     folder = out / (arguments.device_name or measure.device_name())
+    if arguments.quick and "gpu" in names:
+        parser.error("--quick: suite gpu has no tiny sizes; give it --seconds and --out instead")
     if arguments.draw:
-        for csv in sorted(folder.glob("*.csv")):
+        drawn = sorted(folder.glob("*.csv"))
+        if not drawn:
+            print(
+                f"bench: --draw: {folder} holds no CSV; --device-name names another folder", file=sys.stderr
+            )
+            return 1
+        for csv in drawn:
             if csv.stem in SUITES:
                 measure.draw(csv.with_suffix(".png"), csv.stem, measure.read_csv(csv), folder.name)
             elif csv.stem.startswith("gpu_"):

@@ -67,3 +67,14 @@ def test_an_unknown_suite_is_wrong_usage(capsys):
         runner.main(["nf5"])
     assert stopped.value.code == 2
     assert "no suite nf5" in capsys.readouterr().err
+
+
+def test_pictures_of_no_results_are_an_error_that_names_the_folder(tmp_path: Path, capsys):
+    assert runner.main(["--draw", "--out", str(tmp_path), "--device-name", "nowhere"]) == 1
+    assert f"{tmp_path / 'nowhere'} holds no CSV" in capsys.readouterr().err
+
+
+def test_quick_is_refused_for_the_suite_that_has_no_tiny_sizes(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        runner.main(["--quick", "--suite", "gpu"])
+    assert stopped.value.code == 2 and "no tiny sizes" in capsys.readouterr().err

@@ -26,7 +26,8 @@ from transformers.trainer_callback import TrainerCallback
 from peft_engine.checkpoint import save_adapter
 from peft_engine.methods import adapters_without_gradient
 from peft_engine.train.console import say as console_say
-from peft_engine.train.data import IGNORE, Collate, Document, micro_batches, pack, tokens_in
+from peft_engine.train.data import IGNORE, Collate, Document, pack, tokens_in
+from peft_engine.train.evaluate import perplexity_loss
 from peft_engine.train.finite import first_non_finite
 from peft_engine.train.interrupt import ending_well
 from peft_engine.train.memory import ran_out
@@ -140,19 +141,13 @@ def evaluation_loss(
 
     collate: what `collator` gives for this model; None asks it.
     """
-    collate = collate or collator(model)
-    total, labelled, mode = 0.0, 0, model.training
+    mode = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in micro_batches(documents, batch_size, collate):
-                count = int((batch["labels"] != IGNORE).sum())
-                batch = {key: value.to(model.device) for key, value in batch.items()}
-                total += float(model(**batch, use_cache=False).loss) * count
-                labelled += count
+            return perplexity_loss(model, documents, batch_size, collate or collator(model))[0]
     finally:
         model.train(mode)
-    return total / labelled
 
 
 class _AdapterTrainer(transformers.Trainer):
