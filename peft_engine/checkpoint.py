@@ -222,11 +222,15 @@ def _our_entry(metadata: Any, where: str) -> dict[str, Any]:
 def _canonical(key: str, root: str, model: nn.Module | None = None) -> str:
     """A key without what wrappers put before and between its parts; root: what its method puts in front."""
     parts = [part for part in key.split(".") if part not in (*WRAPPERS, "base_layer")]
-    front = root.split(".")
-    if parts[: len(front)] == front:
-        return _canonical(".".join(parts[len(front) :]), root, model)
-    if parts[0] == "module" and (model is None or not hasattr(model, "module")):
-        return _canonical(".".join(parts[1:]), root, model)
+    front, wrapped, at = root.split("."), model is None or not hasattr(model, "module"), 0
+    while True:  # a stranger's key may have any number of them
+        if parts[at : at + len(front)] == front:
+            at += len(front)
+        elif wrapped and parts[at : at + 1] == ["module"]:
+            at += 1
+        else:
+            break
+    parts = parts[at:]
     if len(parts) > 3 and parts[-1] == "weight":  # the adapter's name, in the raw state dict of a PeftModel
         if parts[-3] in ("lora_A", "lora_B"):
             del parts[-2]

@@ -5,6 +5,7 @@ at a time if it quantises on the way, ties weights and builds the buffers that n
 is here: which weights are quantised, and how the bytes of one that is quantised already are read.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -51,6 +52,7 @@ def load(
     config = arguments.pop("config", None) or read_config(path, arguments)
     stored = _is_stored(path, config)
     if stored:
+        config = copy.copy(config)  # it may be the caller's
         del config.quantization_config
     settings = _Settings(stored, blocksize, double_quant, skip_modules)
     _check_shards(path, config, arguments)

@@ -8,6 +8,7 @@ the config, the two layers, and how A and B start.
 import dataclasses
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -352,8 +353,9 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 def _regex(name: str, value: Any) -> None:
     try:
         re.compile(value)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"LoraConfig: {name}: {value!r} is not a regular expression: {error}") from None
+    except (re.error, TypeError, OverflowError, RecursionError) as error:  # a stranger's may be anything
+        shown = textwrap.shorten(repr(value), 100, placeholder=" ...")
+        raise ValueError(f"LoraConfig: {name}: {shown} is not a regular expression: {error}") from None
 
 
 def _names(name: str, value: Any) -> list[str] | str | None:

@@ -157,6 +157,15 @@ def test_every_key_that_does_not_land_is_listed(llama, saved):
     assert "1 there twice" in text and twice in text
 
 
+@pytest.mark.parametrize("front", ["module.", "base_model.model."])
+def test_a_key_behind_any_number_of_wrappers_is_read_or_refused(llama, saved, front):
+    edit_weights(saved, lambda tensors: {front * 3 + key: value for key, value in tensors.items()})
+    load_adapter(llama(), saved)
+    edit_weights(saved, lambda tensors: {front * 5000 + "x": next(iter(tensors.values()))})
+    with pytest.raises(ValueError, match="with no place in the model"):
+        load_adapter(llama(), saved)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_tensor_that_is_not_finite_is_named(llama, saved, value):
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"

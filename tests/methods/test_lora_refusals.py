@@ -34,6 +34,8 @@ def state(model: nn.Module) -> dict:
         (dict(init_lora_weights="pissa"), "init_lora_weights must be one of"),
         (dict(target_modules=[]), "target_modules is empty"),
         (dict(target_modules="(q_proj"), "not a regular expression"),
+        (dict(target_modules="a{99999999999}"), "not a regular expression"),
+        (dict(target_modules="(" * 3000 + ")" * 3000), "not a regular expression"),
         (dict(target_modules=[3]), "target_modules must be a list of names"),
         (dict(modules_to_save="lm_head"), "modules_to_save must be a list"),
         (dict(target_modules="all-linear", layers_to_transform=[0]), "needs target_modules to be a list"),
