@@ -150,7 +150,7 @@ def path_call(path: str, direction: str, n: int, k: int, rows: int, qs: list[ops
                 if direction == "forward":
                     forward(x, *flat_base(q), n, a, b, 1.0, None, 0.0, None)
                 else:  # h None: the adapter is frozen, so dx is all
-                    backward(dy, x, *flat_base(q), a, b, None, 1.0, 0.0, None, True)
+                    backward(dy, x, *flat_base(q), a, b, None, 1.0, 0.0, None, True, False)
 
     return call
 

@@ -37,14 +37,16 @@ def test_without_memory_for_the_workspace_the_single_kernel_runs_and_explain_say
 ):
     x, dy, base, a, b = call(device)
     want, h = forward(x, *base, 48, a, b, 0.5, None, 0.0, None)
-    wanted = backward(dy, x, *base, a, b, h, 0.5, 0.0, None, True)
+    wanted = backward(dy, x, *base, a, b, h, 0.5, 0.0, None, True, True)
     monkeypatch.setattr(dispatch, "_notes", {})
     no_room()
     monkeypatch.setattr(paths, "SINGLE_ROWS", 0)
     y, h = forward(x, *base, 48, a, b, 0.5, None, 0.0, None)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
     assert "the workspace of a 48 x 128 weight did not fit" in dispatch.noted("lora_linear")
-    for got, expected in zip(backward(dy, x, *base, a, b, h, 0.5, 0.0, None, True), wanted, strict=True):
+    for got, expected in zip(
+        backward(dy, x, *base, a, b, h, 0.5, 0.0, None, True, True), wanted, strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
