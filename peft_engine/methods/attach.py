@@ -25,7 +25,7 @@ def attach(model: ModelType, config: Config, name: str = "default") -> ModelType
     config: LoraConfig, PrefixTuningConfig, PromptTuningConfig or BottleneckConfig. A model may hold adapters
     of any of them under different names. The adapter's tensors are float32 on the device of their layer; a
     copied bias or module keeps its dtype.
-    With task_type "SEQ_CLS" or "TOKEN_CLS" the classifier's head is trained whole, as PEFT does.
+    With task_type "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" the task's head is trained whole, as PEFT does.
     Raises ValueError or TypeError before anything is changed: for a name that is taken, target modules that
     match nothing or are no linear layers, a rank above the layer's, more virtual tokens than the model has
     positions, a model that has another library's adapters.

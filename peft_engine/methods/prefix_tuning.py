@@ -40,7 +40,7 @@ class PrefixTuningConfig:
                          tokens of prefix_init_text (tokenizer_name_or_path reads it), over and over up to P;
                          "SAMPLE_VOCAB": for tokens drawn from the vocabulary
     modules_to_save      names of modules to train whole, in a copy
-    task_type            PEFT's word for the task; with "SEQ_CLS" and "TOKEN_CLS" the new head is trained too
+    task_type            PEFT's word for the task; with those of `attach` the new head is trained too
 
     Raises TypeError or ValueError that names the field.
     """

@@ -38,7 +38,7 @@ class PromptTuningConfig:
                              (tokenizer_name_or_path reads it), over and over up to P; "SAMPLE_VOCAB": of
                              tokens drawn from the vocabulary
     modules_to_save          names of modules to train whole, in a copy
-    task_type                PEFT's word for the task; with "SEQ_CLS" and "TOKEN_CLS" the head is trained too
+    task_type                PEFT's word for the task; with those of `attach` the new head is trained too
 
     Raises TypeError or ValueError that names the field.
     """

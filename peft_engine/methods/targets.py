@@ -41,9 +41,9 @@ _DEFAULTS = {
     ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
 }
 DEFAULT_TARGETS = {kind: names for names, kinds in _DEFAULTS.items() for kind in kinds.split()}
-# Heads of classifiers: "all-linear" leaves them out, and they are trained whole for HEAD_TASKS.
+# Heads of classifiers: "all-linear" leaves them out. HEADS: by task, what is trained whole, as PEFT does.
 HEAD_NAMES = ("score", "classifier")
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
+HEADS = {"SEQ_CLS": HEAD_NAMES, "TOKEN_CLS": HEAD_NAMES, "QUESTION_ANS": ("qa_outputs",)}
 
 T = TypeVar("T")
 
@@ -57,10 +57,10 @@ class Plan:
 
 
 def with_head(model: nn.Module, config: Any) -> Any:
-    """The config with the new head of a classifier trained whole, as PEFT does for such a task_type."""
-    if config.task_type not in HEAD_TASKS:
+    """The config with the new head of its task_type trained whole, as PEFT does."""
+    if config.task_type not in HEADS:
         return config
-    heads = [name for name in HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
+    heads = [name for name in HEADS[config.task_type] if isinstance(getattr(model, name, None), nn.Module)]
     named = config.modules_to_save or []
     return replace(config, modules_to_save=[*named, *(name for name in heads if name not in named)] or None)
 

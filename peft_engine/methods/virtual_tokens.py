@@ -222,7 +222,9 @@ class _Shift:
 
 
 class _Labels:
-    """An encoder model's pre-hook: a label for each token becomes one for each of the longer input, -100."""
+    """An encoder model's pre-hook: a label for each token becomes one for each of the longer input, -100; the
+    answer to a question moves with its tokens.
+    """
 
     def __init__(self, tokens: VirtualTokens, arguments: tuple[str, ...]):
         self.tokens = tokens
@@ -238,6 +240,9 @@ class _Labels:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if added and labels is not None and inputs is not None and labels.shape == inputs.shape[:2]:
             kwargs |= extend_inputs(added, labels=labels)
+        for name in ("start_positions", "end_positions"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].clamp(min=0) + added
         return (), kwargs
 
 
