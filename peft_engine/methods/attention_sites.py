@@ -12,7 +12,7 @@ from torch import nn
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name by which a layer's code asks for it
 CROSS = ("encoder_attn", "EncDecAttention", "crossattention")
-HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 

@@ -146,7 +146,15 @@ def resolve(model: Any, config: PrefixTuningConfig, who: str = "attach", strict:
     check_length(model, config, who)
     found = stacks(model)
     check_attention(model, found, "prefix", who)
-    return PrefixPlan(tuple(s for s in found if s.sites), copied(model, config, who, strict))
+    for stack in found:
+        if not stack.sites:
+            kind = type(model.get_submodule(stack.path)).__name__
+            raise TypeError(
+                f"{who}: the attention of {kind}, one of the two halves of {type(model).__name__}, does not "
+                "go through transformers' attention interface, so no prefix can be put in front of its keys; "
+                "take LoRA, or bottleneck adapters"
+            )
+    return PrefixPlan(found, copied(model, config, who, strict))
 
 
 def label(causal: bool, stacks: int) -> str:

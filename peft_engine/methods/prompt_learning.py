@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peft_engine.methods import copies, peft_config
-from peft_engine.methods.attention_sites import Stack, goes_by_name, parameters_of, stacks
+from peft_engine.methods.attention_sites import Stack, goes_by_name, heads_of, parameters_of, stacks
 from peft_engine.methods.virtual_attention import NAME
 
 STORED = "prompt_embeddings"  # the key in PEFT's file, without anything in front
@@ -126,6 +126,14 @@ def check_attention(model: Any, found: Iterable[Stack], what: str, who: str) -> 
             f"{who}: the attention of {type(model).__name__} does not go through transformers' attention "
             f"interface, so no {what} can be put in front of its keys; take LoRA, or bottleneck adapters"
         )
+    for layer in layers:
+        keys = heads_of(layer)[1]
+        values = getattr(layer, "v_head_dim", keys)
+        if values != keys:
+            raise TypeError(
+                f"{who}: {type(layer).__name__} has keys of {keys} values a head and values of {values}, and "
+                f"a {what} is put in front of those of one width alone; take LoRA, or bottleneck adapters"
+            )
     now = model.config._attn_implementation
     if now.removeprefix(NAME) not in ("sdpa", "eager"):
         raise ValueError(

@@ -175,6 +175,25 @@ def test_attention_that_picks_keys_by_the_name_of_the_implementation_is_refused(
         pe.attach(model, KINDS[kind](num_virtual_tokens=P))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_of_two_widths_are_refused(kind):
+    low = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.DeepseekV3Config(
+        **(HYBRID | {"num_key_value_heads": 4}), **low, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=1, moe_intermediate_size=16,
+    )  # fmt: skip
+    message = "DeepseekV3Attention has keys of 16 values a head and values of 8.*take LoRA"
+    with pytest.raises(TypeError, match=message):
+        pe.attach(transformers.DeepseekV3ForCausalLM(config), KINDS[kind](num_virtual_tokens=P))
+
+
+def test_a_prefix_is_refused_where_one_half_takes_none():
+    t5 = families.CONFIGS["t5"][1]
+    model = transformers.LongT5ForConditionalGeneration(transformers.LongT5Config(**t5))
+    with pytest.raises(TypeError, match=r"LongT5Stack, one of the two halves of LongT5For.*take LoRA"):
+        pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P))
+
+
 def test_a_prompt_is_refused_where_a_layer_runs_twice():
     model = families.build("llama")
     model.model.layers[1] = model.model.layers[0]
