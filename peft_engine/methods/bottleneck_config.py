@@ -204,13 +204,10 @@ def _check_numbers(config: BottleneckConfig) -> None:
 
 def _check_lists(config: BottleneckConfig) -> None:
     left = config.leave_out
-    if (
-        isinstance(left, str)
-        or not isinstance(left, Iterable)
-        or not all(type(i) is int and i >= 0 for i in left)
-    ):
+    indices = list(left) if isinstance(left, Iterable) and not isinstance(left, str) else [None]
+    if not all(type(i) is int and i >= 0 for i in indices):
         raise TypeError(f"BottleneckConfig: leave_out must be a list of layer indices from 0, got {left!r}")
-    object.__setattr__(config, "leave_out", list(left))
+    object.__setattr__(config, "leave_out", indices)
     saved = config.modules_to_save
     if saved is not None:
         if isinstance(saved, str) or not isinstance(saved, Iterable):

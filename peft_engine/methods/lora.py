@@ -107,11 +107,10 @@ class LoraConfig:
         if self.layers_to_transform is not None:
             if isinstance(self.target_modules, str):
                 raise ValueError("LoraConfig: layers_to_transform needs target_modules to be a list of names")
-            for i in (
-                [self.layers_to_transform]
-                if isinstance(self.layers_to_transform, int)
-                else self.layers_to_transform
-            ):
+            if not isinstance(self.layers_to_transform, int):
+                object.__setattr__(self, "layers_to_transform", list(self.layers_to_transform))
+            wanted: Any = self.layers_to_transform
+            for i in wanted if isinstance(wanted, list) else [wanted]:
                 if type(i) is not int or i < 0:
                     raise ValueError(f"LoraConfig: layers_to_transform must hold indices from 0, got {i!r}")
         elif self.layers_pattern:
@@ -361,9 +360,10 @@ def _regex(name: str, value: Any) -> None:
 def _names(name: str, value: Any) -> list[str] | str | None:
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, Iterable) or not all(isinstance(v, str) and v for v in value):
+    held = list(value) if isinstance(value, Iterable) else [None]  # a map or filter gives its items once
+    if not all(isinstance(v, str) and v for v in held):
         raise TypeError(f"LoraConfig: {name} must be a list of names, got {value!r}")
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    return sorted(held) if isinstance(value, (set, frozenset)) else held
 
 
 # --- PEFT's adapter_config.json -----------------------------------------------------------------------------

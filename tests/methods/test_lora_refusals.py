@@ -9,7 +9,7 @@ from method_cases import ALL
 from torch import nn
 from torch.nn.utils import prune
 
-from peft_engine.methods import LoraConfig, active, attach, detach
+from peft_engine.methods import BottleneckConfig, LoraConfig, active, attach, detach
 from peft_engine.nn import NF4Linear
 from peft_engine.quantize import quantize_
 
@@ -80,6 +80,12 @@ def test_a_config_that_does_not_fit_the_model_is_refused_and_nothing_changes(tin
     with pytest.raises((TypeError, ValueError), match=message):
         attach(model, LoraConfig(**settings))
     assert state(model) == before
+
+
+def test_names_and_indices_may_come_from_what_gives_them_once():
+    config = LoraConfig(target_modules=map(str, ["q_proj"]), layers_to_transform=iter([1]))
+    assert config.target_modules == ["q_proj"] and config.layers_to_transform == [1]
+    assert BottleneckConfig(leave_out=filter(None, [1, 0])).leave_out == [1]
 
 
 def test_the_rank_may_be_all_that_the_layer_holds(tiny_llama):
