@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from peft_engine.adapter_files import in_order, read_header, write_at_once
+from peft_engine.heads import unwrap
 from peft_engine.merge import merge_
 from peft_engine.methods import copies, sharded
-from peft_engine.methods.attach import check_name, install, require, tensors, unwrap
+from peft_engine.methods.attach import check_name, install, require, tensors
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.methods.registry import METHODS, Method, method_of
 

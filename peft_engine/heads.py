@@ -171,9 +171,19 @@ def describe_head(model: nn.Module) -> LayerReport:
     return LayerReport(name, OP, choice.backend, True, reason, kind)
 
 
-def _transformers_model(model: Any) -> Any:
-    if "_orig_mod" in model._modules:
-        model = model._orig_mod
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    model = unwrap(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from peft_engine.heads import unwrap
 from peft_engine.methods import copies, derived, lora_layers, sharded
-from peft_engine.methods.attach import attached, detach, require, tensors, unwrap
+from peft_engine.methods.attach import attached, detach, require, tensors
 from peft_engine.methods.lora import LAYERS, LoraConfig
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.dora_linear import TINY

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from peft_engine.heads import unwrap
 from peft_engine.methods import copies, lora_layers, sharded, walks
 from peft_engine.methods.registry import METHODS, Config, method_of
 from peft_engine.methods.targets import with_head
@@ -129,17 +130,6 @@ def adapters_without_gradient(model: nn.Module) -> list[str]:
 
 
 # --- for the rest of the package ----------------------------------------------------------------------------
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 def attached(model: nn.Module) -> dict[str, Config]:

@@ -231,6 +231,14 @@ def test_a_peft_model_is_attached_through_its_wrapper(tiny_llama):
     assert type(wrapped(**batch()).logits) is torch.Tensor
 
 
+def test_a_model_in_data_parallel_is_attached_through_its_wrapper(tiny_llama):
+    model = tiny_llama()
+    wrapped = torch.nn.DataParallel(model)
+    assert attach_head(wrapped).fused and type(model.lm_head) is FusedHeadLinear
+    detach_head(wrapped)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_generation_is_unaffected(head_pair):
     plain, fused = head_pair()
     ids = batch()["input_ids"]
