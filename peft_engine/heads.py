@@ -202,6 +202,8 @@ def _refuse(model: Any, head: nn.Module, name: str) -> str | None:
         return "not a transformers model"
     if type(head) not in (nn.Linear, FusedHeadLinear):
         return f"the head is a {type(head).__name__}, not a plain linear layer"
+    if "forward" in head.__dict__:
+        return "the head's forward was replaced on the instance (a hook of accelerate?)"
     if model.loss_function not in (ForCausalLMLoss, causal_lm_loss):
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
         return f"the model's loss is {loss}, not the causal language model's"

@@ -239,6 +239,15 @@ def test_a_model_in_data_parallel_is_attached_through_its_wrapper(tiny_llama):
     assert type(model.lm_head) is torch.nn.Linear
 
 
+def test_a_head_whose_forward_was_replaced_stays_as_it_is(tiny_llama):
+    model = tiny_llama()
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * own(x)
+    report = attach_head(model)
+    assert not report.fused and "forward was replaced" in report.reason
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_generation_is_unaffected(head_pair):
     plain, fused = head_pair()
     ids = batch()["input_ids"]
