@@ -170,7 +170,7 @@ def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     if tokens.active is None or tokens.passes():
         return None
     kwargs = {**dict(zip(tokens.arguments, args, strict=False)), **kwargs}
-    _check_implementation(module.config)
+    _check_implementation(module.config, kwargs)
     if hasattr(module, "_maybe_slice_kv_shared_inputs"):
         # Gemma 4's last layers leave out queries by rules for the name "sdpa"; its head leaves out the rest
         kwargs["logits_to_keep"] = 0
@@ -318,8 +318,15 @@ def _check_room(tokens: VirtualTokens, most: int, seen: Any, queries: int) -> No
         )
 
 
-def _check_implementation(config: Any) -> None:
-    """The attention may have been set anew since the adapter was made active."""
+def _check_implementation(config: Any, kwargs: dict) -> None:
+    """The attention may have been set anew since the adapter was made active, and may be asked for weights."""
+    asked = kwargs.get("output_attentions")
+    asked = config.output_attentions if asked is None else asked
+    if asked and config._attn_implementation in ("eager", f"{NAME}eager"):
+        raise ValueError(
+            "virtual tokens: output_attentions=True, and behind virtual tokens no attention weights are formed; "
+            "leave it out, or deactivate the adapter: peft_engine.active(model, None)"
+        )
     now = config._attn_implementation
     if now in FORWARDS:
         _set_attention(config, _register(now))

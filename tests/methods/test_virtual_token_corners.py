@@ -194,6 +194,20 @@ def test_a_prefix_is_refused_where_one_half_takes_none():
         pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P))
 
 
+@pytest.mark.parametrize("by", ("argument", "config"))
+def test_attention_weights_are_refused_and_come_back_without_the_adapter(by):
+    model = families.build("llama")
+    model.set_attn_implementation("eager")
+    ids, asked = torch.arange(5)[None], {"output_attentions": True}
+    if by == "config":
+        model.config.output_attentions, asked = True, {}
+    pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=P))
+    with pytest.raises(ValueError, match=r"output_attentions=True, and behind virtual tokens no attention"):
+        model(ids, **asked)
+    pe.active(model, None)
+    assert len(model(ids, output_attentions=True).attentions) == 2
+
+
 def test_a_prompt_is_refused_where_a_layer_runs_twice():
     model = families.build("llama")
     model.model.layers[1] = model.model.layers[0]
