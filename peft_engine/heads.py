@@ -183,8 +183,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _transformers_model(model: nn.Module) -> Any:
-    model = unwrap(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = unwrap(model)
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
 # --- which models -------------------------------------------------------------------------------------------
