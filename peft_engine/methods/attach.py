@@ -167,6 +167,12 @@ def check_name(model: nn.Module, name: str, who: str) -> None:
         )
     if name in attached(model):
         raise ValueError(f"{who}: an adapter {name!r} is attached already; detach it or give another name")
+    for path, module in model.named_modules():
+        if path and "peft_engine_adapters" in module.__dict__:
+            raise ValueError(
+                f"{who}: {path} has adapters of its own ({', '.join(attached(module))}), of which the model "
+                "around it does not know; attach there, or detach them from there first"
+            )
     foreign = [
         path for path, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"
     ]

@@ -104,6 +104,17 @@ def test_a_name_that_is_taken_is_refused(tiny_llama):
         attach(model, ALL)
 
 
+def test_adapters_of_a_part_are_not_written_over(tiny_llama):
+    model = tiny_llama()
+    attach(model.model, ALL)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"attach: model has adapters of its own \(default\).*detach them"):
+        attach(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert state(model) == before
+    detach(model.model)
+    attach(model, ALL)
+
+
 def test_a_module_is_adapted_or_trained_whole_but_not_both(tiny_llama):
     model = attach(tiny_llama(), ALL, "a")
     with pytest.raises(ValueError, match="adapted or trained whole"):
