@@ -1,5 +1,5 @@
-// bottleneck forward of a few rows, as in decoding: each weight's row is read as it lies, once for all rows of x, where
-// the tiles of bottleneck.inl would lay it out first. Included once per instruction set.
+// bottleneck forward of a few rows, as in decoding: each weight's row is read as it lies, for one row of x after
+// another, where the tiles of bottleneck.inl would lay it out first. Included once per instruction set.
 //
 // Floor: the bytes of both weights. A row of the result has the same bits among any number of rows up to kFewRows.
 

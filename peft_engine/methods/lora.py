@@ -360,9 +360,8 @@ def _regex(name: str, value: Any) -> None:
 def _names(name: str, value: Any) -> list[str] | str | None:
     if value is None or isinstance(value, str):
         return value
-    held: list[Any] = (
-        list(value) if isinstance(value, Iterable) else [None]
-    )  # a map or filter gives its items once
+    # A map or filter gives its items once.
+    held: list[Any] = list(value) if isinstance(value, Iterable) else [None]
     if not all(isinstance(v, str) and v for v in held):
         raise TypeError(f"LoraConfig: {name} must be a list of names, got {value!r}")
     return sorted(held) if isinstance(value, (set, frozenset)) else held

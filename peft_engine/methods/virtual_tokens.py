@@ -34,9 +34,8 @@ class VirtualTokens(nn.Module):
         self.encoders = nn.ModuleDict()
         self.lives = lives
         self.active: str | tuple[str | None, ...] | None = None
-        self.entries: tuple[
-            str | None, ...
-        ] = ()  # of a mixed batch: the rows' names, with all that is stacked
+        # Of a mixed batch: the rows' names, with all that is stacked.
+        self.entries: tuple[str | None, ...] = ()
         self.embeddings = stack.embeddings
         self.limit = stack.limit
         self.arguments = parameters_of(module)
