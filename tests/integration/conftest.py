@@ -2,10 +2,12 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from texts import tiny_model_folder
 
 import peft_engine as pe
 from peft_engine.heads import attach_head
@@ -67,6 +69,12 @@ def head_pair(tiny_llama):
         return plain, fused
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder with a tiny model and its tokenizer, for the tests of the command."""
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

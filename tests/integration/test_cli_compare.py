@@ -9,18 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.cli import main
 from peft_engine.train.compare import ChildError, Comparison, arguments, methods_of, rates_of, run_command
 from peft_engine.train.compare_report import table
 from peft_engine.train.method_options import METHODS, MethodOptions
 from peft_engine.train.settings import LoopSettings
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

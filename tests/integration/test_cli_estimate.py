@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 import transformers
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.train import estimate, memory
 from peft_engine.train.data import Document
@@ -22,11 +22,6 @@ from peft_engine.train.settings import LoopSettings, RunSettings
 ROOT = Path(__file__).parents[2]
 SMOLLM2, MOVIES = ROOT / ".cache" / "smollm2", ROOT / ".cache" / "movies" / "train.jsonl"
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

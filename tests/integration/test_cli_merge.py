@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 import peft_engine as pe
 from peft_engine import adapter_files
@@ -15,11 +15,6 @@ from peft_engine.methods.attach import tensors
 from peft_engine.train import merge_command
 
 IDS = torch.arange(12)[None]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 def load(folder):

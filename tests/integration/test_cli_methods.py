@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.cli import main
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, config_of, learning_rate
@@ -20,11 +20,6 @@ OPTIONS = {
     "prompt": ("--virtual-tokens", 6, "--learning-rate", 0.1),
     "bottleneck": ("--width", 8, "--learning-rate", 0.02),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

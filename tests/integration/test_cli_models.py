@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from texts import reviews, tiny_model_folder, tiny_tokenizer, write_jsonl
+from texts import reviews, tiny_tokenizer, write_jsonl
 
 import peft_engine as pe
 
@@ -14,11 +14,6 @@ SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "vocab_size": 320, "max_position_embeddings": 128,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

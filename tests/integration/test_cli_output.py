@@ -9,18 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.train.compare import command_line
 from peft_engine.train.output import LOCK, OutputError, check_output, sole_run
 from peft_engine.train.record import write_json
 from peft_engine.train.settings import RunSettings
 from peft_engine.train.trainer import _is_full
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

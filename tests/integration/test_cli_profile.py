@@ -1,20 +1,14 @@
 """`peft-engine profile`: its parts add up to the step, and each op's time stands under its name."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.train import profile
 from peft_engine.train.profile_command import FILES, advice, by_name, shortened, table
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -9,14 +9,9 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.train import progress
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -12,18 +12,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 
 from peft_engine.cli import main
 from peft_engine.train import progress
 from peft_engine.train.models import ModelError, load_base
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import typer
-from texts import reviews, tiny_model_folder, write_jsonl
+from texts import reviews, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
 from peft_engine import LoraConfig, attach, save_adapter
@@ -25,11 +25,6 @@ MEASURES = {
     "task", "rows", "accuracy", "exact_match", "token_f1", "perplexity", "labels", "confusion",
     "tokens_per_second", "seconds",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
