@@ -1,8 +1,8 @@
 """Tensors that a layer keeps because they are made of its others and take long to make.
 
-Each is kept by the tensors that it is made of, their memory and their versions, which torch counts for every
-write but one through `.data` and those of fused optimizers, whose steps are counted here. Nothing that is
-trained is kept while it is (`learns`), and a layer's train() forgets what is an adapter's.
+Each is kept by the tensors that it is made of, their storages and their versions, which torch counts for
+every write but one through `.data` and those of fused optimizers, whose steps are counted here. Nothing that
+is trained is kept while it is (`learns`), and a layer's train() forgets what is an adapter's.
 """
 
 import functools
@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from peft_engine import dispatch
@@ -23,12 +24,25 @@ _steps = 0  # of all optimizers
 
 
 class _Kept(dict):
-    """By what for: what it was made of (settings, memory and versions; the tensors), and the value. A copy of
-    the layer starts without.
+    """By what for: what it was made of (settings, memory and versions; the tensors and their storages), and
+    the value. A copy of the layer starts without.
     """
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _Kept, ()
+
+
+class _Reference:
+    """To a tensor and its storage, neither of which it keeps alive. Called, it says whether a tensor is that
+    one, still in that storage.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.storage = weakref.ref(tensor), StorageWeakRef(tensor.untyped_storage())
+
+    def __call__(self, tensor: torch.Tensor) -> bool:
+        # No new storage gets the address of one that a weak reference holds.
+        return self.tensor() is tensor and bool(self.storage.cdata == tensor.untyped_storage()._cdata)
 
 
 def kept(
@@ -52,11 +66,12 @@ def kept(
     if (
         found is None
         or found[0] != state
-        # Memory that was given back may be another tensor's now, at the same version.
-        or any(ref() is not t for ref, t in zip(found[1], made_of, strict=True))
+        # Memory that was given back may be another tensor's now, or this one's after a move, at the same
+        # version.
+        or any(not ours(t) for ours, t in zip(found[1], made_of, strict=True))
     ):
         with dispatch.outside_inference():
-            found = held[what] = state, tuple(weakref.ref(t) for t in made_of), make()
+            found = held[what] = state, tuple(_Reference(t) for t in made_of), make()
     return found[2]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from method_cases import IDS, edit_weights, quantized, refused, shake
@@ -146,6 +147,20 @@ def test_memory_that_another_tensor_has_now_is_not_taken_for_it():
     state, refs, value = held["norm", "default"]
     state = (*state[:2], (twin.data_ptr(), twin._version), *state[3:])
     held["norm", "default"] = state, refs, value
+    agrees(model)
+
+
+def test_a_parameter_that_moves_back_to_its_old_address_is_not_taken_for_what_it_was():
+    """As model.half().float() does when the allocator hands the freed memory out again."""
+    model = layer()
+    a, memory = model[0].lora_A["default"], np.empty((4, 64), np.float32)
+    memory[:] = a.detach()
+    a.data = torch.from_numpy(memory)
+    agrees(model)
+    before = a.data_ptr(), a._version
+    memory *= 3.0
+    a.data = torch.from_numpy(memory)
+    assert (a.data_ptr(), a._version) == before
     agrees(model)
 
 
