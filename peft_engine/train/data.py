@@ -47,10 +47,18 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Document:
-    """One row as tokens; labels is as long as input_ids and holds -100 for what is not learnt."""
+    """One row as tokens; labels is as long as input_ids and holds -100 for what is not learnt.
+
+    apart: the labels are a decoder's, beside input_ids of an encoder, and all are learnt.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    apart: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids) + self.apart * len(self.labels)
 
     @property
     def labelled(self) -> int:
@@ -344,22 +352,28 @@ def pad(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
 
     What the padding holds is never read: its attention_mask is 0, its label -100.
     """
-    longest = max(len(d.input_ids) for d in documents)
-
-    def rows(of: Callable[[Document], list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([of(d) + [filler] * (longest - len(d.input_ids)) for d in documents])
-
     return {
-        "input_ids": rows(lambda d: d.input_ids, 0),
-        "attention_mask": rows(lambda d: [1] * len(d.input_ids), 0),
-        "labels": rows(lambda d: d.labels, IGNORE),
+        "input_ids": padded_rows([d.input_ids for d in documents], 0),
+        "attention_mask": padded_rows([[1] * len(d.input_ids) for d in documents], 0),
+        "labels": padded_rows([d.labels for d in documents], IGNORE),
     }
+
+
+def padded_rows(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
+    """int64 (rows, longest), filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
 
 
 def tokens_in(batch: Mapping[str, torch.Tensor]) -> int:
     """How many tokens a micro-batch has, without padding."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+    masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
+    return int(sum(mask.sum() for mask in masks)) if masks else batch["input_ids"].numel()
+
+
+def labelled_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens of a micro-batch are learnt."""
+    return int((batch["labels"] != IGNORE).sum())
 
 
 def micro_batches(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_engine.train import memory, progress
+from peft_engine.train import encoder_decoder, memory, progress
 from peft_engine.train import method_options as of_method
 from peft_engine.train.compare import run_command
 from peft_engine.train.data import length_limit
@@ -53,7 +53,7 @@ def estimate(
     """Bytes by kind and by part of the model, the total, what is free, and what each lever would save.
 
     tokens: of a row, where there is no data. Raises EstimateError for a model whose layers differ without a
-    pattern, or that has an encoder besides.
+    pattern, and for an encoder and a decoder that differ in depth, or without data.
     """
     config = load_config(settings.model)
     limit = length_limit(config, settings.max_length, of_method.virtual_tokens(settings.method_options))
@@ -66,11 +66,8 @@ def estimate(
         say("The base is stored in 4 bit; loading is estimated as if it were quantised on the way")
         settings = dataclasses.replace(settings, quantize="nf4")
         del config.quantization_config
-    if getattr(config, "is_encoder_decoder", False):
-        raise EstimateError(
-            f"estimate: {settings.model} has an encoder and a decoder; train takes decoders alone, "
-            "and so does estimate"
-        )
+    if encoder_decoder.is_one(config):
+        _check_two_sides(settings.model, config, tokens)
     exact = memory.exact(settings, config)
     depths = depths_of(exact, config)
     wanted = list(_levers(settings, config, tokens)) if levers else []
@@ -101,6 +98,19 @@ def estimate(
     }  # fmt: skip
 
 
+def _check_two_sides(name: str, config: Any, tokens: int | None) -> None:
+    if tokens is not None:
+        raise EstimateError(
+            f"--tokens: {name} has an encoder and a decoder, so a row has tokens on two sides; give --data"
+        )
+    depths = {"encoder": memory.depth_of(config), "decoder": encoder_decoder.decoder_depth(config)}
+    if depths["encoder"] != depths["decoder"]:
+        raise EstimateError(
+            f"estimate: {name} has {depths['encoder']} layers in its encoder and {depths['decoder']} in its "
+            "decoder; a few layers tell of all only where the two are as many"
+        )
+
+
 @contextlib.contextmanager
 def _disk_explained(work: str) -> Iterator[None]:
     from safetensors import SafetensorError
@@ -122,7 +132,10 @@ def _disk_explained(work: str) -> Iterator[None]:
 def depths_of(exact: memory.Exact, config: Any) -> tuple[int, ...]:
     """How many layers to run: two numbers, or all where there are few. EstimateError for no pattern."""
     text, depth = config.get_text_config(), len(exact.layers)
-    kinds = list(zip(exact.layers, getattr(text, "layer_types", None) or [""] * depth, strict=True))
+    sizes = list(exact.layers)
+    if depth > 1 and encoder_decoder.is_one(config):
+        sizes[0] = sizes[1]  # T5's first layers hold the position bias of all
+    kinds = list(zip(sizes, getattr(text, "layer_types", None) or [""] * depth, strict=True))
     for period in range(1, LONGEST_PERIOD + 1):
         if all(kinds[i] == kinds[i - period] for i in range(period, depth)):
             break
@@ -183,6 +196,7 @@ def shortened(config: Any, depth: int) -> Any:
         if isinstance(value, list) and len(value) == whole:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = depth
+    encoder_decoder.set_decoder_depth(small, depth)
     return small
 
 

@@ -15,22 +15,23 @@ from typing import Any
 
 import torch
 
+from peft_engine.train import encoder_decoder
 from peft_engine.train.console import say as console_say
 from peft_engine.train.data import (
-    IGNORE,
     Collate,
     DataError,
     Document,
     Row,
     encode_completion,
     encode_prompt,
+    labelled_in,
     micro_batches,
     render,
     tokenize,
     tokens_in,
 )
 from peft_engine.train.generate import Sampling, generate, positions
-from peft_engine.train.labels import FORWARD_TOKENS, label_scores, scoring_way
+from peft_engine.train.labels import FORWARD_TOKENS, Way, label_scores, scoring_way
 from peft_engine.train.packing import Say, collator
 
 MOST_LABELS = 50
@@ -99,7 +100,14 @@ def _classify(
     model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher, say: Say
 ) -> tuple[dict[str, Any], int]:
     labels = sorted({row.fields["completion"] for row in rows})
-    candidates = [encode_completion(tokenizer, label) for label in labels]
+    encode: Callable[[Any, str], list[int]] = encode_prompt
+    way: Way | None = None
+    if encoder_decoder.is_one(model.config):
+        targets = [encoder_decoder.target(tokenizer, label) for label in labels]
+        candidates = [target.own for target in targets]
+        encode, way = encoder_decoder.source, encoder_decoder.Scoring(targets)
+    else:
+        candidates = [encode_completion(tokenizer, label) for label in labels]
     if not all(candidates):
         raise DataError(f"the label {labels[[bool(c) for c in candidates].index(False)]!r} has no tokens")
     for i, ids in enumerate(candidates):
@@ -108,7 +116,7 @@ def _classify(
                 f"the labels {labels[candidates.index(ids)]!r} and {labels[i]!r} are the same tokens, so no "
                 "answer can tell them apart; write them otherwise"
             )
-    prompts = [encode_prompt(tokenizer, row.fields["prompt"]) for row in rows]
+    prompts = [encode(tokenizer, row.fields["prompt"]) for row in rows]
     longest = max(map(len, candidates))
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
@@ -118,7 +126,7 @@ def _classify(
                 f"{row.where}: {len(prompt) + longest} tokens with the label, at most {limit} are allowed"
             )
     confusion = [[0] * len(labels) for _ in labels]
-    way = scoring_way(model, candidates, say)
+    way = way or scoring_way(model, candidates, say)
     done = tokens = 0
     for part in _parts(prompts, sum(len(c) - 1 for c in candidates), batch_size):
         scores, used = label_scores(model, part, candidates, way)
@@ -166,8 +174,11 @@ def _generate(
     say: Say,
     split_text: bool,
 ) -> tuple[dict[str, Any], int]:
-    documents = tokenize(rows, tokenizer, limit, split_text=split_text, learn_end=False)
-    questions = [] if rows[0].kind == "text" else _questions(rows, tokenizer, limit)  # what is wrong, at once
+    if encoder_decoder.is_one(model.config):
+        documents = encoder_decoder.documents(rows, tokenizer, limit)
+    else:
+        documents = tokenize(rows, tokenizer, limit, split_text=split_text, learn_end=False)
+    questions = [] if rows[0].kind == "text" else _questions(model, rows, tokenizer, limit)  # errors first
     loss, tokens = perplexity_loss(model, documents, batch_size, collator(model, say))
     found: dict[str, Any] = {"perplexity": math.exp(min(loss, 700.0))}
     if not questions:
@@ -189,11 +200,14 @@ def _generate(
     return found | {"exact_match": exact / len(rows), "token_f1": f1 / len(rows)}, tokens
 
 
-def _questions(rows: Sequence[Row], tokenizer: Any, limit: int) -> list[tuple[str, str, int]]:
+def _questions(model: Any, rows: Sequence[Row], tokenizer: Any, limit: int) -> list[tuple[str, str, int]]:
     """The prompt and the answer wanted, and how many tokens an answer may have: for each row as many as the
     longest answer takes, or what is left of the model after its prompt.
     """
     pairs = [_question(row, tokenizer) for row in rows]
+    if encoder_decoder.is_one(model.config):  # an answer has the decoder to itself
+        longest = max(len(encoder_decoder.target(tokenizer, answer).ids) for _, answer in pairs)
+        return [(*pair, min(max(MIN_NEW_TOKENS, longest), limit - 1)) for pair in pairs]
     longest = max(len(encode_completion(tokenizer, answer)) for _, answer in pairs)
     questions = []
     for row, (prompt, answer) in zip(rows, pairs, strict=True):
@@ -227,7 +241,7 @@ def perplexity_loss(
     """The mean loss over the documents' labelled tokens, and the tokens run."""
     total, labelled, tokens = 0.0, 0, 0
     for batch in micro_batches(documents, batch_size, collate):
-        count = int((batch["labels"] != IGNORE).sum())
+        count = labelled_in(batch)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         total += float(model(**batch, use_cache=False).loss) * count
         labelled += count

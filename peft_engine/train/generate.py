@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from peft_engine.methods import active
-from peft_engine.train.data import DataError, Prompts, Rendered, encode_prompt, length_limit, read_prompts
+from peft_engine.train import encoder_decoder
+from peft_engine.train.data import (
+    DataError,
+    Prompts,
+    Rendered,
+    encode_prompt,
+    length_limit,
+    padded_rows,
+    read_prompts,
+)
 from peft_engine.train.models import virtual_tokens
 
 COLDEST = 1e-4  # logits divided by less than about 1e-36 overflow, and at this the likeliest is all but sure
@@ -117,7 +126,7 @@ def generate(
     work = list(zip(prompts, adapters or [None] * len(prompts), rows, strict=True))
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
-        inputs = _left_padded(model, tokenizer, [row for _, _, row in part])
+        inputs = _padded(model, tokenizer, [row for _, _, row in part])
         if adapters is None:
             out = _generate(model, tokenizer, inputs, sampling)
         else:
@@ -125,9 +134,7 @@ def generate(
                 out = _generate(model, tokenizer, inputs, sampling)
         yield [
             Answer(prompt, adapter, *_decoded(tokenizer, ids, _ends(model, tokenizer)))
-            for (prompt, adapter, _), ids in zip(
-                part, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True
-            )
+            for (prompt, adapter, _), ids in zip(part, out[:, _given(model, inputs) :].tolist(), strict=True)
         ]
 
 
@@ -141,7 +148,7 @@ def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Gener
 
     torch.manual_seed(sampling.seed)
     rows = encoded(model, tokenizer, [prompt], sampling.max_new_tokens)
-    inputs = _left_padded(model, tokenizer, rows)
+    inputs = _padded(model, tokenizer, rows)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []
     enough = threading.Event()
@@ -171,14 +178,15 @@ def encoded(
     model: Any, tokenizer: Any, prompts: Sequence[str], room: int, where: Sequence[str] = ()
 ) -> list[list[int]]:
     """The tokens of each prompt; DataError for one without any, and for one that leaves no `room` tokens."""
-    limit = positions(model)
-    rows = []
+    limit, rows = positions(model), []
+    apart = encoder_decoder.is_one(model.config)  # the answer has the decoder's positions, after its first
+    encode = encoder_decoder.source if apart else encode_prompt
     for i, prompt in enumerate(prompts):
         at = f"{where[i]}: " if where and where[i] else ""
-        rows.append(encode_prompt(tokenizer, prompt))
+        rows.append(encode(tokenizer, prompt))
         if not rows[-1]:
             raise DataError(f"{at}the prompt {prompt!r} has no tokens; give some text")
-        if len(rows[-1]) + room > limit:
+        if (max(len(rows[-1]), room + 1) if apart else len(rows[-1]) + room) > limit:
             raise DataError(
                 f"{at}a prompt of {len(rows[-1])} tokens and {room} new ones exceed the model's {limit}; "
                 "shorten it, or lower --max-new-tokens"
@@ -191,13 +199,24 @@ def positions(model: Any) -> int:
     return length_limit(model.config, None, virtual_tokens(model))
 
 
-def _left_padded(model: Any, tokenizer: Any, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (B, longest), padded on the left: every prompt ends where text begins."""
+def _padded(model: Any, tokenizer: Any, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (B, longest), padded on the left: every prompt ends where text begins.
+
+    On the right for an encoder, whose positions may be counted from the left.
+    """
     longest = max(map(len, rows))
     pad = _pad(model, tokenizer)
+    if encoder_decoder.is_one(model.config):
+        ids, mask = padded_rows(rows, pad), padded_rows([[1] * len(row) for row in rows], 0)
+        return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _given(model: Any, inputs: dict[str, torch.Tensor]) -> int:
+    """How many tokens of what `generate` returns are not new: the prompt, or what a decoder starts from."""
+    return 1 if encoder_decoder.is_one(model.config) else inputs["input_ids"].shape[1]
 
 
 def _generate(model: Any, tokenizer: Any, inputs: dict, sampling: Sampling, **more: Any) -> torch.Tensor:
@@ -208,6 +227,7 @@ def _generate(model: Any, tokenizer: Any, inputs: dict, sampling: Sampling, **mo
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, bos_token_id=own.bos_token_id,
         eos_token_id=_ends(model, tokenizer), pad_token_id=_pad(model, tokenizer),
+        decoder_start_token_id=own.decoder_start_token_id, forced_bos_token_id=own.forced_bos_token_id,
         **(drawn if sampling.temperature > 0.0 else {}),
     )  # fmt: skip
     # Or transformers adds what the model's own says: beams, a penalty of repetition, strings to stop at, ...

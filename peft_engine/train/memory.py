@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_engine.ops.nf4 import NESTED_BLOCKSIZE
+from peft_engine.train import encoder_decoder
 from peft_engine.train import method_options as of_method
 from peft_engine.train.settings import RunSettings
 
@@ -75,12 +76,9 @@ def dtype_of(settings: RunSettings, config: Any) -> Any:
 def skeleton(config: Any, dtype: Any) -> Any:
     """The model on the meta device: shapes and names, no memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype
-        )  # it writes the dtype there
+    with torch.device("meta"):  # a copy, as it writes the dtype there
+        return encoder_decoder.auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def exact(settings: RunSettings, config: Any) -> Exact:
@@ -99,7 +97,9 @@ def exact(settings: RunSettings, config: Any) -> Exact:
     adapter = None
     if settings.method not in ("prefix", "prompt"):  # these start from values of the base
         attach(
-            model, of_method.config_of(settings.method, settings.method_options, settings.model), "default"
+            model,
+            of_method.config_of(settings.method, settings.method_options, settings.model, model.config),
+            "default",
         )
         adapter = {name: 4 * p.numel() for name, p in model.named_parameters() if p.requires_grad}
     place = places(model, depth_of(config))

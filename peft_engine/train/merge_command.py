@@ -121,11 +121,14 @@ def _merge(
 
 def _documents(tokenizer: Any, rows: list[Any] | None, model: Any) -> list[list[int]]:
     """Tokens to predict: of the rows, the first TOKENS of each, or of the sample; as many as HELD allows."""
+    from peft_engine.train import encoder_decoder
     from peft_engine.train.data import length_limit, tokenize
 
     limit = min(TOKENS, length_limit(model.config, None, 0))
     if rows is None:
         found = [tokenizer(text)["input_ids"] for text in SAMPLE]
+    elif encoder_decoder.is_one(model.config):
+        found = [[*d.input_ids, *d.labels] for d in encoder_decoder.documents(rows, tokenizer, 2**31)]
     else:
         found = [document.input_ids for document in tokenize(rows, tokenizer, 2**31, learn_end=False)]
     room = HELD // (model.config.get_text_config().vocab_size * model.dtype.itemsize)
@@ -137,13 +140,20 @@ def _documents(tokenizer: Any, rows: list[Any] | None, model: Any) -> list[list[
 
 
 def _predictions(model: Any, documents: list[list[int]]) -> Iterator[Any]:
-    """The logits of the next token at each place, as the model gives them, of one document after another."""
+    """The logits of the next token at each place, as the model gives them, of one document after another.
+
+    A decoder behind an encoder is given the document, too.
+    """
     import torch
 
+    from peft_engine.train import encoder_decoder
+
     device = next(model.parameters()).device
+    sides = ("input_ids", "labels") if encoder_decoder.is_one(model.config) else ("input_ids",)
     for ids in documents:
         with torch.inference_mode():
-            yield model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].cpu()
+            given = dict.fromkeys(sides, torch.tensor([ids], device=device))
+            yield model(**given, use_cache=False).logits[0].cpu()
 
 
 def _drift(before: Iterable[Any], after: Iterable[Any]) -> dict[str, Any]:

@@ -96,9 +96,13 @@ def title(method: str, values: dict[str, Any]) -> str:
     return f"{method}, {values['virtual_tokens']} virtual tokens"
 
 
-def config_of(method: str, values: dict[str, Any], model: str) -> Any:
-    """The config to attach; `model` is where the tokenizer of an initial text is read from."""
+def config_of(method: str, values: dict[str, Any], model: str, base: Any = None) -> Any:
+    """The config to attach; `model` is where the tokenizer of an initial text is read from, `base` the
+    model's config.
+    """
     import peft_engine
+
+    task = "SEQ_2_SEQ_LM" if getattr(base, "is_encoder_decoder", False) else "CAUSAL_LM"
 
     if method in ("lora", "qlora"):
         return peft_engine.LoraConfig(
@@ -107,13 +111,13 @@ def config_of(method: str, values: dict[str, Any], model: str) -> Any:
             lora_dropout=values["dropout"],
             target_modules=values["target_modules"],
             use_dora=values["dora"],
-            task_type="CAUSAL_LM",
+            task_type=task,
         )
     if method == "bottleneck":
         given = {
             "non_linearity": values["activation"],
             "dropout": values["dropout"],
-            "task_type": "CAUSAL_LM",
+            "task_type": task,
         }
         size = "width" if values["width"] else "reduction_factor"
         preset = getattr(peft_engine.BottleneckConfig, values["placement"])
@@ -122,7 +126,7 @@ def config_of(method: str, values: dict[str, Any], model: str) -> Any:
     start: dict[str, Any] = {
         "num_virtual_tokens": values["virtual_tokens"],
         "tokenizer_name_or_path": model if text else None,
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
     }
     if method == "prefix":
         return peft_engine.PrefixTuningConfig(

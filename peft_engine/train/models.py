@@ -18,6 +18,7 @@ from peft_engine.checkpoint import load_adapter, trained_on
 from peft_engine.methods import active
 from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
+from peft_engine.train import encoder_decoder
 from peft_engine.train.console import say
 from peft_engine.train.packing import why_no_decoder
 
@@ -56,15 +57,12 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
 
     quantize: "nf4" reads it into NF4 layer by layer, "none" leaves it dense, None takes it as it is stored.
     dtype: "auto" is the checkpoint's own.
-    Raises ModelError for one that is no decoder, and for a checkpoint that lacks some of its weights.
+    Raises ModelError for one that writes no text, and for a checkpoint that lacks some of its weights.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(name)
-    if getattr(config, "is_encoder_decoder", False):
+    if not encoder_decoder.reads_text(config):
         raise ModelError(
-            f"--model {name}: has an encoder and a decoder, and this command is for decoders alone; from "
-            "Python, attach and a Trainer of your own take it (docs/methods.md)"
+            f"--model {name}: its encoder reads no text; this command is for models of text alone"
         )
     stored = getattr(config, "quantization_config", None) is not None
     if stored and quantize == "none":
@@ -76,13 +74,17 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
         if stored or quantize == "nf4":
             model = load_quantized(name, dtype=wanted)
         else:
-            found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
+            kind = encoder_decoder.auto_class(config)
+            found: Any = kind.from_pretrained(name, dtype=wanted, output_loading_info=True)
             model, read = found
             _check_all_read(name, model, read)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     why = why_no_decoder(model)
     if why is not None:
-        raise ModelError(f"--model {name}: {why}; this command trains and runs causal language models")
+        raise ModelError(
+            f"--model {name}: {why}; this command trains and runs models that write text: decoders, and "
+            "decoders behind an encoder of text"
+        )
     return model
 
 

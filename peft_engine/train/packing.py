@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peft_engine.train import encoder_decoder
 from peft_engine.train.console import say as console_say
 from peft_engine.train.data import IGNORE, Collate, Document, pack, pad
 
@@ -18,12 +19,12 @@ Say = Callable[[str], None]
 
 
 def collator(model: Any, say: Say = console_say) -> Collate:
-    """`pack` for a model that keeps packed documents apart; else `pad`, and a line to `say` says why."""
+    """`pack` for a model that keeps packed documents apart; else what pads, and a line to `say` says why."""
     why = why_not_packed(model)
     if why is None:
         return pack
     say(f"Packing: off, one document a row with padding: {why}")
-    return pad
+    return encoder_decoder.collate if encoder_decoder.is_one(model.config) else pad
 
 
 def why_not_packed(model: Any) -> str | None:
@@ -32,6 +33,8 @@ def why_not_packed(model: Any) -> str | None:
     Four forwards of a few tokens. Modes, random generators and adapters are left as they are.
     """
     kind = type(model).__name__
+    if encoder_decoder.is_one(model.config):
+        return f"{kind} has an encoder and a decoder"
     held = _tokens_of_a_held_mask(model)
     if held is not None:
         return f"{kind}'s attention holds a mask of {held} tokens, which a row of several documents exceeds"
@@ -46,11 +49,15 @@ def why_not_packed(model: Any) -> str | None:
 
 
 def why_no_decoder(model: Any) -> str | None:
-    """Why a model is no causal language model; None: it is, or its forward fails, which its use will tell of.
+    """Why a model writes no text; None: it does, or its forward fails, which its use will tell of.
 
-    Two forwards of four tokens that differ in the last.
+    Two forwards of four tokens that differ in the last; of one with an encoder too, its head and its start.
     """
     kind = type(model).__name__
+    if encoder_decoder.is_one(model.config):
+        if getattr(model.config, "decoder_start_token_id", None) is None:
+            return "config.json has no decoder_start_token_id, with which its decoder begins"
+        return f"{kind} has no output head" if model.get_output_embeddings() is None else None
     first, other = (probe_tokens(model, start, 4).input_ids for start in (0, 1))
     try:
         with undisturbed(model):

@@ -81,7 +81,7 @@ def measure(what: Probe) -> dict[str, Any]:
     batch = batches[0]
     found["batch"] = {
         "rows": len(batch),
-        "tokens": int(collate(batch)["input_ids"].numel()),
+        "tokens": _run(collate(batch)),
         "labelled": sum(document.labelled for document in batch),
         "packed": collate is pack,
     }
@@ -136,11 +136,16 @@ def _batches(
 
 
 def _tokens(batch: list[Document]) -> int:
-    return sum(len(document.input_ids) for document in batch)
+    return sum(document.tokens for document in batch)
 
 
 def _padded(batch: list[Document]) -> int:
-    return len(batch) * max(len(document.input_ids) for document in batch)
+    return len(batch) * max(document.tokens for document in batch)
+
+
+def _run(inputs: dict[str, Any]) -> int:
+    """The tokens that run, padding and a decoder's included."""
+    return sum(t.numel() for name, t in inputs.items() if name in ("input_ids", "decoder_attention_mask"))
 
 
 def _training(model: Any, batches: list[list[Document]], settings: RunSettings) -> int:
@@ -163,13 +168,16 @@ def _training(model: Any, batches: list[list[Document]], settings: RunSettings) 
 
 def _cut(batch: list[Document], share: float) -> list[Document]:
     """The start of each document; of a share of 0, a few tokens."""
-    lengths = [max(FIRST, round(share * len(document.input_ids))) for document in batch]
-    return [
-        document
-        if n >= len(document.input_ids)
-        else Document(document.input_ids[:n], [IGNORE, *document.input_ids[1:n]])
-        for document, n in zip(batch, lengths, strict=True)
-    ]
+    return [_start(document, share) for document in batch]
+
+
+def _start(document: Document, share: float) -> Document:
+    ids, labels = (
+        part[: max(FIRST, round(share * len(part)))] for part in (document.input_ids, document.labels)
+    )
+    if len(ids) == len(document.input_ids):
+        return document
+    return Document(ids, labels, apart=True) if document.apart else Document(ids, [IGNORE, *ids[1:]])
 
 
 def _parameters(model: Any, depth: int) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft_engine.train import encoder_decoder, progress
 from peft_engine.train import method_options as of_method
-from peft_engine.train import progress
 from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
 from peft_engine.train.memory import cannot_fit
 from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
@@ -98,6 +98,8 @@ def tokenized(settings: RunSettings, *files: list[Row]) -> list[list[Document]]:
     taken = of_method.virtual_tokens(settings.method_options)
     limit = length_limit(config, settings.max_length, taken)
     split = settings.max_length is not None
+    if encoder_decoder.is_one(config):
+        return [encoder_decoder.documents(rows, tokenizer, limit) for rows in files]
     return [tokenize(rows, tokenizer, limit, split_text=split) for rows in files]
 
 
@@ -159,7 +161,7 @@ def _tell_plan(
     say: Callable[[str], None],
 ) -> None:
     loop, rows = settings.loop, len(documents)
-    tokens = sum(len(document.input_ids) for document in documents)
+    tokens = sum(document.tokens for document in documents)
     labelled = sum(document.labelled for document in documents)
     say(f"Model: {settings.model}, {'in NF4' if settings.base == 'nf4' else 'dense'}, dtype {settings.dtype}")
     say(f"Data: {rows} rows of {settings.data}, {tokens:,} tokens, {labelled:,} of them labelled")
@@ -201,7 +203,8 @@ def prepare(settings: RunSettings, resume_from: Path | None, folder: str | None 
     if resume_from is not None:
         load_adapter(model, resume_from, NAME)
     else:
-        config = of_method.config_of(settings.method, settings.method_options, settings.model)
+        options = settings.method_options
+        config = of_method.config_of(settings.method, options, settings.model, model.config)
         attach(model, config, NAME)
     return model, optimize(model)
 

@@ -26,7 +26,7 @@ from transformers.trainer_callback import TrainerCallback
 from peft_engine.checkpoint import save_adapter
 from peft_engine.methods import adapters_without_gradient
 from peft_engine.train.console import say as console_say
-from peft_engine.train.data import IGNORE, Collate, Document, pack, tokens_in
+from peft_engine.train.data import Collate, Document, labelled_in, pack, tokens_in
 from peft_engine.train.evaluate import perplexity_loss
 from peft_engine.train.finite import first_non_finite
 from peft_engine.train.interrupt import ending_well
@@ -194,11 +194,7 @@ class _AdapterTrainer(transformers.Trainer):
         dataset: Any = documents  # a sequence is all that the Trainer needs
         super().__init__(model, args, train_dataset=dataset, data_collator=collate, callbacks=[_Steps(self)])  # type: ignore[arg-type]
         self.remove_callback(transformers.PrinterCallback)
-        if not self.model_accepts_loss_kwargs:
-            raise TrainError(
-                f"train: {type(model).__name__} does not take num_items_in_batch, so its loss cannot be "
-                "normalised over a step; use a model with transformers' current causal-language-model loss"
-            )
+        self.model_accepts_loss_kwargs = True  # as for one that does, compute_loss weighs the micro-batches
         self.adapted = model
         self.outcome = Outcome()
         self.settings, self.documents = settings, len(documents)
@@ -232,8 +228,18 @@ class _AdapterTrainer(transformers.Trainer):
 
     # --- the step -------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches, and how many labelled tokens they have."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(labelled_in(batch) for batch in batches)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        """The model's mean, times the micro-batch's share of the step's labelled tokens.
+
+        Not by num_items_in_batch: some models take it and pay it no heed (T5's own loss is a mean always).
+        """
+        share = labelled_in(inputs) / num_items_in_batch
+        return model(**inputs, use_cache=False).loss * share
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.largest_batch = max(self.largest_batch, inputs["input_ids"].numel())
@@ -248,7 +254,7 @@ class _AdapterTrainer(transformers.Trainer):
         if self.accelerator.sync_gradients:
             self.check_gradients(model)
         self.outcome.tokens += tokens_in(inputs)
-        self.outcome.labelled_tokens += int((inputs["labels"] != IGNORE).sum())
+        self.outcome.labelled_tokens += labelled_in(inputs)
         return loss
 
     def check_gradients(self, model: torch.nn.Module) -> None:

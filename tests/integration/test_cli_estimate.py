@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import torch
 import transformers
-from texts import reviews, write_jsonl
+from texts import reviews, tiny_encoder_decoder_folder, write_jsonl
 
 from peft_engine.train import estimate, memory
 from peft_engine.train.data import Document
@@ -163,10 +163,31 @@ def test_the_small_models_load_as_any_other(model, tmp_path):
         assert small.lm_head.weight.shape == (config.vocab_size, config.hidden_size)
 
 
-def test_an_encoder_with_a_decoder_is_refused(command, tmp_path):
-    transformers.T5Config(num_layers=2).save_pretrained(tmp_path)
-    code, out, err = command("estimate", "--model", tmp_path, "--tokens", 8)
-    assert code == 1 and out == "" and "has an encoder and a decoder" in err
+def test_an_encoder_with_a_decoder_is_estimated_by_its_data(command, tmp_path):
+    folder = tiny_encoder_decoder_folder("t5", tmp_path / "t5")
+    code, out, err = command("estimate", "--model", folder, "--tokens", 8)
+    assert code == 1 and out == "" and "tokens on two sides; give --data" in err
+    data = write_jsonl(tmp_path / "rows.jsonl", reviews())
+    run = settings(folder, data, method="lora", learning_rate=1e-3)
+    found = estimate.estimate(run, None, lambda line: None, levers=False)
+    assert found["layers"] == 2 and found["batch"]["rows"] == 8
+    assert not found["batch"]["packed"]
+    made = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert found["kinds"]["weights"] == sum(p.nbytes for p in made.parameters())
+    code, out, err = command(
+        "train", "--model", folder, "--data", data, "--method", "lora", "--max-steps", 1, "--output",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    adapter = safetensors.torch.load_file(tmp_path / "out/adapter_model.safetensors")
+    assert found["kinds"]["adapter"] == sum(4 * t.numel() for t in adapter.values())
+
+
+def test_depths_that_differ_are_told(command, tmp_path):
+    transformers.T5Config(num_layers=2, num_decoder_layers=3).save_pretrained(tmp_path)
+    data = write_jsonl(tmp_path / "rows.jsonl", reviews())
+    code, out, err = command("estimate", "--model", tmp_path, "--data", data)
+    assert code == 1 and out == "" and "2 layers in its encoder and 3 in its decoder" in err
 
 
 def test_the_micro_batches_are_those_that_train_takes(model, tmp_path, monkeypatch):

@@ -48,11 +48,20 @@ def refused(command, data, tmp_path):
     return run
 
 
+def test_a_decoder_behind_an_encoder_of_sound_is_refused(refused, tmp_path):
+    config = transformers.WhisperConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        vocab_size=320, pad_token_id=0,
+    )  # fmt: skip
+    folder = saved(transformers.WhisperForConditionalGeneration(config), tmp_path / "whisper")
+    assert "its encoder reads no text" in refused(folder)
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
-def test_a_model_with_an_encoder_and_a_decoder_is_refused_before_it_is_read(refused, tmp_path, quantize):
+def test_a_decoder_without_a_token_to_start_from_is_refused(refused, tmp_path, quantize):
     config = transformers.T5Config(d_model=64, d_kv=32, d_ff=64, num_layers=2, num_heads=2, vocab_size=320)
     folder = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
-    assert "encoder and a decoder" in refused(folder, "--quantize", quantize)
+    assert "config.json has no decoder_start_token_id" in refused(folder, "--quantize", quantize)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 GOOD = "a fine warm film", "fine acting and a warm end", "i like this warm film", "a film with fine acting"
@@ -59,4 +60,32 @@ def tiny_model_folder(folder: Path) -> Path:
         initializer_range=0.2, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_encoder_decoder_folder(kind: str, folder: Path) -> Path:
+    """A two-layer "t5" or "bart" with random weights, and a tokenizer that ends a text as theirs do."""
+    tokenizer = tiny_tokenizer(chat=False)
+    template = {"t5": "$A </s>", "bart": "<s> $A </s>"}[kind]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"d_model": 64, "vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 2}
+    if kind == "t5":
+        config: transformers.PreTrainedConfig = transformers.T5Config(
+            **size, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0, dropout_rate=0.0
+        )
+    else:
+        sides = {
+            f"{side}_{key}": value
+            for side in ("encoder", "decoder")
+            for key, value in {"layers": 2, "ffn_dim": 96, "attention_heads": 4}.items()
+        }
+        config = transformers.BartConfig(
+            **size, **sides, max_position_embeddings=64, bos_token_id=1, decoder_start_token_id=2,
+            forced_bos_token_id=1, forced_eos_token_id=2, init_std=0.2, dropout=0.0,
+        )  # fmt: skip
+    transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     return folder
