@@ -139,7 +139,7 @@ class Catch:
 
     def take(self) -> torch.Tensor | None:
         """What was kept, which is then let go."""
-        return self.held.pop(copies.thread(), None)
+        return self.held.pop(copies.whose(self.held), None)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "held": {}}  # a copy starts empty

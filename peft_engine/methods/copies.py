@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -222,6 +222,18 @@ def _runs_apart(module: nn.Module) -> bool:
 def thread() -> int:
     """Which thread runs; torch.compile traces in one."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def whose(held: Mapping[int, Any]) -> int:
+    """The key in `held` of what runs: its thread's.
+
+    Where layers are compiled one by one and the hook that left something is not, or the other way round, it
+    is the last thread's, and what compiled code has left.
+    """
+    here = thread()
+    if here in held or not held:
+        return here
+    return list(held)[-1] if here == 0 else 0
 
 
 class _Here(threading.local):

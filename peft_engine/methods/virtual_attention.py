@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import heads_of
-from peft_engine.methods.copies import thread
+from peft_engine.methods.copies import thread, whose
 from peft_engine.ops.attention import Intervals, kept_intervals
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
 
@@ -52,12 +52,12 @@ class Live:
     @property
     def catch(self) -> bool:
         """Whether the layer leaves its own keys and values here, and sees nothing in front of them."""
-        return bool(self.passes) and thread() in self.passes
+        return bool(self.passes) and whose(self.passes) in self.passes
 
     @property
     def caught(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The keys and values that the layer has left in this thread."""
-        return self.passes[thread()]
+        return self.passes[whose(self.passes)]
 
     def __deepcopy__(self, memo: dict) -> "Live":
         return Live()
@@ -82,7 +82,7 @@ def attend(base, module, query, key, value, attention_mask, **kwargs) -> tuple[t
                 "each time, and a prompt (or a prefix that starts from text) has those of one; take a prefix "
                 "that starts at random, or LoRA"
             )
-        live.passes[thread()] = key, value
+        live.passes[whose(live.passes)] = key, value
         return base(module, query, key, value, attention_mask, **kwargs)
     if live is not None and live.waiting:
         raise RuntimeError(

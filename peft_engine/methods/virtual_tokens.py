@@ -204,7 +204,8 @@ class _Shift:
         self.tokens = tokens
 
     def __call__(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        shift, inside = self.tokens.shifts.get(copies.thread(), 0), self.tokens.passes()
+        shifts, inside = self.tokens.shifts, self.tokens.passes()
+        shift = shifts.get(copies.whose(shifts), 0)
         if self.tokens.active is None or inside or (isinstance(shift, int) and shift == 0):
             return None
         kwargs = {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
