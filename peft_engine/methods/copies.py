@@ -199,7 +199,7 @@ def activate(model: nn.Module, which: str | tuple[str | None, ...] | None, roots
     install(model, None if isinstance(which, tuple) else which, kept(model, "owners", lambda: owners(model)))
     for root in roots:
         module = model.get_submodule(root)
-        if _runs_apart(module):
+        if runs_apart(module):
             del module.__dict__["forward"]
         if isinstance(which, tuple):
             module.__dict__["forward"] = functools.partial(_mixed_forward, module, which)
@@ -209,13 +209,14 @@ def check_apart(model: nn.Module, roots: Iterable[str]) -> None:
     """ValueError when a root cannot run a mixed batch."""
     for root in roots:
         module = model.get_submodule(root)
-        if "forward" in module.__dict__ and not _runs_apart(module):
+        if "forward" in module.__dict__ and not runs_apart(module):
             raise ValueError(
                 f"active: {root} has its forward replaced and cannot run a mixed batch; activate one adapter"
             )
 
 
-def _runs_apart(module: nn.Module) -> bool:
+def runs_apart(module: nn.Module) -> bool:
+    """Whether the module runs the rows of a mixed batch one adapter after another, with their copies."""
     return getattr(module.__dict__.get("forward"), "func", None) is _mixed_forward
 
 

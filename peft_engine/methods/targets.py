@@ -298,6 +298,11 @@ def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) 
 def _check_layer(path: str, module: Any, who: str) -> None:
     """TypeError for a target that no adapter can be put on, with the reason."""
     if type(module) in LAYERS or type(module) in BASES:
+        if copies.runs_apart(module):
+            raise ValueError(
+                f"{who}: {path} runs a mixed batch whose rows have biases or modules of their own; activate "
+                "one adapter first: active(model, name)"
+            )
         if "forward" in module.__dict__:
             raise TypeError(
                 f"{who}: {path} has its forward replaced (by a device map?); load the model on one device"

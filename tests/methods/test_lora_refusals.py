@@ -167,6 +167,19 @@ def test_a_mixed_batch_through_a_replaced_forward_is_refused_and_nothing_switche
     assert model.model.layers[0].self_attn.q_proj.active_adapter == "a"
 
 
+def test_a_layer_that_runs_a_mixed_batch_of_copies_is_adapted_after_it(tiny_llama):
+    model = tiny_llama(attention_bias=True)
+    attach(model, LoraConfig(r=2, target_modules=["q_proj"], bias="all"), "a")
+    attach(model, LoraConfig(r=2, target_modules=["q_proj"]), "b")
+    more = LoraConfig(r=2, target_modules=["k_proj"])
+    with (
+        active(model, ["a", "b"]),
+        pytest.raises(ValueError, match=r"k_proj runs a mixed batch .*activate one adapter first"),
+    ):
+        attach(model, more, "c")
+    attach(model, more, "c")
+
+
 def test_a_transposed_layer_is_refused_by_name():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
