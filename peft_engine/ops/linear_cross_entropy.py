@@ -163,9 +163,9 @@ class Chunks(NamedTuple):
 
 # Each chunk reads W once. On two cores of a Sapphire Rapids, bf16, vocabulary 49152, hidden 576, the two
 # products take 500 us a row in chunks of 32 rows, 450 at 64, 270 at 128, 240 with all 512 at once. On a GPU
-# a product of 256 rows in half precision does 256 operations for each byte of W, where an H200 does 156 in
-# the time of a byte (its measured ceilings), an A100 by its data sheet 153; no chunk was timed on one.
-CHUNKS = {"cpu": Chunks(32 << 20, 128, 512), "cuda": Chunks(256 << 20, 256, 512)}
+# 1024 rows: dx is a product of few results and a long contraction, and with tiles of 128 by 256 those of 256
+# rows by 4096 are 32, on an H200's 132 multiprocessors. Reasoned, not measured on a GPU.
+CHUNKS = {"cpu": Chunks(32 << 20, 128, 512), "cuda": Chunks(256 << 20, 1024, 512)}
 
 
 class _Labelled(NamedTuple):

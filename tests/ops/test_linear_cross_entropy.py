@@ -253,6 +253,11 @@ def test_chunks_stay_within_their_bytes_and_cover_all_rows(chunks):
         assert step <= max(chunks.rows, rows // 16)
 
 
+def test_a_gpus_chunks_fill_it():
+    chunks = CHUNKS["cuda"]
+    assert chunks.step(8192, 128_256 * 2, chunks.rows) == 1024 == chunks.step(2048, 49_152 * 2, chunks.rows)
+
+
 @needs_cpu
 def test_logits_are_never_held_as_a_whole_not_even_for_the_gradient_of_the_weight():
     rows, vocabulary, hidden = 2048, 8000, 2
