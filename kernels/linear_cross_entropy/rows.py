@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from peft_engine.activations import with_spare
 from peft_engine.kernels.launch import launch
 
 # Logits at a time: EACH of them lie together and share a maximum, so that the running sum is rescaled by one
@@ -18,12 +19,13 @@ LANES, EACH, WARPS = 512, 8, 8
 @triton.jit
 def rows_kernel(
     logits, labels, scale, loss, stats, columns, stride,
-    GRADIENT: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
+    GRADIENT: tl.constexpr, SPARE: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """loss = log sum_j exp(l_j) - l_label of one row, nan where no l_label is; GRADIENT: the row becomes
     scale (exp(l_j - max) / sum - [j = label]).
 
-    stats (rows, 2): max, and the sum of exp(l_j - max).
+    stats (rows, 2): max, and the sum of exp(l_j - max). SPARE: there is memory behind a row up to a multiple
+    of EACH, which is read and written with it, so that no access is less than 16 bytes.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -34,9 +36,12 @@ def rows_kernel(
     # A lane that has seen nothing but -inf has the sum 0.
     top = tl.full((LANES,), float("-inf"), tl.float32)
     sum = tl.zeros((LANES,), tl.float32)
+    end = tl.cdiv(columns, EACH) * EACH if SPARE else columns
     for start in range(0, columns, LANES * EACH):
         j = start + lane
-        tile = tl.load(logits + j, j < columns, other=float("-inf")).to(tl.float32)
+        tile = tl.load(logits + j, j < end, other=float("-inf")).to(tl.float32)
+        if SPARE:
+            tile = tl.where(j < columns, tile, float("-inf"))
         higher = tl.maximum(top, tl.max(tile, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         sum = sum * tl.exp(top - base) + tl.sum(tl.exp(tile - base[:, None]), 1)
@@ -52,10 +57,10 @@ def rows_kernel(
         inverse = 1.0 / total  # of the row once: a division is a reciprocal and two products
         for start in range(0, columns, LANES * EACH):
             j = start + lane
-            tile = tl.load(logits + j, j < columns, other=float("-inf")).to(tl.float32)
+            tile = tl.load(logits + j, j < end, other=float("-inf")).to(tl.float32)
             p = tl.exp(tile - most) * inverse
             gradient = tl.where(j == label, p - 1.0, p) * factor
-            tl.store(logits + j, gradient.to(logits.dtype.element_ty), j < columns)
+            tl.store(logits + j, gradient.to(logits.dtype.element_ty), j < end)
 
 
 def cross_entropy_rows(
@@ -66,8 +71,10 @@ def cross_entropy_rows(
     of this name.
     """
     rows, columns = logits.shape
+    whole = with_spare(logits, -columns % EACH) if columns % EACH else None
+    spare, whole = whole is not None, logits if whole is None else whole
     if rows:
         launch(
-            rows_kernel, (rows,), (logits, labels, scale, loss, stats, columns, logits.stride(0)),
-            {"GRADIENT": write_gradient, "LANES": LANES, "EACH": EACH}, num_warps=WARPS,
+            rows_kernel, (rows,), (whole, labels, scale, loss, stats, columns, logits.stride(0)),
+            {"GRADIENT": write_gradient, "SPARE": spare, "LANES": LANES, "EACH": EACH}, num_warps=WARPS,
         )  # fmt: skip

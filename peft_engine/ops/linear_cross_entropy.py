@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dense, dispatch, native
+from peft_engine.activations import empty_with_spare
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -236,10 +237,11 @@ def _by_rows(rows: _Labelled, weight, bias, stats, loss, dx) -> None:
     """Loss and dx, a chunk of rows at a time."""
     chunks, count = CHUNKS[weight.device.type], len(rows.at)
     step = chunks.step(count, weight.shape[0] * weight.element_size(), chunks.rows)
+    room = _room(step, weight)
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         where = rows.at[chunk]
-        part = dense.product(rows.x[where], weight, bias)
+        part = _logits(rows.x[where], weight, bias, room)
         chunk_loss = stats.new_empty(len(part))
         run = _rows_on_gpu if dispatch.direct(part) else torch.ops.peft_engine.cross_entropy_rows
         run(part, rows.labels[chunk], rows.scale[chunk], chunk_loss, stats[chunk], dx is not None)
@@ -247,6 +249,24 @@ def _by_rows(rows: _Labelled, weight, bias, stats, loss, dx) -> None:
         if dx is not None:
             dx[where] = dense.product_back(part, weight)
         del part  # before the next chunk's is there
+
+
+def _room(rows: int, weight) -> torch.Tensor | None:
+    """Memory for the logits of every chunk of a GPU, where each row begins at 16 bytes and has room up to 16.
+
+    Those of an odd vocabulary would be read and written by two bytes, by the product as by the row's kernel.
+    """
+    if not dispatch.on_gpu(weight):
+        return None
+    columns = weight.shape[0]
+    return empty_with_spare(rows, columns, -columns % 8, weight.dtype, weight.device)
+
+
+def _logits(x, weight, bias, room: torch.Tensor | None) -> torch.Tensor:
+    if room is None:
+        return dense.product(x, weight, bias)
+    out = room[: len(x)]
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _by_columns(rows: _Labelled, weight, bias, stats, dw, db) -> None:

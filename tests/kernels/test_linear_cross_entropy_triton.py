@@ -10,6 +10,7 @@ from peft_engine.kernels.linear_cross_entropy.columns import cross_entropy_colum
 from peft_engine.kernels.linear_cross_entropy.rows import cross_entropy_rows
 from torch.nn import functional as F
 
+from peft_engine.activations import empty_with_spare, with_spare
 from peft_engine.ops.nf4 import DTYPES
 
 # The interpreter's; a GPU's are without a word.
@@ -67,6 +68,43 @@ def test_rows_that_lie_apart_are_read_in_place(device):
     assert torch.equal(loss.cpu(), want) and torch.equal(apart[:, 80:].cpu(), logits[:, 80:])
     assert torch.equal(apart[:, :20].cpu(), logits[:, :20])
     torch.testing.assert_close(apart[:, 20:80].cpu(), gradient)
+
+
+@pytest.mark.parametrize("rows,vocabulary", [(2, 1), (3, 37), (2, 4101), (2, 9001)])
+def test_what_lies_behind_a_row_changes_nothing_and_is_written_where_it_is_nobodys(device, rows, vocabulary):
+    logits, labels, scale = (
+        torch.randn(rows, vocabulary),
+        torch.zeros(rows, dtype=torch.int64),
+        torch.ones(rows),
+    )
+    want, gradient, _ = ours(logits.clone(), labels, scale, device)
+    padded = empty_with_spare(rows, vocabulary, -vocabulary % 8, torch.float32, device).copy_(logits)
+    whole = padded.as_strided((rows, padded.stride(0)), padded.stride())
+    whole[:, vocabulary:] = math.nan
+    loss, stats = scale.new_empty(rows).to(device), scale.new_empty(rows, 2).to(device)
+    cross_entropy_rows(padded, labels.to(device), scale.to(device), loss, stats, True)
+    torch.testing.assert_close(loss.cpu(), want, rtol=0, atol=0)
+    torch.testing.assert_close(padded.cpu(), gradient, rtol=0, atol=0)
+
+
+def test_the_logits_of_every_chunk_lie_in_one_memory_with_rows_at_16_bytes(as_on_a_gpu, monkeypatch):
+    monkeypatch.setitem(op.CHUNKS, "cpu", op.Chunks(1 << 20, 4, 8))
+    found, rows = [], op._rows_on_gpu
+    monkeypatch.setattr(op, "_rows_on_gpu", lambda part, *rest: (found.append(part), rows(part, *rest)))
+    x, weight = torch.randn(11, 16).bfloat16().requires_grad_(), torch.randn(37, 16).bfloat16()
+    for bias in (None, torch.randn(37).bfloat16()):
+        found.clear()
+        labels = torch.arange(11)
+        loss = op.linear_cross_entropy(x, weight, labels, bias=bias)
+        (got,) = torch.autograd.grad(loss, x)
+        exact = x.detach().double().requires_grad_()
+        wide = None if bias is None else bias.double()
+        want = F.cross_entropy(F.linear(exact, weight.double(), wide), labels)
+        torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(got.double(), torch.autograd.grad(want, exact)[0], rtol=3e-2, atol=3e-3)
+        assert [len(part) for part in found] == [4, 4, 3]
+        assert len({part.data_ptr() for part in found}) == 1
+        assert all(part.stride(0) * 2 % 16 == 0 and with_spare(part, 3) is not None for part in found)
 
 
 def test_logits_of_minus_infinity_have_no_probability_and_nan_stays_nan(device):
