@@ -118,14 +118,22 @@ def compile_one(task: tuple[str, Tile]) -> str | None:
 
 
 def compile_all(tasks: list[tuple[str, Tile]], processes: int, seconds: float) -> None:
-    """Fills Triton's cache; what is not ready in time is compiled when its turn comes."""
-    context = multiprocessing.get_context("spawn")
+    """Fills Triton's cache; what is not ready in time is compiled when its turn comes.
+
+    Its processes are gone afterwards: what they still launch would be in the times of the others.
+    """
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(processes, mp_context=context)
     waiting = [pool.submit(compile_one, task) for task in tasks]
     done, late = concurrent.futures.wait(waiting, timeout=seconds)
     failed = [f.result() for f in done if f.exception() is None and f.result()]
     print(f"compiled {len(done) - len(failed)} of {len(tasks)}; not ready {len(late)}", *failed, sep="\n  ")
+    workers = set(multiprocessing.active_children()) - others
     pool.shutdown(wait=not late, cancel_futures=True)
+    for worker in workers if late else ():
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 def main(argv: list[str] | None = None) -> int:

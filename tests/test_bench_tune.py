@@ -1,5 +1,7 @@
 """The tuner on CPU tensors, its kernels in Triton's interpreter: what it times, and what it concludes."""
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,14 @@ def test_the_tuner_times_the_paths(tmp_path: Path):
     assert {(f"{way}, 64x64, r=16, {m} rows", path) for way in ("forward", "backward") for m in (2,)
             for path in ("single", "workspace")} <= timed  # fmt: skip
     assert len(lines) == 3
+
+
+def test_who_compiles_beforehand_is_gone_before_anything_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "compile_one", time.sleep)
+    before = set(multiprocessing.active_children())
+    tune.compile_all([600, 0, 600], 2, 5.0)
+    assert "not ready" in capsys.readouterr().out
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_the_best_tile_is_the_best_over_all_shapes():
