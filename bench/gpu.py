@@ -60,8 +60,8 @@ SHARES = {
     "linear_cross_entropy": 7,
     "train_step": 16,
     "row_ops": 8,
-    "bottleneck": 12,
-    "prefix_attention": 7,
+    "bottleneck": 15,
+    "prefix_attention": 4,
     "prefix_decode": 7,
 }
 SECONDS = 340.0

@@ -1,7 +1,9 @@
 """The GPU suite's bottleneck adapter: forward, and forward with backward, against the same in eager torch.
 
 bf16 activations, biases and relu; weights bf16, or float32 where a case says so. Gradients are those of x,
-weights and biases. A figure is a replay: the kernels alone.
+weights and biases. A figure is a call's share of a replay, the kernels alone, of a graph that goes through
+copies of all tensors, as a model goes through its layers: four times the L2, but MOST at most, which leaves
+what few rows read of small adapters in the L2.
 """
 
 import itertools
@@ -14,13 +16,15 @@ import torch
 from torch.nn import functional as F
 
 from bench import peers
-from bench.gpu_sections import Sizes, off
-from bench.gpu_timing import Call, Section, flat
+from bench.gpu_sections import Sizes, off, pinned_backend, rotated, rotation
+from bench.gpu_timing import Call, Missing, Section, flat
 from peft_engine import ops
 from peft_engine.ops.bottleneck import Norm, reference
 
 EAGER = "torch, eager"
 PATHS = ("fused", "split")  # kernels/bottleneck/tiles.py
+FEW = "few rows"  # kernels/bottleneck/few_rows.py
+MOST = 48
 
 
 class Adapter(NamedTuple):
@@ -37,15 +41,20 @@ class Adapter(NamedTuple):
 
 
 def bottleneck(section: Section, sizes: Sizes) -> None:
-    shapes = itertools.product(sizes.bottleneck_rows, sizes.bottlenecks, (torch.bfloat16, torch.float32))
-    for rows, (features, width, with_norm), weight in shapes:
+    both = torch.bfloat16, torch.float32
+    many = itertools.product(sizes.bottleneck_rows, sizes.bottlenecks, both)
+    few = itertools.product(sizes.bottleneck_few_rows, sizes.bottlenecks, both[:1])
+    for rows, (features, width, with_norm), weight in (*few, *many):
         norm = ", LayerNorm" if with_norm else ""
         kind = "float32 weights, " if weight == torch.float32 else ""
         if not section.begin(f"H {features}, R {width}{norm}, {kind}{rows} rows"):
             continue
-        given = adapter(rows, features, width, with_norm, weight, section.device)
-        for what, call_of in (("forward", forward_of), ("forward and backward", step_of)):
-            measure_calls(section, given, what, call_of)
+        first = adapter(rows, features, width, with_norm, weight, section.device)
+        copies = min(MOST, rotation(sum(t.nbytes for t in (first.dy, *first.leaves())), section.device))
+        given = [first, *(copy_of(first) for _ in range(copies - 1))]
+        measure_calls(section, given, "forward", forward_of)
+        if rows not in sizes.bottleneck_few_rows:
+            measure_calls(section, given, "forward and backward", step_of)
 
 
 def adapter(rows: int, features: int, width: int, norm: bool, weight, device: torch.device) -> Adapter:
@@ -62,21 +71,33 @@ def adapter(rows: int, features: int, width: int, norm: bool, weight, device: to
     )
 
 
-def measure_calls(section: Section, given: Adapter, what: str, call_of: Callable) -> None:
-    exact = call_of(widened(given), by_reference)()
+def copy_of(given: Adapter) -> Adapter:
+    x, *parameters = (t.detach().clone().requires_grad_() for t in (given.x, *given.parameters))
+    norm = given.norm and Norm(*(t.detach().clone().requires_grad_() for t in given.norm[:2]), given.norm.eps)
+    return Adapter(x, given.dy.clone(), tuple(parameters), norm)
+
+
+def measure_calls(section: Section, given: list[Adapter], what: str, call_of: Callable) -> None:
+    exact = call_of(widened(given[0]), by_reference)()
     errors: dict[str, float] = {}
 
     def check(name: str, call: Call) -> None:
-        errors[name] = max(off(got, right) for got, right in zip(call(), exact, strict=True))
+        errors[name] = max(off(got, right) for got, right in zip(call()[0], exact, strict=True))
 
-    makers = {
-        peers.OURS: partial(call_of, given, by_ours),
-        **{f"{peers.OURS}, {path}": partial(call_of, given, partial(by_ours, path=path)) for path in PATHS},
-        EAGER: partial(call_of, given, by_reference),
+    def each(run: Callable[[Adapter], torch.Tensor]) -> Call:
+        return rotated([call_of(one, run) for one in given])
+
+    makers: dict[str, Callable[[], Call]] = {
+        peers.OURS: partial(each, by_ours),
+        **{f"{peers.OURS}, {path}": partial(each, partial(by_ours, path=path)) for path in PATHS},
+        EAGER: partial(each, by_reference),
     }
+    if call_of is forward_of and given[0].x.shape[0] <= 16:  # it has no backward
+        makers[f"{peers.OURS}, {FEW}"] = lambda: (pinned_few(given[0]), each(partial(by_ours, path=FEW)))[1]
     replays = section.capture(section.make(makers, check))
     for name, rounds in section.interleave(replays, turn_seconds=0.005).items():
-        section.add(name, what, "us", (s * 1e6 for s in flat(rounds)), f"error {errors[name]:.1e}")
+        seconds = (s * 1e6 / len(given) for s in flat(rounds))
+        section.add(name, what, "us", seconds, f"error {errors[name]:.1e}")
 
 
 def widened(given: Adapter) -> Adapter:
@@ -103,9 +124,21 @@ def pinned_path(path: str | None) -> Any:
     """The context in which the op takes this path (None: the one it chooses)."""
     if path is None:
         return nullcontext()
+    if path == FEW:
+        return pinned_backend("cuda")
     from peft_engine.kernels.bottleneck import tiles
 
     return tiles.pinned(path)
+
+
+def pinned_few(given: Adapter) -> None:
+    """Missing where the CUDA kernel of few rows would not run: backend "cuda" has Triton's for the rest."""
+    pinned_backend("cuda")
+    from peft_engine.kernels.bottleneck import few_rows
+
+    why = few_rows.refuse_sizes(*given.x.shape, given.parameters[0].shape[0])
+    if why is not None:
+        raise Missing(f"refused: {why}")
 
 
 def forward_of(given: Adapter, run: Callable[[Adapter], torch.Tensor]) -> Call:

@@ -1,7 +1,6 @@
-"""The GPU suite's prefix attention: ours beside torch over [prefix; keys], in training and at decode.
+"""The GPU suite's prefix attention in training: ours beside torch over [prefix; keys].
 
-In training PEFT joins prefix and keys anew in every layer, as torch does here; at decode the cache holds them
-joined already, and torch is given that.
+PEFT joins prefix and keys anew in every layer, as torch does here. Decoding is in gpu_decode.py.
 """
 
 from functools import partial
@@ -17,16 +16,13 @@ from peft_engine import ops
 
 OURS = peers.OURS
 TORCH = "torch, cat + SDPA"
-JOINED = "torch, SDPA over a joined cache"
 Tensors = list[torch.Tensor]  # q, k, v, prefix_k, prefix_v
 
 
 def prefix_attention(section: Section, sizes: Sizes) -> None:
-    """Forward and backward of a causal batch, then one token after a cache; bf16, grouped heads."""
+    """Forward and backward of a causal batch; bf16, grouped heads."""
     for batch, tokens, prefix in sizes.prefix_training:
         training(section, sizes.prefix_heads, batch, tokens, prefix)
-    for batch, keys, prefix in sizes.prefix_decode:
-        decode(section, sizes.prefix_heads, batch, keys, prefix)
 
 
 def tensors(section: Section, heads, batch: int, queries: int, keys: int, prefix: int) -> Tensors:
@@ -74,22 +70,3 @@ def training(section: Section, heads, batch: int, tokens: int, prefix: int) -> N
             section.add(name, "peak over inputs", "MiB", [peak_bytes(call, section.device) / 2**20])
     for name, rounds in section.interleave(calls, turn_seconds=0.05).items():
         section.add(name, "forward and backward", "us", (s * 1e6 for s in flat(rounds)))
-
-
-def decode(section: Section, heads, batch: int, keys: int, prefix: int) -> None:
-    if not section.begin(f"decode, {batch}x{keys} keys, prefix {prefix}, heads {heads}"):
-        return
-    given = tensors(section, heads, batch, 1, keys, prefix)
-    cache = [joined(p, t).contiguous() for p, t in zip(given[3:], given[1:3], strict=True)]
-    exact = by_torch(*(t.float() for t in given))
-    makers = {
-        OURS: lambda: partial(ops.prefix_attention, *given),
-        TORCH: lambda: partial(by_torch, *given),
-        JOINED: lambda: partial(F.scaled_dot_product_attention, given[0], *cache, enable_gqa=True),
-    }
-    with torch.no_grad():
-        replays = section.capture(section.make(makers, lambda name, call: off(call(), exact)))
-    moved = sum(t.numel() * t.element_size() for t in (*given, given[0]))
-    for name, rounds in section.interleave(replays, turn_seconds=0.005).items():
-        section.add(name, "time", "us", (s * 1e6 for s in flat(rounds)))
-        section.add(name, "bytes moved", "GB/s", (moved / s / 1e9 for s in flat(rounds)))

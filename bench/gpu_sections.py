@@ -43,11 +43,11 @@ class Sizes:
         (8, 2048, 32),
         (2, 8192, 128),
     )  # batch, tokens, prefix
-    prefix_decode: tuple[tuple[int, int, int], ...] = ((1, 4096, 32), (32, 4096, 32))  # batch, keys, prefix
     bottlenecks: tuple[tuple[int, int, bool], ...] = (
         (4096, 64, False), (4096, 64, True), (576, 64, False), (2048, 128, False), (4096, 256, False),
     )  # features, width, LayerNorm  # fmt: skip
     bottleneck_rows: tuple[int, ...] = (2048, 8192, 512)
+    bottleneck_few_rows: tuple[int, ...] = (1, 4, 16)
     decode_heads: tuple[int, int, int] = (32, 8, 128)  # of queries, of keys, head_dim
     decode_batch: tuple[int, ...] = (1, 8, 32)
     decode_keys: tuple[int, ...] = (512, 2048, 8192)

@@ -18,7 +18,7 @@ PRINTED = {
     "qlora_layer": ("peak", "forward and backward", "over "),
     "bottleneck": ("forward",),
     "ceilings": ("bandwidth", "rate"),
-    "prefix_attention": ("peak over inputs", "forward and backward", "time", "bytes moved"),
+    "prefix_attention": ("peak over inputs", "forward and backward"),
     "prefix_decode": ("time", "of the copy"),
 }
 

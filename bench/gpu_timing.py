@@ -166,7 +166,7 @@ def clock_reader() -> Callable[[], tuple[int, int]] | None:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        handle = pynvml.nvmlDeviceGetHandleByUUID(measure.gpu_uuid())
         read = functools.partial(pynvml.nvmlDeviceGetClockInfo, handle)
         kinds = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
         read(kinds[0])

@@ -164,11 +164,16 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def gpu_uuid() -> str:
+    """The current GPU's name to NVML, whose numbers are not torch's where CUDA_VISIBLE_DEVICES is set."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
 def gpu_state() -> dict[str, str]:
     """Driver, and the clocks of this moment in MHz, as nvidia-smi reads them; '-' where it does not."""
     queries = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem"}
     command = ["nvidia-smi", f"--query-gpu={','.join(queries.values())}", "--format=csv,noheader,nounits"]
-    command += [f"--id={torch.cuda.current_device()}"]
+    command += [f"--id={gpu_uuid()}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +35,8 @@ CPU = torch.device("cpu")
 TINY = Sizes(
     copied_bytes=(1 << 16,), product=32, dequantise=((64, 128),), products=((64, 128),), few_rows=(1, 3),
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
-    prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),), prefix_decode=((2, 16, 3),),
-    bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,),
+    prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),),
+    bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,), bottleneck_few_rows=(1, 3),
     row_ops=(5,), row_hidden=64, row_intermediate=96, step_layers=1, step_tokens=((2, 8),),
     decode_heads=(4, 2, 16), decode_batch=(1, 2), decode_keys=(20,), decode_prefix=(3,),
 )  # fmt: skip
@@ -97,7 +98,7 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
         ("row_ops", {peers.OURS, gpu_rows.EAGER}),
         ("train_step", {peers.OURS, peers.PEFT_BNB, gpu_step.PEFT_BF16}),
-        ("prefix_attention", {peers.OURS, gpu_prefix.TORCH, gpu_prefix.JOINED}),
+        ("prefix_attention", {peers.OURS, gpu_prefix.TORCH}),
         ("bottleneck", {peers.OURS, gpu_bottleneck.EAGER}),
         ("prefix_decode", {gpu_decode.CAT, gpu_decode.HELD}),
         (
@@ -194,13 +195,33 @@ def test_a_case_is_on_disk_when_the_next_begins_and_is_not_measured_twice(tmp_pa
 
 
 def test_driver_and_clocks_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    third_of_four(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert measure.gpu_state() == {"driver": "-", "sm_mhz": "-", "memory_mhz": "-"}
     command = tmp_path / "nvidia-smi"
-    command.write_text("#!/bin/sh\necho '580.1, 1980, 3201'\n")
+    command.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\necho '580.1, 1980, 3201'\n")
     command.chmod(0o755)
     assert measure.gpu_state() == {"driver": "580.1", "sm_mhz": "1980", "memory_mhz": "3201"}
+    assert "--id=GPU-third" in (tmp_path / "asked").read_text()
+
+
+def third_of_four(monkeypatch):
+    """torch sees one GPU, number 0, which is the machine's third."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="third")
+    )
+
+
+def test_clocks_are_those_of_the_gpu_that_measures(monkeypatch):
+    third_of_four(monkeypatch)
+    nvml = types.SimpleNamespace(
+        nvmlInit=lambda: None, NVML_CLOCK_SM=1, NVML_CLOCK_MEM=2,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-third": 2}[uuid],
+        nvmlDeviceGetClockInfo=lambda handle, kind: 1000 * handle + kind,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert gpu_timing.clock_reader()() == (2001, 2002)
 
 
 def test_a_gpu_s_results_say_which_gpu_and_which_versions(monkeypatch):
@@ -315,7 +336,7 @@ def test_sections_run_in_processes_of_their_own_and_share_the_time(tmp_path: Pat
     assert gpu.run(names, seconds=100, rounds=1, **here) == 0
     assert given[0] == pytest.approx(50, abs=1) and 50 < given[1] < 100
     out = capsys.readouterr().out
-    assert "32x32x32 bf16" in out and "prefix_attention, time, us" in out
+    assert "32x32x32 bf16" in out and "prefix_attention, forward and backward, us" in out
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
         "gpu_ceilings.csv", "gpu_prefix_attention.csv",
     }  # fmt: skip
