@@ -21,16 +21,18 @@ def up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] += scaling * sum_r h[m, r] b[n, r]; with GROUPED, of sorted rows under their own b."""
+    blocks = tl.cdiv(columns, BLOCK_N)
+    tile = tl.program_id(0) // blocks
     if GROUPED:
-        group, place, row, inside = rows_of_tile(order, bounds, tl.program_id(1), groups, BLOCK_M)
+        group, place, row, inside = rows_of_tile(order, bounds, tile, groups, BLOCK_M)
         if group < 0:
             return
         b += group.to(tl.int64) * stride_bg
     else:
-        place = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = place < rows
         row = place.to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < columns
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # a part of the rank at a time: the split operands of a whole one would not fit the registers
@@ -73,12 +75,9 @@ def up_(
         return
     block_m, block_n, warps, _ = tiles.tile("up", h.shape[0], rank, y.dtype, y.device)
     groups, strides = (1, (0, *b.stride())) if order is None else (b.shape[0], b.stride())
-    grid = (
-        cdiv(columns, block_n),
-        cdiv(h.shape[0], block_m) + (groups if order is not None else 0),
-    )
+    tiles_of_rows = cdiv(h.shape[0], block_m) + (groups if order is not None else 0)
     launch(
-        up_kernel, grid,
+        up_kernel, (cdiv(columns, block_n) * tiles_of_rows,),
         (
             y, h, b, y if seed is None else seed, y if order is None else order,
             y if bounds is None else bounds,

@@ -147,6 +147,40 @@ def test_all_lengths_share_the_compiled_kernels_of_prefix_attention(heads, kv_he
     assert sorted(name for name, _ in ours) == sorted(names)
 
 
+def test_no_grid_is_too_wide_for_cuda_however_many_rows_there_are(monkeypatch):
+    """65535 is the most of the second and the third dimension."""
+    from peft_engine.kernels.bottleneck import split
+    from peft_engine.kernels.bottleneck.call import Call
+    from peft_engine.kernels.lora_linear import adapter, down, outer, single, up
+
+    grids = {}
+    for module in (adapter, down, outer, single, up, split):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *_, **__: grids.update({kernel: grid}))
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, width, rank = 2**24, 128, 8
+    x, h, a, b = (
+        meta(rows, width),
+        meta(rows, rank, dtype=torch.float32),
+        meta(rank, width),
+        meta(width, rank),
+    )
+    base = meta(width * width // 2, dtype=torch.uint8), meta(2, dtype=torch.float32), None, None, 64
+    single.forward(x, base, width, a, b, 1.0, None, 0.0, None)
+    single.backward(x, base, width, a, b, 1.0, 0.0, None)
+    up.up_(x, h, b, 1.0)
+    outer.outer(h, x, h, x, torch.float32)
+    call = Call(meta(rank, width), None, meta(width, rank), None, meta(width), None, "relu", 1.0, 1e-5)
+    middle, stats = meta(rows, rank), meta(rows, 2, dtype=torch.float32)
+    split.forward(call, x, x, x, middle, stats)
+    split.backward(call, x, x, middle, stats, middle, x, residual_is_x=True)
+    assert len(grids) >= 9
+    for kernel, grid in grids.items():
+        assert all(n <= 65535 for n in grid[1:]), (kernel, grid)
+
+
 def test_two_kernels_are_two(kernel):
     other = Kernel()
     for each in (kernel, other, kernel, other):
