@@ -97,8 +97,7 @@ PE_API int pe_bottleneck_forward(const void* x, const void* residual, int rows, 
   const pe::DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   int multiprocessors = 0;
-  const cudaError_t error =
-      pe::checked(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const cudaError_t error = pe::device_attribute<cudaDevAttrMultiProcessorCount>(&multiprocessors, device);
   if (error != cudaSuccess) return error;
   Call call{};
   call.x = x, call.residual = residual, call.rows = rows, call.features = static_cast<int>(features);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #define PE_API extern "C" __attribute__((visibility("default")))
@@ -28,7 +29,41 @@ inline cudaError_t checked(cudaError_t error) {
   return error;
 }
 
-// Makes `device` the current one, and the one from before again at the end.
+#ifdef PE_ON_CPU
+constexpr bool kKeeps = false;  // the tests change the device from call to call
+#else
+constexpr bool kKeeps = true;
+#endif
+constexpr int kKeptDevices = 64;  // of which something is kept; the runtime is asked about the others every time
+
+// An attribute of a device, for which the runtime is asked once.
+template <cudaDeviceAttr kAttribute>
+cudaError_t device_attribute(int* value, int device) {
+  static std::atomic<int> kept[kKeptDevices];  // one more than the value; 0: not asked yet
+  const bool fits = device >= 0 && device < kKeptDevices;
+  const int known = fits ? kept[device].load(std::memory_order_relaxed) : 0;
+  if (kKeeps && known != 0) {
+    *value = known - 1;
+    return cudaSuccess;
+  }
+  const cudaError_t error = checked(cudaDeviceGetAttribute(value, kAttribute, device));
+  if (error == cudaSuccess && fits) kept[device].store(*value + 1, std::memory_order_relaxed);
+  return error;
+}
+
+// Lets `kernel` have `bytes` of dynamic shared memory, on a device always as many. `allowed`: the devices where it has
+// been done, a bit each; two threads at once do it twice.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, int bytes, int device, std::atomic<uint64_t>* allowed) {
+  const uint64_t bit = device < kKeptDevices ? uint64_t{1} << device : 0;
+  if (allowed->load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  const cudaError_t error = checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  if (error == cudaSuccess) allowed->fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// Makes `device` the current one, and the one from before again at the end. That makes a context on the one from before,
+// hundreds of MB of a GPU that the process may have no other use for: callers have `device` current already.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -31,19 +31,19 @@ __global__ void __launch_bounds__(kThreads, kFit < resident(kXTiles) ? kFit : re
 }
 
 struct Device {
-  int multiprocessors = 0, shared_bytes = 0, capability = 0;
+  int number = 0, multiprocessors = 0, shared_bytes = 0, capability = 0;
 };
 
 cudaError_t ask(int device, Device* found) {
   int major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = pe::device_attribute<cudaDevAttrMultiProcessorCount>(&found->multiprocessors, device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&found->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    error = pe::device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(&found->shared_bytes, device);
   }
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  found->capability = 10 * major + minor;
-  return pe::checked(error);
+  if (error == cudaSuccess) error = pe::device_attribute<cudaDevAttrComputeCapabilityMajor>(&major, device);
+  if (error == cudaSuccess) error = pe::device_attribute<cudaDevAttrComputeCapabilityMinor>(&minor, device);
+  found->number = device, found->capability = 10 * major + minor;
+  return error;
 }
 
 template <int kXTiles>
@@ -69,8 +69,8 @@ cudaError_t launch(Call& call, const Device& device, cudaStream_t stream) {
   call.plan = plan_for<kXTiles>(device, call.rows, call.n, call.k, call.rank);
   if (call.plan.tiles + 4 > kCounters) return cudaErrorInvalidValue;
   const int bytes = shared_bytes<kXTiles>(device);
-  const cudaError_t error = pe::checked(
-      cudaFuncSetAttribute(lora_linear_kernel<T, kXTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  static std::atomic<uint64_t> allowed{0};
+  const cudaError_t error = pe::allow_shared(lora_linear_kernel<T, kXTiles>, bytes, device.number, &allowed);
   if (error != cudaSuccess) return error;
   const unsigned grid = call.plan.pieces + call.plan.workers;
   PE_LAUNCH((lora_linear_kernel<T, kXTiles>), grid, kThreads, bytes, stream, call);
@@ -89,8 +89,8 @@ cudaError_t launch_few(Call& call, const Device& device, cudaStream_t stream) {
     call.plan.pieces = tiles < at_once ? static_cast<unsigned>(tiles) : at_once;
   }
   const int bytes = device.capability >= 80 ? FewShared<kXTiles, true>::kBytes : FewShared<kXTiles, false>::kBytes;
-  const cudaError_t error = pe::checked(
-      cudaFuncSetAttribute(few_rows_kernel<T, kXTiles>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  static std::atomic<uint64_t> allowed{0};
+  const cudaError_t error = pe::allow_shared(few_rows_kernel<T, kXTiles>, bytes, device.number, &allowed);
   if (error != cudaSuccess) return error;
   const int warps = few_warps(device.capability, static_cast<unsigned>(tiles), device.multiprocessors);
   PE_LAUNCH((few_rows_kernel<T, kXTiles>), static_cast<unsigned>(tiles), warps * 32, bytes, stream, call);
@@ -119,9 +119,11 @@ bool in_range(int rows, int64_t n, int64_t k, int rank) {
 
 }  // namespace
 
+// Bytes of scratch, zero at first, that calls of these sizes need; -1 where they are refused.
 PE_API int64_t pe_lora_linear_workspace(int rows, int64_t n, int64_t k, int rank, int device) {
   Device found;
-  if (rows == 0 || n == 0 || !in_range(rows, n, k, rank) || ask(device, &found) != cudaSuccess) return 0;
+  if (!in_range(rows, n, k, rank) || ask(device, &found) != cudaSuccess) return -1;
+  if (rows == 0 || n == 0) return 0;
   switch (x_tiles_of(rows)) {
     case 1:
     case 2:

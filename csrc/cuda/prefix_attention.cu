@@ -60,8 +60,7 @@ bool in_range(int batch, int kv_heads, int group, int queries, int keys, int pre
 
 cudaError_t plan_on(int device, int batch, int kv_heads, int rows, int keys, int prefix, bool shared, Plan* plan) {
   int multiprocessors = 0;
-  const cudaError_t error =
-      pe::checked(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const cudaError_t error = pe::device_attribute<cudaDevAttrMultiProcessorCount>(&multiprocessors, device);
   if (error == cudaSuccess) *plan = plan_of(batch, kv_heads, rows, keys, prefix, shared, multiprocessors);
   return error;
 }

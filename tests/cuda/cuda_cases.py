@@ -57,7 +57,7 @@ def workspace(rows: int, n: int, k: int, rank: int, multiprocessors: int = 132) 
         ask = kernels().dll.pe_lora_linear_workspace
         ask.restype = ctypes.c_int64
         integers = ctypes.c_int64(n), ctypes.c_int64(k)
-        return torch.zeros(ask(rows, *integers, rank, 0), dtype=torch.uint8)
+        return torch.zeros(max(ask(rows, *integers, rank, 0), 0), dtype=torch.uint8)
 
 
 def lora_operands(rows, k, n, rank, dtype, adapter, *, bias=True, gap=0, scale=1.0):
