@@ -203,6 +203,9 @@ def _backends(note: Note) -> dict[str, str | None]:
         found = dispatch.available_backends()
     except ValueError as error:  # told among the problems by _cpu
         found = {name: str(error) if name == "cpu" else None for name in ("cpu", "reference")}
+    cuda = found.get("cuda") or ""
+    if torch.cuda.is_available() and "; " in cuda:
+        note(*cuda.rsplit("; ", 1))
     pinned = os.environ.get("PEFT_ENGINE_BACKEND")
     if pinned:
         note(

@@ -5,6 +5,7 @@ registers the CPU implementations only. The CUDA library knows nothing of torch,
 without CUDA. This is the one file that knows their paths.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -14,7 +15,7 @@ import torch
 
 LIBRARY = Path(__file__).parent / "_native.so"
 CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
-CUDA_ABI = 1
+CUDA_ABI = 2
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peft-engine"
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -98,6 +99,7 @@ _CUDA_FUNCTIONS: dict[str, tuple] = {
     "pe_cuda_abi": (_INT, []),
     "pe_cuda_error": (ctypes.c_char_p, [_INT]),
     "pe_cuda_capture": (ctypes.c_uint64, [_POINTER, _INT]),
+    "pe_cuda_probe": (_INT, [_INT]),
     "pe_nf4_dequantize": (_INT, [*_WEIGHT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _POINTER]),
     "pe_lora_linear_workspace": (_LONG, [_INT, _LONG, _LONG, _INT, _INT]),
     "pe_lora_linear_nf4": (
@@ -132,21 +134,58 @@ _CUDA_FUNCTIONS: dict[str, tuple] = {
 }
 
 
+# CUDA's numbers for a driver older than the library's runtime or PTX, and for no code for the device.
+_OLD_DRIVER, _NO_CODE = (35, 36, 222, 803, 804), (98, 209)
+
+
 @torch.compiler.assume_constant_result
-def cuda_error() -> str | None:
-    """None when the CUDA kernels are usable on this machine, else why not and the mend."""
-    return _cuda_error()
+def cuda_error(index: int | None = None) -> str | None:
+    """None when the CUDA kernels are usable on a device, else why not and the mend.
+
+    index: the device's; None for the current one.
+    """
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    return _cuda_error(index)
 
 
 @functools.cache
-def _cuda_error() -> str | None:
-    if not torch.cuda.is_available():
+def _cuda_error(index: int | None) -> str | None:
+    if index is None or not torch.cuda.is_available():
         return "there is no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < (7, 5):
         return f"its kernels need compute capability 7.5 (sm_75), this GPU has {major}.{minor}"
-    loaded = _load_cuda()
-    return loaded if isinstance(loaded, str) else None
+    library = _load_cuda()
+    if isinstance(library, str):
+        return library
+    with on_device(index):
+        code = library.pe_cuda_probe(index)
+    if code == 0:
+        return None
+    words = f"CUDA error {code}: {library.pe_cuda_error(code).decode()}"
+    if code in _NO_CODE:
+        return (
+            f"{CUDA_LIBRARY.name} has no code for this GPU, sm_{major}{minor} ({words}); rebuild it: "
+            f"PEFT_ENGINE_CUDA_ARCHS={major}{minor} {_REBUILD}"
+        )
+    if code in _OLD_DRIVER:
+        return f"the NVIDIA driver is too old for {CUDA_LIBRARY.name} ({words}); update the driver"
+    return f"{CUDA_LIBRARY.name} cannot run on this GPU ({words}); see nvidia-smi"
+
+
+_ALREADY = contextlib.nullcontext()
+
+
+def on_device(index: int | None) -> contextlib.AbstractContextManager:
+    """Inside, a GPU is torch's current one; None for the CPU, where there is nothing to do.
+
+    For calls of the library, which would make it so itself, and by putting the former back make a context
+    there: hundreds of MB of a GPU that the process may not use. torch makes none.
+    """
+    if index is None or index == torch.cuda.current_device():
+        return _ALREADY
+    return torch.cuda.device(index)
 
 
 def cuda() -> ctypes.CDLL:

@@ -3,7 +3,7 @@
 
 #include "launch.h"
 
-PE_API int pe_cuda_abi() { return 1; }
+PE_API int pe_cuda_abi() { return 2; }
 
 PE_API const char* pe_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 

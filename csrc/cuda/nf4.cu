@@ -205,6 +205,15 @@ cudaError_t dequantize(const Work& work, int64_t numel, cudaStream_t stream) {
 
 }  // namespace
 
+// Whether the library can run on a device: the driver is not older than its runtime, and one of its kernels, all of
+// which are compiled for the same architectures, is there for this one.
+PE_API int pe_cuda_probe(int device) {
+  const pe::DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  cudaFuncAttributes found;
+  return pe::checked(cudaFuncGetAttributes(&found, dequantize_plain<float>));
+}
+
 PE_API int pe_nf4_dequantize(const void* packed, const void* absmax, const float* nested_absmax, const float* offset,
                              int blocksize, void* out, int dtype, int64_t rows, int64_t columns, int64_t out_stride,
                              int device, void* stream) {

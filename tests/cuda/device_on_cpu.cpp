@@ -28,6 +28,12 @@ std::map<const void*, int> dynamic_limit;  // what cudaFuncSetAttribute allowed
 int current_device() { return device; }
 void set_error(cudaError_t error) { last_error = error; }
 
+cudaError_t get_attributes(cudaFuncAttributes* found) {
+  if (std::getenv("PE_CPU_NO_IMAGE") != nullptr) return last_error = cudaErrorNoKernelImageForDevice;
+  *found = {PE_CPU_ARCH / 10};
+  return cudaSuccess;
+}
+
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kSharedPerBlock) {
     return last_error = cudaErrorInvalidValue;
@@ -88,6 +94,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid device ordinal";
     case cudaErrorLaunchFailure:
       return "unspecified launch failure";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
     case cudaErrorNotSupported:
       return "operation not supported";
   }

@@ -15,8 +15,12 @@ enum cudaError_t : int {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
+};
+struct cudaFuncAttributes {
+  int binaryVersion;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
@@ -45,6 +49,7 @@ namespace pe_cpu {
 int current_device();
 void set_error(cudaError_t error);
 const char* refuse_launch(const void* function, dim3 grid, dim3 block, size_t shared_bytes);  // null: it may run
+cudaError_t get_attributes(cudaFuncAttributes* found);
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value);
 int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 
@@ -53,6 +58,10 @@ int blocks_per_multiprocessor(int threads, size_t shared_bytes);
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* function, cudaFuncAttribute attribute, int value) {
   return pe_cpu::set_attribute(reinterpret_cast<const void*>(function), attribute, value);
+}
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, F*) {
+  return pe_cpu::get_attributes(found);
 }
 template <class F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int threads, size_t shared_bytes) {

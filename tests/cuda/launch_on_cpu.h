@@ -7,6 +7,7 @@
 //                           a race between blocks in any order
 //   PE_CPU_LAST             runs only so many of the last blocks of a grid, so that huge ones can be tested
 //   PE_CPU_MULTIPROCESSORS  what the device has (132): it says so
+//   PE_CPU_NO_IMAGE         set: the library has no code for the device
 //   PE_CPU_ROOM             the blocks that it holds where some wait for others: one on each multiprocessor, or fewer, as
 //                           where another stream's kernel has the rest
 #pragma once

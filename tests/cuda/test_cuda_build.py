@@ -3,6 +3,7 @@
 Nothing here needs a GPU. How instructions for a weight are counted is told in bench/sass.py.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from bench import sass
-from peft_engine import doctor, native
+from peft_engine import dispatch, doctor, native
 from peft_engine.ops import nf4
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +167,7 @@ from peft_engine import native
 print(native.cuda().pe_cuda_abi(), native.cuda().pe_cuda_error(1).decode())"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=1) == ["1", "invalid argument\n"]
+    assert done.stdout.split(maxsplit=1) == [str(native.CUDA_ABI), "invalid argument\n"]
 
 
 def test_python_calls_the_functions_as_they_are_declared():
@@ -208,12 +209,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """native as on a machine with a GPU of sm_90 and no CUDA library, `tmp_path` its folder."""
     monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "_cuda.so")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for function in (native._load_cuda, native._cuda_error):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    for function in (native._load_cuda, native._cuda_error, dispatch._look_for_triton):
         function.cache_clear()
     yield native
     monkeypatch.undo()
-    for function in (native._load_cuda, native._cuda_error):
+    for function in (native._load_cuda, native._cuda_error, dispatch._look_for_triton):
         function.cache_clear()
 
 
@@ -231,16 +233,65 @@ def test_a_library_that_does_not_load_is_told_with_its_reason(fresh):
 
 def test_a_library_of_another_abi_is_refused(fresh, library, monkeypatch):
     fresh.CUDA_LIBRARY.symlink_to(library)
-    monkeypatch.setattr(native, "CUDA_ABI", 2)
-    assert "has ABI 1, expected 2" in fresh.cuda_error()
+    built, expected = native.CUDA_ABI, native.CUDA_ABI + 1
+    monkeypatch.setattr(native, "CUDA_ABI", expected)
+    assert f"has ABI {built}, expected {expected}" in fresh.cuda_error()
 
 
-def test_an_architecture_before_sm_75_is_refused(fresh, library, monkeypatch):
-    fresh.CUDA_LIBRARY.symlink_to(library)
+class Probed:
+    """Stands for the library: its probe returns these codes, by device."""
+
+    def __init__(self, *codes: int):
+        self.codes = codes
+
+    def pe_cuda_probe(self, index: int) -> int:
+        return self.codes[index]
+
+    def pe_cuda_error(self, code: int) -> bytes:
+        return b"words of CUDA"
+
+
+def test_an_architecture_before_sm_75_is_refused(fresh, monkeypatch):
+    monkeypatch.setattr(native, "_load_cuda", functools.cache(lambda: Probed(0)))
     assert fresh.cuda_error() is None
     fresh._cuda_error.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 0))
     assert "7.5" in fresh.cuda_error() and "7.0" in fresh.cuda_error()
+
+
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [
+        (209, r"no code for this GPU, sm_90 .*rebuild it: PEFT_ENGINE_CUDA_ARCHS=90 pip install "),
+        (98, "no code for this GPU"),
+        (35, "driver is too old for .*; update the driver"),
+        (222, "update the driver"),
+        (2, "cannot run on this GPU"),
+    ],
+)
+def test_a_library_that_cannot_run_on_the_gpu_is_told_with_cudas_words_and_the_mend(
+    fresh, monkeypatch, code, mend
+):
+    monkeypatch.setattr(native, "_load_cuda", functools.cache(lambda: Probed(code)))
+    why = fresh.cuda_error()
+    assert f"CUDA error {code}: words of CUDA" in why and re.search(mend, why)
+    assert dispatch.available_backends()["cuda"] == why  # what explain says
+    (problem,) = [p for p in doctor.diagnose()["problems"] if "words of CUDA" in p["problem"]]
+    assert f"{problem['problem']}; {problem['fix']}" == why
+
+
+def test_each_gpu_is_probed_by_itself_and_as_the_current_one(fresh, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: current.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(native, "_load_cuda", functools.cache(lambda: Probed(0, 209)))
+    assert fresh.cuda_error() is None and "no code" in fresh.cuda_error(1)
+    assert fresh.cuda_error(0) is None and current == [1]
+
+
+def test_the_library_tells_that_there_is_no_driver(library):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert native.cuda().pe_cuda_probe(0) != 0
 
 
 def test_a_cuda_error_becomes_an_exception_with_cudas_words(library):

@@ -225,6 +225,23 @@ def test_stream_and_device_reach_the_launch_and_the_device_is_put_back(kernels):
         kernels.run(call(0, 0))  # the error does not stay
 
 
+def test_a_probe_says_whether_a_device_has_code_and_puts_the_former_back(kernels):
+    kernels.run(("pe_cuda_probe", 1))
+    assert kernels.dll.pe_cpu_device() == 0
+    with pytest.raises(LaunchFailed, match="returned 209"):
+        kernels.run(("pe_cuda_probe", 1), no_image=1)
+    with pytest.raises(LaunchFailed, match="returned 101"):
+        kernels.run(("pe_cuda_probe", 7))
+
+
+def test_a_workspace_that_cannot_be_told_is_none(kernels):
+    ask = kernels.dll.pe_lora_linear_workspace
+    ask.restype = ctypes.c_int64
+    sizes = ctypes.c_int64(8), ctypes.c_int64(64)
+    assert [ask(rows, *sizes, 4, device) for rows, device in ((65, 0), (3, 7))] == [-1, -1]
+    assert ask(0, *sizes, 4, 0) == 0 < ask(3, *sizes, 4, 0)
+
+
 def test_a_capture_is_told_by_its_stream(kernels):
     ask, begin = kernels.dll.pe_cuda_capture, kernels.dll.pe_cpu_capture
     ask.restype = ctypes.c_ulonglong

@@ -138,7 +138,7 @@ def skip_without_kernels(device):
 def test_the_choice_for_a_gpu_is_made_while_tracing_without_a_break(monkeypatch):
     """What lora_linear asks before its raw op, with tensors on a GPU; the op's own choices are not traced."""
     monkeypatch.setattr(dispatch, "_look_for_triton", lambda: None)
-    monkeypatch.setattr(native, "_cuda_error", lambda: None)
+    monkeypatch.setattr(native, "_cuda_error", lambda index: None)
     torch._dynamo.reset()
 
     def f(x):
