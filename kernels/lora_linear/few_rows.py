@@ -1,9 +1,12 @@
 """The CUDA product for 1 to 64 rows (csrc/cuda/lora_linear.cu), called through its C ABI."""
 
+import functools
+
 import torch
-from peft_engine.kernels.nf4.library import DTYPES, address, stream_of
+from peft_engine.kernels.nf4.library import DTYPES, stream_of
 
 from peft_engine import native
+from peft_engine.kernels.launch import addresses
 from peft_engine.kernels.scratch import zeroed
 
 
@@ -17,14 +20,30 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
     if a is not None:
         a, b = a.contiguous(), b.contiguous()
     bias = None if bias is None else bias.contiguous()
-    library, device, stream = native.cuda(), x.device.index or 0, stream_of(x)
-    size = library.pe_lora_linear_workspace(rows, out_features, columns, rank, device)
-    scratch = zeroed("lora_linear", size, x.device, stream) if size else None
-    code = library.pe_lora_linear_nf4(
-        x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), absmax.data_ptr(), address(nested),
-        address(offset), blocksize, out_features, address(a), address(b), rank,
-        0 if a is None else DTYPES[a.dtype], scaling, address(bias), y.data_ptr(), DTYPES[x.dtype],
-        h.data_ptr() if rank else None, address(scratch), device, stream,
-    )  # fmt: skip
+    at_x, *base_at, at_a, at_b, at_bias, at_y = addresses(
+        "lora_linear", x, weight, absmax, nested, offset, a, b, bias, y
+    )
+    library, device = native.cuda(), x.device.index or 0
+    with native.on_device(x.device.index):
+        stream = stream_of(x)
+        size = _workspace(library, rows, out_features, columns, rank, device)
+        scratch = zeroed("lora_linear", size, x.device, stream) if size else None
+        code = library.pe_lora_linear_nf4(
+            at_x, x.stride(0), rows, columns, *base_at, blocksize, out_features, at_a, at_b, rank,
+            0 if a is None else DTYPES[a.dtype], scaling, at_bias, at_y, DTYPES[x.dtype],
+            h.data_ptr() if rank else None, None if scratch is None else scratch.data_ptr(), device, stream,
+        )  # fmt: skip
     native.cuda_check(code, "lora_linear")
     return y, h
+
+
+@functools.lru_cache(4096)  # a call of the library takes as long as a launch, and a model has few shapes
+def _workspace(library, rows: int, n: int, k: int, rank: int, device: int) -> int:
+    """Bytes of scratch that calls of these sizes need."""
+    size = library.pe_lora_linear_workspace(rows, n, k, rank, device)
+    if size < 0:
+        raise RuntimeError(
+            f"lora_linear: the CUDA library refuses {rows} rows, a {n} x {k} weight and rank {rank}, or "
+            f"cannot ask device {device} what it has"
+        )
+    return size

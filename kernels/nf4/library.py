@@ -3,6 +3,7 @@
 import torch
 
 from peft_engine import dispatch, native
+from peft_engine.kernels.launch import addresses
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -26,18 +27,15 @@ def by_library(packed, absmax, nested_absmax, offset, blocksize: int, out: torch
         return
     flat = out.is_contiguous()
     rows, columns, stride = (1, out.numel(), out.numel()) if flat else (*out.shape, out.stride(0))
-    code = native.cuda().pe_nf4_dequantize(
-        packed.data_ptr(), absmax.data_ptr(), address(nested_absmax), address(offset), blocksize,
-        out.data_ptr(), DTYPES[out.dtype], rows, columns, stride, out.device.index or 0, stream_of(out),
-    )  # fmt: skip
+    weight = addresses("nf4_dequantize", packed, absmax, nested_absmax, offset)
+    with native.on_device(out.device.index):
+        code = native.cuda().pe_nf4_dequantize(
+            *weight, blocksize, *addresses("nf4_dequantize", out), DTYPES[out.dtype], rows, columns, stride,
+            out.device.index or 0, stream_of(out),
+        )  # fmt: skip
     native.cuda_check(code, "nf4_dequantize")
 
 
 def stream_of(x: torch.Tensor) -> int:
     """The current stream of x's device, as the library takes it."""
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    """A tensor's address, None where there is none."""
-    return None if tensor is None else tensor.data_ptr()

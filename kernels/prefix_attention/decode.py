@@ -3,9 +3,10 @@
 import ctypes
 
 import torch
-from peft_engine.kernels.nf4.library import DTYPES, address, stream_of
+from peft_engine.kernels.nf4.library import DTYPES, stream_of
 
 from peft_engine import dispatch, native
+from peft_engine.kernels.launch import addresses
 from peft_engine.kernels.scratch import zeroed
 from peft_engine.ops.attention import by_token
 
@@ -21,7 +22,7 @@ def refuse(q, k, bias) -> str | None:
         return f"the tensors are on {q.device}"
     if dispatch.forced() == "triton":
         return "backend 'triton' is pinned"
-    return refuse_sizes(q, k, bias) or native.cuda_error()
+    return refuse_sizes(q, k, bias) or native.cuda_error(q.device.index)
 
 
 def refuse_sizes(q, k, bias) -> str | None:
@@ -61,15 +62,22 @@ def forward(
         head_dim,
         int(shared),
     )
-    library, device, stream = native.cuda(), q.device.index or 0, stream_of(q)
-    scratch = zeroed(
-        "prefix_attention", library.pe_prefix_attention_workspace(*sizes, device), q.device, stream
-    )
-    code = library.pe_prefix_attention_decode(
-        *(t.data_ptr() for t in (q, k, v, prefix_k, prefix_v)), _strides(q, k, v, prefix_k, prefix_v, out),
-        *sizes, address(first), address(last), int(causal), scale, DTYPES[q.dtype], DTYPES[prefix_k.dtype],
-        out.data_ptr(), lse.data_ptr(), scratch.data_ptr(), device, stream,
-    )  # fmt: skip
+    *tensors, at_first, at_last = addresses("prefix_attention", q, k, v, prefix_k, prefix_v, first, last)
+    library, device = native.cuda(), q.device.index or 0
+    size = library.pe_prefix_attention_workspace(*sizes, device)
+    if size < 0:
+        raise RuntimeError(
+            f"prefix_attention: the CUDA library refuses queries {tuple(q.shape)} with keys {tuple(k.shape)} "
+            f"and a prefix {tuple(prefix_k.shape)}, or cannot ask device {device} what it has"
+        )
+    with native.on_device(q.device.index):
+        stream = stream_of(q)
+        scratch = zeroed("prefix_attention", size, q.device, stream)
+        code = library.pe_prefix_attention_decode(
+            *tensors, _strides(q, k, v, prefix_k, prefix_v, out), *sizes, at_first, at_last, int(causal),
+            scale, DTYPES[q.dtype], DTYPES[prefix_k.dtype], out.data_ptr(), lse.data_ptr(),
+            scratch.data_ptr(), device, stream,
+        )  # fmt: skip
     native.cuda_check(code, "prefix_attention")
     return out, lse
 

@@ -27,6 +27,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _none(who: str, x: torch.Tensor) -> int:
+    """0, for a tensor that has no address because it is empty; RuntimeError where its memory was freed."""
+    if x.numel() and x.device.type != "meta":
+        raise RuntimeError(f"{who}: {_FREED.format(tuple(x.shape))}")
+    return 0
+
+
+def addresses(who: str, *tensors: torch.Tensor | None) -> list[int | None]:
+    """Of each tensor its address, None where there is none; RuntimeError where its memory was freed."""
+    return [None if x is None else x.data_ptr() or _none(who, x) for x in tensors]
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], **options
 ):
@@ -41,9 +53,7 @@ def launch(
     for a in arguments:
         if isinstance(a, torch.Tensor):
             device = device or a.device
-            at = a.data_ptr()
-            if not at and a.numel() and a.device.type != "meta":
-                raise RuntimeError(f"{kernel.__name__}: {_FREED.format(tuple(a.shape))}")
+            at = a.data_ptr() or _none(kernel.__name__, a)
             bits |= at
             key.append(a.dtype)
             raw.append(at)  # an address as it is: for a tensor Triton asks the driver whether it is the GPU's

@@ -37,7 +37,10 @@ def zeroed(who: str, size: int, device: torch.device, stream: int) -> torch.Tens
     if getattr(_here, "fresh", False):
         return torch.zeros(size, dtype=torch.uint8, device=device)
     index = device.index or 0
-    capture = native.cuda().pe_cuda_capture(stream, index) if device.type == "cuda" else 0
+    capture = 0
+    if device.type == "cuda":
+        with native.on_device(index):
+            capture = native.cuda().pe_cuda_capture(stream, index)
     if capture:
         for key in [key for key in _captured if key[1] != capture]:
             del _captured[key]  # an earlier graph's is its own pool's to keep

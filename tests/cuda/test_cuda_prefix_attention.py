@@ -137,6 +137,14 @@ def test_python_passes_what_the_op_was_given(as_if_on_a_gpu):
     assert len(scratch._held) == 1
 
 
+def test_sizes_that_the_library_refuses_are_told(as_if_on_a_gpu):
+    q, k, prefix = (torch.zeros(2**10, 32, 1, 8), torch.zeros(2**10, 32, 3, 8), torch.zeros(1, 32, 4, 8))
+    with pytest.raises(
+        RuntimeError, match=r"prefix_attention: the CUDA library refuses .*\(1024, 32, 1, 8\)"
+    ):
+        decode.forward(q, k, k, prefix, prefix, None, None, True, 1.0)
+
+
 def test_why_it_does_not_run_is_told():
     def why(batch=1, heads=4, queries=1, d=64, kv_heads=2, bias=None, dtype=BF16):
         q, k = (torch.empty(batch, h, queries, d, dtype=dtype, device="meta") for h in (heads, kv_heads))

@@ -29,6 +29,7 @@ def library(monkeypatch):
         monkeypatch.setattr(scratch, name, {})
     found, zeros = Library(), torch.zeros
     monkeypatch.setattr(native, "cuda", lambda: found)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **rest: zeros(*size, **rest))
     return found
 
