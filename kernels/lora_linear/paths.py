@@ -25,11 +25,12 @@ PATHS = ("few_rows", "single", "workspace")
 #     14336x4096, no adapter   16 rows 24 / 105 / 75   32 rows 36 / 108 / 72    64 rows 62 / 65 / 74
 #     14336x4096, r=16         16 rows 31 / 111 / 83   32 rows 44 / 114 / 81    64 rows 81 / 86 / 83
 #     4096x14336, no adapter   16 rows 21 / 300 / 73   32 rows 43 / 301 / 74    64 rows 73 / 175 / 76
-# The single kernel wins nowhere but for many result columns (its programs) without an adapter, where few_rows
-# cannot run; it is there for weights whose workspace does not fit.
+# The single kernel wins nowhere but for 64 rows of half precision and many result columns (its programs)
+# without an adapter, where few_rows cannot run; its backward and float32 were not measured. It is there for
+# weights whose workspace does not fit.
 FEW_ROWS, FEW_ROWS_OF_LARGE = 16, 64
 LARGE = 1 << 25  # weights
-SINGLE_ROWS, SINGLE_GIVES = 64, 8192  # rows up to, result columns from
+SINGLE_ROWS, SINGLE_GIVES = range(33, 65), 8192  # result columns from
 
 _pinned: str | None = None
 
@@ -61,8 +62,9 @@ def choose(direction: str, x, base, gives: int, a, dropout_p: float) -> str:
     few = FEW_ROWS_OF_LARGE if gives * x.shape[1] >= LARGE else FEW_ROWS
     if rows <= few and refuse("few_rows", *arguments) is None:
         return "few_rows"
-    fills = rows <= SINGLE_ROWS and gives >= SINGLE_GIVES and a is None
-    if base[1] is not None and fills and refuse("single", *arguments) is None:
+    wins = direction == "forward" and x.dtype != torch.float32 and a is None
+    wins = wins and rows in SINGLE_ROWS and gives >= SINGLE_GIVES
+    if base[1] is not None and wins and refuse("single", *arguments) is None:
         return "single"
     return "workspace"
 
@@ -79,6 +81,8 @@ def refuse(path: str, direction: str, x, base, gives: int, a, dropout_p: float) 
             return f"rank {rank} is above {tiles.MAX_RANK_SINGLE}, the most the single kernel's tiles hold"
         if absmax is not None and columns % 64:
             return f"{columns} input columns are no multiple of 64, so a tile's scales would straddle rows"
+        if absmax is not None and base[0].data_ptr() % 4:
+            return "the packed bytes, which it reads by fours, do not begin at a multiple of 4"
         return None
     if not x.is_cuda:
         return f"the tensors are on {x.device}"
@@ -102,7 +106,7 @@ def refuse(path: str, direction: str, x, base, gives: int, a, dropout_p: float) 
         return "backend 'triton' is pinned"
     if x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "bfloat16 products need compute capability 8.0"
-    return native.cuda_error()
+    return native.cuda_error(x.device.index)
 
 
 def out_of_memory(direction: str, x, base, gives: int, a, error: Exception) -> None:

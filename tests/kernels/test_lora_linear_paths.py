@@ -40,7 +40,7 @@ def test_without_memory_for_the_workspace_the_single_kernel_runs_and_explain_say
     wanted = backward(dy, x, *base, a, b, h, 0.5, 0.0, None, True, True)
     monkeypatch.setattr(dispatch, "_notes", {})
     no_room()
-    monkeypatch.setattr(paths, "SINGLE_ROWS", 0)
+    monkeypatch.setattr(paths, "SINGLE_ROWS", ())
     y, h = forward(x, *base, 48, a, b, 0.5, None, 0.0, None)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
     assert "the workspace of a 48 x 128 weight did not fit" in dispatch.noted("lora_linear")
@@ -71,6 +71,29 @@ def test_a_pinned_path_that_cannot_run_says_why(device):
         paths.pinned("fast"),
     ):
         pass
+
+
+def test_the_single_kernel_runs_where_it_was_measured_to_win():
+    def path(rows, dtype=torch.bfloat16, direction="forward", n=8192, rank=0, nf4=True):
+        k = 64
+        base = torch.empty(n * k // 2, dtype=torch.uint8), torch.empty(n) if nf4 else None, None, None, 64
+        x = torch.empty(rows, k if direction == "forward" else n, dtype=dtype)
+        gives = n if direction == "forward" else 8192
+        return paths.choose(direction, x, base, gives, torch.empty(rank, k) if rank else None, 0.0)
+
+    assert [path(rows) for rows in (1, 32, 33, 64, 65)] == ["workspace"] * 2 + ["single"] * 2 + ["workspace"]
+    assert path(64, torch.float16) == "single"
+    others = [{"dtype": torch.float32}, {"direction": "backward"}, {"n": 8191}, {"rank": 4}, {"nf4": False}]
+    assert [path(64, **other) for other in others] == ["workspace"] * 5
+
+
+def test_packed_bytes_that_begin_between_words_are_not_read_as_words(device):
+    x, _, base, a, b = call(device)
+    packed = torch.empty(base[0].numel() + 1, dtype=torch.uint8, device=device)[1:].copy_(base[0].flatten())
+    odd = packed.view_as(base[0]), *base[1:]
+    assert "do not begin at a multiple of 4" in paths.refuse("single", "forward", x, odd, 48, a, 0.0)
+    with paths.pinned("single"), pytest.raises(ValueError, match="multiple of 4"):
+        forward(x, *odd, 48, a, b, 0.5, None, 0.0, None)
 
 
 def test_a_rank_above_the_tables_is_refused_with_a_reason_and_another_backend_runs():
