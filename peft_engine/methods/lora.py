@@ -207,7 +207,8 @@ def _forward(
     return copies.back_in_order(parts, known.values())
 
 
-# From this many on, lora_linear computes rows in one way: their bits do not depend on how many there are.
+# From this many on, lora_linear on a CPU computes rows in one way: their bits do not depend on how many there
+# are. On a GPU no number does that: torch's library chooses its kernel by the rows.
 MANY_ROWS = 17
 
 
@@ -219,7 +220,7 @@ def _apart(
     name: str | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The product of some of the batch's rows under one adapter, with the bits of the whole batch's."""
+    """The product of some of the batch's rows under one adapter, on a CPU with the whole batch's bits."""
     part = x.index_select(0, index)
     flat = part.reshape(-1, x.shape[-1])
     short = min(math.prod(x.shape[:-1]), MANY_ROWS) - flat.shape[0]
