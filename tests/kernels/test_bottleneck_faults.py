@@ -57,7 +57,7 @@ FAULTS = [
     ("fused", "gelu", "x, row, inside, columns, eps,", "x, row, inside, columns, eps + 1,", WRONG),
     ("split", "columns", "for s in range(shares)", "for s in range(1)", WRONG),
     ("split", "columns", "(split.to(tl.int64) * rows + row)", "row", Race),
-    ("split", "gelu", "to + 2 * tl.program_id(0), tl.sum", "to, tl.sum", Race),
+    ("split", "gelu", "to + 2 * block, tl.sum", "to, tl.sum", Race),
     ("split", "gelu", "(block < blocks)[None, :]", "(block < 1)[None, :]", WRONG),
     ("split", "norm", "range(0, blocks, BLOCK)", "range(0, BLOCK, BLOCK)", WRONG),
     ("split", "gelu", "tl.sum(sum_gx, 1) / columns", "tl.sum(sum_gx, 1)", WRONG),
