@@ -5,6 +5,8 @@ which hold its 24 bits (s = 2^11 for float16, whose range is too short for what 
 bfloat16).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -39,10 +41,10 @@ def terms_of_value(value, DTYPE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def write_terms(a, terms, columns, rank, scaling, stride_r, stride_c, r, c, STEP: tl.constexpr):
-    """terms (3, rank, columns) of scaling * a, in its rows r and columns c."""
+def write_terms(a, terms, columns, rank, scaling, row, stride_c, r, c, STEP: tl.constexpr):
+    """terms (3, rank, columns) of scaling * a, in its rows r, which begin at a + row, and columns c."""
     inside = (r < rank)[:, None] & (c < columns)[None, :]
-    value = tl.load(a + r[:, None] * stride_r + c[None, :] * stride_c, inside, other=0).to(tl.float32)
+    value = tl.load(a + row[:, None] + c[None, :] * stride_c, inside, other=0).to(tl.float32)
     first, _, second, third = terms_of_value(value * scaling, terms.dtype.element_ty, STEP)
     size = tl.cast(columns, tl.int64) * rank
     at = terms + r[:, None] * tl.cast(columns, tl.int64) + c[None, :]
@@ -53,13 +55,15 @@ def write_terms(a, terms, columns, rank, scaling, stride_r, stride_c, r, c, STEP
 
 @triton.jit
 def terms_kernel(
-    a, terms, columns, rank, stride_r, stride_c,
+    a, terms, columns, rank, each, stride_g, stride_r, stride_c,
     RANK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """terms of a, RANK rows and a block of columns a program."""
+    """terms of a, RANK rows and a block of columns a program; a has `each` rows in a group."""
     r = (tl.program_id(1) * RANK + tl.arange(0, RANK)).to(tl.int64)  # of many adapters together: above 2^31
     c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    write_terms(a, terms, columns, rank, 1.0, stride_r, stride_c, r, c, STEP)
+    write_terms(
+        a, terms, columns, rank, 1.0, r // each * stride_g + r % each * stride_r, stride_c, r, c, STEP
+    )
 
 
 def step_of(dtype: torch.dtype) -> int:
@@ -68,12 +72,14 @@ def step_of(dtype: torch.dtype) -> int:
 
 
 def split(a: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The terms (3, R, C) in `dtype` of a float32 matrix (R, C) of any strides."""
-    rank, columns = a.shape
+    """The terms (3, R, C) in `dtype` of a float32 matrix (R, C), or of G of R / G rows, of any strides."""
+    each, columns = a.shape[-2:]
+    rank, strides = math.prod(a.shape[:-1]), a.stride() if a.dim() == 3 else (0, *a.stride())
     terms = torch.empty(3, rank, columns, dtype=dtype, device=a.device)
     block_r = min(tiles.padded_rank(rank), MOST_RANK)
     launch(
-        terms_kernel, (cdiv(columns, BLOCK), cdiv(rank, block_r)), (a, terms, columns, rank, *a.stride()),
+        terms_kernel, (cdiv(columns, BLOCK), cdiv(rank, block_r)),
+        (a, terms, columns, rank, each, *strides),
         {"RANK": block_r, "STEP": step_of(dtype), "BLOCK": BLOCK},
         num_warps=4,
     )  # fmt: skip

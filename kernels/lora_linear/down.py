@@ -128,7 +128,7 @@ def down(
         arrivals = torch.zeros(programs, dtype=torch.int32, device=x.device)
     if a.dtype != x.dtype:
         if split is None:
-            split = adapter.split(a.reshape(-1, columns), x.dtype)
+            split = adapter.split(a, x.dtype)
         a = split.view(3, *a.shape)
     launch(
         down_kernel, (programs, shares),

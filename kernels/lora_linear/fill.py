@@ -80,12 +80,12 @@ def fill_kernel(
             )  # fmt: skip
         else:
             r = tl.arange(0, RANK)
-            write_terms(b, terms, out_features, rank, scaling, stride_br, stride_bn, r, n, STEP)
+            write_terms(b, terms, out_features, rank, scaling, r * stride_br, stride_bn, r, n, STEP)
     elif program < programs:
         k = (program - programs_b) * BLOCK + i
         if FORWARD:
             r = tl.arange(0, RANK)
-            write_terms(a, terms, columns, rank, 1.0, stride_ar, stride_ak, r, k, STEP)
+            write_terms(a, terms, columns, rank, 1.0, r * stride_ar, stride_ak, r, k, STEP)
         else:
             write_below(
                 a, space, out_features, columns, rank, stride_ar, stride_ak, stride, k, WIDTH, RANK, TERMS

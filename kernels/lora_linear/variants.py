@@ -90,7 +90,7 @@ def _others(arch: int) -> Iterator[Variant]:
             up_(dy, h, many_b, 1.0, order=order, bounds=bounds),
             outer(h, x, h, dy, torch.float32, order=order, bounds=bounds),
         ),
-        "the terms of 32 adapters": lambda: split(_meta(32 * 32, K), half),
+        "the terms of 32 adapters": lambda: split(_meta(32, 32, K), half),
         "the workspace": lambda: fill.forward(_base(NF4), N, a, b, 2.0, x, 48),
         "the backward's workspace": lambda: fill.backward(_base(NF4), N, a, b, 2.0, x, 48),
         "the workspace, 576 columns, rank 128": lambda: fill.backward(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import assert_twice_as_good
 from peft_engine.kernels.lora_groups.groups import backward, forward
+from peft_engine.kernels.lora_linear.adapter import split
 
 from peft_engine.ops.lora_groups import reference, sort_rows
 from peft_engine.ops.nf4 import DTYPES, nf4_quantize, reference_dequantize
@@ -75,6 +76,13 @@ def test_many_adapters_are_split_in_tiles_of_their_ranks(device):
     terms = plain(*sizes, rows, dy.double().abs())
     for name, *results in zip(("y", "dx", "da", "db"), got, same, exact, terms, strict=True):
         assert_twice_as_good(*(r.cpu() for r in results), name)
+
+
+def test_the_terms_of_many_adapters_are_read_where_they_lie(device):
+    b = torch.randn(3, 72, 12, device=device)
+    there = split(b.transpose(1, 2), torch.bfloat16)
+    assert torch.equal(there, split(b.transpose(1, 2).reshape(36, 72), torch.bfloat16))
+    assert there.shape == (3, 36, 72)
 
 
 def test_rows_without_an_adapter_are_the_bases_to_the_bit(device):
