@@ -48,6 +48,11 @@ CASES = {
     "loss": lambda: loss_test.test_losses_and_gradients_are_within_twice_the_reference_error(
         "cpu", WHOLE, 3, 9001
     ),
+    "behind": lambda: (
+        loss_test.test_what_lies_behind_a_row_changes_nothing_and_is_written_where_it_is_nobodys(
+            "cpu", 2, 4101
+        )
+    ),
     "apart": lambda: loss_test.test_rows_that_lie_apart_are_read_in_place("cpu"),
     "infinite": lambda: loss_test.test_logits_of_minus_infinity_have_no_probability_and_nan_stays_nan("cpu"),
     "label": lambda: loss_test.test_a_label_outside_of_the_vocabulary_gives_nan_and_reads_nothing("cpu"),
@@ -105,7 +110,8 @@ FAULTS = [
     (LOSS, "rows", "loss", "tl.maximum(top, tl.max(tile, 1))", "tl.max(tile, 1)", WRONG),
     (LOSS, "rows", "loss", "tl.sum(sum * tl.exp(top - base), 0)", "tl.sum(sum, 0)", WRONG),
     (LOSS, "rows", "infinite", 'tl.where(higher == float("-inf"), 0.0, higher)', "higher", WRONG),
-    (LOSS, "rows", "loss", "j < columns, other", "j < columns + 1, other", OutOfBounds),
+    (LOSS, "rows", "loss", "j < end, other", "j < end + 1, other", OutOfBounds),
+    (LOSS, "rows", "behind", "tl.where(j < columns, tile, float(\"-inf\"))", "tile", WRONG),
     (LOSS, "rows", "label", "(label >= 0) & (label < columns)", "label >= 0", OutOfBounds),
     (LOSS, "rows", "loss", "tl.where(j == label, p - 1.0, p)", "p", WRONG),
     (LOSS, "rows", "loss", "factor = tl.load(scale + row)", "factor = 1.0", WRONG),
