@@ -22,7 +22,7 @@ from peft_engine.kernels.bottleneck.parts import (
     weight_tile,
 )
 
-from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.launch import cdiv, folded, launch
 
 NORM_ROWS, NORM_COLUMNS = 4, 512  # of a program of statistics_kernel
 MEAN_ROWS, MEAN_BLOCKS = 16, 16  # of a program of means_kernel
@@ -64,11 +64,16 @@ def contract_kernel(
     Where a program's columns are not the WHOLE: out[s, m, r], the sums of share s. The blocks of the width
     are next to each other: they read the same rows.
     """
-    blocks = tl.cdiv(width, BLOCK_R)
-    row = (tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    # Where the columns are shared there are few tiles, and the grid's third dimension is the shares'.
+    tile = tl.program_id(1)
+    split = 0
+    if WHOLE:
+        tile += tl.program_id(2) * tl.num_programs(1)
+    else:
+        split = tl.program_id(2)
+    row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = row < rows
-    r = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    split = tl.program_id(1)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     rstd = tl.zeros((BLOCK_M,), tl.float32)
     if NORM:
@@ -82,7 +87,7 @@ def contract_kernel(
         acc = finished(
             acc, down_bias, middle, row, inside, r, width, scaling, BACKWARD, ACTIVATION, DOWN_BIAS
         )
-    at = out + (split.to(tl.int64) * rows + row)[:, None] * width + r[None, :]
+    at = out + (tl.cast(split, tl.int64) * rows + row)[:, None] * width + r[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), inside[:, None] & (r < width)[None, :])
 
 
@@ -130,10 +135,10 @@ def up_kernel(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = residual + scaling (act(m) Wu^T + bu) of BLOCK_M rows and BLOCK_N columns."""
-    blocks = tl.cdiv(columns, BLOCK_N)
-    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < columns
-    row = (tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = row < rows
     sum = raised_from(
         middle,
@@ -165,10 +170,10 @@ def dx_kernel(
     The norm's backward takes two launches: with SUMS the first leaves sums[m, block] of g and of g times the
     normalised x over the block's columns, of which means_kernel makes the means that the second reads.
     """
-    block = tl.program_id(0) % blocks
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < columns
-    row = (tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = row < rows
     dz = raised_from(
         dm, down_weight, row, inside, n, there, width, columns, 1, "none", WIDTH, BLOCK_M, BLOCK_R, BLOCK_N
@@ -180,8 +185,8 @@ def dx_kernel(
         g, normal = norm_gradient(dz, tl.load(x + at, both, other=0), mean, rstd, norm_weight, n, there)
         if SUMS:
             to = sums + 2 * (row * blocks)
-            tl.store(to + 2 * block, tl.sum(g, 1), inside)
-            tl.store(to + 2 * block + 1, tl.sum(g * normal, 1), inside)
+            tl.store(to + 2 * tl.program_id(0), tl.sum(g, 1), inside)
+            tl.store(to + 2 * tl.program_id(0) + 1, tl.sum(g * normal, 1), inside)
         else:
             mean_g = tl.load(means + 2 * row, inside, other=0.0)
             mean_gx = tl.load(means + 2 * row + 1, inside, other=0.0)
@@ -225,7 +230,7 @@ def forward(call, x, residual, y, middle, stats) -> None:
     _contract(call, x, call.down_weight, (columns, 1), stats, middle, middle, backward=False)
     block_m, block_r, block_n, warps, stages = tiles.tile("up", rows, call, x.device)
     launch(
-        up_kernel, (cdiv(columns, block_n) * cdiv(rows, block_m),),
+        up_kernel, (cdiv(columns, block_n), *folded(cdiv(rows, block_m))),
         (
             middle, residual, call.up_weight, x if call.up_bias is None else call.up_bias, y, rows, columns,
             call.width, call.scaling,
@@ -257,7 +262,7 @@ def backward(call, dy, x, middle, stats, dm, dx, *, residual_is_x: bool) -> None
                 {"BLOCK_M": MEAN_ROWS, "BLOCK": MEAN_BLOCKS}, num_warps=4,
             )  # fmt: skip
         launch(
-            dx_kernel, (blocks * cdiv(rows, block_m),),
+            dx_kernel, (blocks, *folded(cdiv(rows, block_m))),
             (
                 dm, call.down_weight, dy, x, stats, call.norm_weight if norm else dy, sums, means, dx, rows,
                 columns, call.width, blocks,
@@ -276,15 +281,15 @@ def _contract(call, x, weight, strides, stats, middle, out, *, backward: bool) -
     rows, columns = x.shape
     block_m, block_r, block_k, warps, stages = tiles.tile("contract", rows, call, x.device)
     block_r = min(block_r, tiles.padded_width(call.width))
-    programs = cdiv(call.width, block_r) * cdiv(rows, block_m)
-    share = tiles.share(columns, programs, block_k)
+    blocks = cdiv(call.width, block_r), cdiv(rows, block_m)
+    share = tiles.share(columns, blocks[0] * blocks[1], block_k)
     shares = cdiv(columns, share)
     sums = out if shares == 1 else torch.empty(shares, *out.shape, dtype=torch.float32, device=x.device)
     norm = call.norm_weight is not None and not backward
     down_bias = x if call.down_bias is None else call.down_bias
     finish = {"BACKWARD": backward, "ACTIVATION": call.activation}
     launch(
-        contract_kernel, (programs, shares),
+        contract_kernel, (blocks[0], *folded(blocks[1])) if shares == 1 else (*blocks, shares),
         (
             x, weight, call.norm_weight if norm else x,
             call.norm_bias if norm and call.norm_bias is not None else x,

@@ -48,7 +48,6 @@ def down_kernel(
         inside = place < rows
         row = place.to(tl.int64)
     r = tl.arange(0, RANK)
-    term = tl.cast(stride_at, tl.int64)  # of many adapters together: twice it may be above 2^31
     acc = tl.zeros((BLOCK_M, RANK), tl.float32)
     second = tl.zeros((BLOCK_M, RANK), tl.float32)
     third = tl.zeros((BLOCK_M, RANK), tl.float32)
@@ -66,8 +65,9 @@ def down_kernel(
         both = there[:, None] & (r < rank)[None, :]
         acc = wide_dot(tile, tl.load(at, both, other=0), acc)
         if TERMS == 3:
-            second = tl.dot(tile, tl.load(at + term, both, other=0), second)
-            third = tl.dot(tile, tl.load(at + 2 * term, both, other=0), third)
+            second = tl.dot(tile, tl.load(at + stride_at, both, other=0), second)
+            # twice: 2 * stride_at of many adapters together may be above 2^31
+            third = tl.dot(tile, tl.load(at + stride_at + stride_at, both, other=0), third)
     if TERMS == 3:
         acc += (second + third / STEP) / STEP
     stored = inside[:, None] & (r < rank)[None, :]

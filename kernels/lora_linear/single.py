@@ -15,7 +15,7 @@ from peft_engine.kernels.lora_linear.parts import kept, wide_dot
 from peft_engine.kernels.nf4.dequantize import scale_of
 from peft_engine.kernels.nf4.tables import absmax_code, code
 
-from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.launch import cdiv, folded, launch
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias + scaling h B^T; the tile is held as W x^T, so that the decoded one is on the left."""
-    blocks = tl.cdiv(out_features, BLOCK_N)
-    n = (tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    m = (tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    tile_m = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside_n, inside_m = n < out_features, m < rows
     table = tl.load(code + tl.arange(0, 16)) if NF4 else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -103,10 +103,9 @@ def backward_kernel(
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx = dy W + drop'(dh A); held as W^T dy^T, like the forward."""
-    blocks = tl.cdiv(columns, BLOCK_K)
-    first = tl.program_id(0) % blocks * BLOCK_K
-    k = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
-    m = (tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    k = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    tile_m = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     there, inside_m = k < columns, m < rows
     table = tl.load(code + tl.arange(0, 16)) if NF4 else 0
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
@@ -119,7 +118,7 @@ def backward_kernel(
         if NF4:
             w = weight_tile(
                 weight, absmax, nested_absmax, offset, absmax_code, table, wide_n, inside_n,
-                first, columns, dy.dtype.element_ty, BLOCKSIZE, NESTED, BLOCK_N, BLOCK_K,
+                tl.program_id(0) * BLOCK_K, columns, dy.dtype.element_ty, BLOCKSIZE, NESTED, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             w = tl.load(
@@ -147,7 +146,7 @@ def forward(x, base, out_features, a, b, scaling, bias, dropout_p, seed):
         return y, h
     block_m, block_n, block_k, warps, stages = tiles.tile("single", rows, rank, x.dtype, x.device)
     launch(
-        forward_kernel, (cdiv(out_features, block_n) * cdiv(rows, block_m),),
+        forward_kernel, (cdiv(out_features, block_n), *folded(cdiv(rows, block_m))),
         (
             x, *_weight(base, x), h if rank else x, b if rank else x, x if bias is None else bias, y, rows,
             columns,
@@ -172,7 +171,7 @@ def backward(dy, base, columns, a, b, scaling, dropout_p, seed):
         return dx, dh
     block_m, block_k, block_n, warps, stages = tiles.tile("single_backward", rows, rank, dy.dtype, dy.device)
     launch(
-        backward_kernel, (cdiv(columns, block_k) * cdiv(rows, block_m),),
+        backward_kernel, (cdiv(columns, block_k), *folded(cdiv(rows, block_m))),
         (
             dy, *_weight(base, dy), dh if rank else dy, a if rank else dy, dx, dy if seed is None else seed,
             rows,

@@ -10,7 +10,7 @@ import triton.language as tl
 from peft_engine.kernels.lora_linear import tiles
 from peft_engine.kernels.lora_linear.parts import kept, rows_of_tile
 
-from peft_engine.kernels.launch import cdiv, launch
+from peft_engine.kernels.launch import cdiv, folded, launch
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -21,8 +21,7 @@ def up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] += scaling * sum_r h[m, r] b[n, r]; with GROUPED, of sorted rows under their own b."""
-    blocks = tl.cdiv(columns, BLOCK_N)
-    tile = tl.program_id(0) // blocks
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     if GROUPED:
         group, place, row, inside = rows_of_tile(order, bounds, tile, groups, BLOCK_M)
         if group < 0:
@@ -32,7 +31,7 @@ def up_kernel(
         place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = place < rows
         row = place.to(tl.int64)
-    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < columns
     sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # a part of the rank at a time: the split operands of a whole one would not fit the registers
@@ -77,7 +76,7 @@ def up_(
     groups, strides = (1, (0, *b.stride())) if order is None else (b.shape[0], b.stride())
     tiles_of_rows = cdiv(h.shape[0], block_m) + (groups if order is not None else 0)
     launch(
-        up_kernel, (cdiv(columns, block_n) * tiles_of_rows,),
+        up_kernel, (cdiv(columns, block_n), *folded(tiles_of_rows)),
         (
             y, h, b, y if seed is None else seed, y if order is None else order,
             y if bounds is None else bounds,

@@ -27,6 +27,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+_MOST = 65535  # programs along a grid's second or third dimension
+
+
+def folded(programs: int) -> tuple[int, int]:
+    """The second and third dimension of a grid of as many programs, or a few more that find nothing to do.
+
+    Program program_id(2) * num_programs(1) + program_id(1) of them.
+    """
+    deep = cdiv(programs, _MOST)
+    return cdiv(programs, max(deep, 1)), max(deep, 1)
+
+
 def _none(who: str, x: torch.Tensor) -> int:
     """0, for a tensor that has no address because it is empty; RuntimeError where its memory was freed."""
     if x.numel() and x.device.type != "meta":
