@@ -12,7 +12,11 @@ from cuda_on_cpu import CSRC, Program
 
 @dataclass(frozen=True)
 class Fault:
-    """In `source`, whose folder is copied, `old` becomes `new`. `check` must then raise `found`, exactly."""
+    """In `source`, whose folder is copied, `old` becomes `new`. `check` must then raise `found`, exactly.
+
+    `check` calls functions of the .cu files in `of` alone: the others, where several include what is changed,
+    are left as they are. Empty: all have the fault.
+    """
 
     what: str
     source: Path
@@ -21,6 +25,7 @@ class Fault:
     new: str
     found: type[AssertionError]
     check: Callable[[Program], object]
+    of: tuple[str, ...] = ()
 
     def plant(self, folder: Path) -> list[Path]:
         """A copy in `folder` of the files beside the source and of the headers above, the fault in it."""
@@ -34,7 +39,9 @@ class Fault:
         text = (to / self.source.name).read_text()
         assert self.old in text, f"{self.source.name} no longer holds {self.old!r}: the fault is not planted"
         (to / self.source.name).write_text(text.replace(self.old, self.new))
-        return cuda_on_cpu.sources(to)
+        if not self.of:
+            return cuda_on_cpu.sources(to)
+        return [(to if path.stem in self.of else here) / path.name for path in cuda_on_cpu.sources(here)]
 
     def program(self, folder: Path, defines: Sequence[str] = ()) -> Program:
         built = cuda_on_cpu.build(self.plant(folder), self.kind, defines=defines)
@@ -46,6 +53,6 @@ class Fault:
         assert type(caught.value) is self.found, f"found in another way: {caught.value}"
 
 
-def in_kernel(what, name, kind, old, new, found, check) -> Fault:
+def in_kernel(of, what, name, kind, old, new, found, check) -> Fault:
     """A fault in a file of csrc/cuda."""
-    return Fault(what, CSRC / "cuda" / name, kind, old, new, found, check)
+    return Fault(what, CSRC / "cuda" / name, kind, old, new, found, check, of)

@@ -94,6 +94,8 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [in_kernel(*fault) for fault in FAULTS], ids=lambda f: f.what)
+@pytest.mark.parametrize(
+    "fault", [in_kernel(("bottleneck",), *fault) for fault in FAULTS], ids=lambda f: f.what
+)
 def test_a_fault_is_found(planted, fault):
     fault.must_be_found(planted(fault))

@@ -6,6 +6,7 @@ from cuda_cases import check_dequantize, check_far_rows, check_huge_dequantize, 
 from cuda_on_cpu import BadAccess, LaunchFailed, Race
 from planted import in_kernel
 
+OF = ("nf4", "lora_linear")
 FLOAT, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -213,7 +214,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    "fault", [in_kernel(*fault) for fault in FAULTS], ids=lambda f: f"{f.source.name}: {f.what}"
+    "fault", [in_kernel(OF, *fault) for fault in FAULTS], ids=lambda f: f"{f.source.name}: {f.what}"
 )
 def test_a_fault_is_found(planted, fault):
     fault.must_be_found(planted(fault))

@@ -264,7 +264,7 @@ FAULTS = [
 
 def planted_kernel(what, part, kind, old, new, found, case) -> Fault:
     name = part if part == "arrivals" else f"prefix_attention_{part}"
-    return in_kernel(what, f"{name}.cuh", kind, old, new, found, case)
+    return in_kernel(("prefix_attention",), what, f"{name}.cuh", kind, old, new, found, case)
 
 
 @pytest.mark.parametrize("fault", [planted_kernel(*fault) for fault in FAULTS], ids=lambda f: f.what)
