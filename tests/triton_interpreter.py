@@ -10,6 +10,7 @@ the same address. An atomic is one thread's: it releases what lies before the pr
 """
 
 import contextlib
+import functools
 import inspect
 import random
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,8 @@ class _Memory:
             return out
         which = (seen >> np.uint64(SPACE)).astype(np.int64) - 1
         moved = np.empty(seen.shape, np.uint64)
-        for w in np.unique(which):
+        alone = which[:1] if (which == which[0]).all() else np.unique(which)  # most often one tensor
+        for w in alone:
             lanes = which == w
             if not 0 <= w < len(self.arguments):
                 raise self._bounds_error(int(w), 0, what)
@@ -168,9 +170,13 @@ _only: Sequence[int] | None = None
 
 def _np_dtype(dtype: Any) -> np.dtype:
     scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
-    if scalar == tl.bfloat16:
-        return np.dtype(ml_dtypes.bfloat16)
-    return _stock_np_dtype(dtype)
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _np_dtype_of(scalar)
+
+
+@functools.cache
+def _np_dtype_of(scalar: tl.dtype) -> np.dtype:
+    """Kept: the stock one makes its table anew for each of an operation's operands."""
+    return np.dtype(ml_dtypes.bfloat16) if scalar == tl.bfloat16 else _stock_np_dtype(scalar)
 
 
 _stock_np_dtype = interpreter._get_np_dtype
