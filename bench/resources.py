@@ -262,7 +262,7 @@ def cuda_results(library: Path) -> list[Result]:
     found = []
     for arch in sorted(archs):
         usage = sass.usage(library, arch)
-        for mangled, body in sorted(sass.functions(library, arch).items()):
+        for mangled, body in sorted(sass.kept_functions(library, arch).items()):
             kernel, variant = _readable(mangled)
             row = Row(
                 kernel=kernel,

@@ -8,17 +8,21 @@ stored, or so many tensor-core instructions. An unrolled loop is thus counted ri
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
+import pickle
 import re
 import shutil
 import struct
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "aot"
 RESERVED_SHARED = 1024  # bytes of a block that CUDA keeps for itself from sm_80 on; cuobjdump counts them in
 
 
@@ -94,6 +98,20 @@ def functions(path: Path | str, arch: str | int | None = None) -> dict[str, list
         elif instruction := _instruction(line):
             current.append(instruction)
     return {name: _without_padding(body) for name, body in found.items()}
+
+
+def kept_functions(path: Path, arch: int) -> dict[str, list[Instruction]]:
+    """`functions` of a fat file, kept in .cache: to list all kernels of one architecture takes seconds."""
+    key = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes() + str(arch).encode()).hexdigest()
+    kept = CACHE / f"{key}.sass"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        plain = {name: [tuple(i) for i in body] for name, body in functions(path, arch).items()}
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(zlib.compress(pickle.dumps(plain), 1))
+        partial.replace(kept)
+    found = pickle.loads(zlib.decompress(kept.read_bytes()))
+    return {name: [Instruction(*i) for i in body] for name, body in found.items()}
 
 
 def _instruction(line: str, start: int = 0) -> Instruction | None:
