@@ -25,8 +25,12 @@ HOLDERS = {
 # Feed-forwards and attentions by name, in layers of no known family.
 FEED_FORWARDS = ("mlp", "feed_forward", "ffn", "ff", "fc2")
 ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
-# Families with BART's names whose norms stand after the sum, as BART's do.
-POST_NORM = ("bart", "marian", "plbart")
+# Families with BART's names whose norms stand after the sum, as BART's do, and before the sublayer.
+POST_NORM = ("bart", "blenderbot_small", "led", "marian", "mvp", "plbart")
+PRE_NORM = (
+    "biogpt", "blenderbot", "bigbird_pegasus", "m2m_100", "mbart", "pegasus", "speech_to_text", "whisper",
+    "xglm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,16 +160,23 @@ def _t5(at: str, block: Any) -> Iterator[Found]:
 
 
 def _bart(at: str, layer: Any) -> Iterator[Found]:
-    """Norms after the sums. The layer drops what a sublayer gives in a function: an adapter comes before."""
-    family = type(layer).__module__.split(".")[-2:-1]
-    if not set(family) & set(POST_NORM) or not _has(layer, "self_attn", "fc1", "fc2", "final_layer_norm"):
+    """BART's names, norms after the sums or before the sublayers. The layer drops what a sublayer gives in a
+    function: an adapter comes before.
+    """
+    family = next(iter(type(layer).__module__.split(".")[-2:-1]), "")
+    if not _has(layer, "self_attn", "fc1", "fc2", "final_layer_norm"):
         return
-    attentions = (("self_attn", ATTENTION), ("encoder_attn", CROSS_ATTENTION))
-    for name, kind in attentions:
-        if _has(layer, name, f"{name}_layer_norm"):
-            here = at + name
-            yield here, at + HOLDERS[kind], kind, here, 0, f"{here}_layer_norm"
-    yield f"{at}fc2", at + HOLDERS[OUTPUT], OUTPUT, f"{at}fc1", 0, f"{at}final_layer_norm"
+    parts = [
+        (name, name, kind)
+        for name, kind in (("self_attn", ATTENTION), ("encoder_attn", CROSS_ATTENTION))
+        if _has(layer, name, f"{name}_layer_norm")
+    ]
+    for first, last, kind in (*parts, ("fc1", "fc2", OUTPUT)):
+        norm = f"{at}final_layer_norm" if kind == OUTPUT else f"{at}{first}_layer_norm"
+        if family in POST_NORM:
+            yield at + last, at + HOLDERS[kind], kind, at + first, 0, norm
+        elif family in PRE_NORM:
+            yield at + last, at + HOLDERS[kind], kind, norm, 0, None
 
 
 FAMILIES = (_llama, _gpt2, _bert, _t5, _bart)

@@ -1,0 +1,88 @@
+"""Families with BART's names: what a site says is added to its sublayer is what the model adds there."""
+
+import pytest
+import torch
+import transformers
+
+import peft_engine as pe
+from peft_engine.methods.bottleneck_sites import POST_NORM, PRE_NORM, find
+
+SIZES = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 60,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+ALONE = {
+    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "vocab_size": 60},
+    "biogpt": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "vocab_size": 60,
+    },
+}  # fmt: skip
+MORE = {
+    "led": {"attention_window": 4, "max_encoder_position_embeddings": 32},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "whisper": {"max_source_positions": 16},
+    "speech_to_text": {"conv_channels": 16, "max_source_positions": 32},
+}
+SOUND = {"whisper": (2, 80, 32), "speech_to_text": (2, 32, 80)}
+
+
+def build(family):
+    name = family.replace("blenderbot_", "blenderbot-")
+    config = transformers.AutoConfig.for_model(name, **(ALONE.get(family) or SIZES | MORE.get(family, {})))
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForCausalLM if family in ALONE else transformers.AutoModelForSeq2SeqLM
+    auto = transformers.AutoModelForSpeechSeq2Seq if family in SOUND else auto
+    return auto.from_config(config).eval()
+
+
+def inputs(family):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 60, (2, 9), generator=generator)
+    if family in SOUND:
+        return {"input_features": torch.randn(SOUND[family], generator=generator), "labels": ids}
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("family", [*POST_NORM, *PRE_NORM])
+def test_the_sum_at_a_site_is_the_model_s(family):
+    model = build(family)
+    sites = find(model)
+    assert len(sites) == (4 if family in ALONE else 10) and not any(site.generic for site in sites)
+    seen = {}
+
+    def watch(path, argument=0):
+        def before(module, args, kwargs):
+            given = args if args else [kwargs["hidden_states"]]
+            seen[path, "in"] = given[argument]
+
+        def after(module, args, output):
+            seen[path, "out"] = output[0] if isinstance(output, tuple) else output
+
+        module = model.get_submodule(path)
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
+
+    layers = {site.holder.rpartition(".")[0] for site in sites}
+    for path in {p for site in sites for p in (site.path, site.source)} | layers:
+        watch(path)
+    with torch.no_grad():
+        model(**inputs(family))
+        for layer in layers:
+            mine = [site for site in sites if site.holder.rpartition(".")[0] == layer]
+            ends = [seen[site.source, "in"] for site in mine[1:]] + [seen[layer, "out"]]
+            for site, end in zip(mine, ends, strict=True):
+                total = seen[site.path, "out"] + seen[site.source, "in"]
+                total = total if site.norm is None else model.get_submodule(site.norm)(total)
+                torch.testing.assert_close(total, end)
+
+
+@pytest.mark.parametrize("family", ["mbart", "blenderbot_small", "xglm"])
+def test_each_placement_trains(family):
+    for preset in ("houlsby", "pfeiffer", "parallel"):
+        model = build(family)
+        pe.attach(model, getattr(pe.BottleneckConfig, preset)(width=4))
+        model.train()
+        model(**inputs(family)).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
