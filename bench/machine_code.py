@@ -48,6 +48,15 @@ class Row:
         return f"{self.kernel} [{self.variant}] sm_{self.arch}".replace(" []", "")
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a compilation gave. `row` is None where there is no machine code; `faults` is what must not be."""
+
+    name: str
+    row: Row | None
+    faults: tuple[str, ...]
+
+
 def faults(row: Row) -> Iterator[str]:
     """What no kernel may have, whatever the table says."""
     if row.spill_bytes:

@@ -24,7 +24,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +32,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench import machine_code, sass
+from bench import ahead, machine_code, sass
+from bench.ahead import ALIKE, Compiled, compile_triton
 from bench.machine_code import (
+    Result,
     Row,
     counted,
     cuda_per_weight,
@@ -52,56 +53,8 @@ CACHE = ROOT / ".cache" / "aot"
 LIBRARY = ROOT / "peft_engine" / "_cuda.so"
 MEND = "make resources"
 BACKENDS = ("triton", "cuda")
-BATCH = 16  # kernels of one architecture whose machine code is read by one call
+BATCH = 48  # kernels for which a worker starts its tools once
 TENSOR_MEMORY_LIMIT = 512  # columns, where a dot is tcgen05
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a compilation gave. `row` is None where there is no machine code; `faults` is what must not be."""
-
-    name: str
-    row: Row | None
-    faults: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A variant as Triton compiled it."""
-
-    name: str
-    variant: Variant
-    arch: int
-    cubin: bytes
-    metadata: Any
-
-
-def compile_triton(name: str, variant: Variant, arch: int) -> Compiled | Result:
-    """One variant for one architecture; a Result, which says why, where it does not compile."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = variant.kernel.arg_names
-    if set(names) != set(variant.signature) | set(variant.constexprs):
-        return Result(name, None, (f"signature and constexprs must name the arguments {', '.join(names)}",))
-    source = ASTSource(
-        variant.kernel,
-        {n: variant.signature[n].split(":")[0] if n in variant.signature else "constexpr" for n in names},
-        dict(variant.constexprs),
-        {
-            (n,): [["tt.divisibility", 16]]
-            for n, argument in enumerate(names)
-            if variant.signature.get(argument, "").endswith(":16")
-        },
-    )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
-    try:
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    except Exception as error:  # MLIR, LLVM and ptxas each have their own
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Result(name, None, (f"does not compile: {why}",))
-    return Compiled(name, variant, arch, built.asm["cubin"], built.metadata)
 
 
 def read_triton(built: Compiled, body: list[sass.Instruction]) -> Result:
@@ -178,26 +131,28 @@ _tasks = functools.cache(tasks)  # a worker lists them once
 
 
 def _compile_tasks(file: Path | None, paths: dict[int, Path]) -> dict[Path, Result]:
-    """Tasks of one architecture, n to its file; the worker read the kernels after its parent."""
+    """Tasks of one or of ALIKE architectures, n to file; the worker read the kernels after its parent."""
     found: dict[Path, Result | Compiled] = {}
+    seen: dict[Any, Any] = {}
     for n, path in paths.items():
         name, variant, arch = _tasks(file)[n]
         if _cache_file(variant, arch) != path:
             raise RuntimeError(f"{name}: a kernel was changed while they were compiled; start again")
         with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would grow without end
             os.environ["TRITON_CACHE_DIR"] = folder
-            found[path] = compile_triton(name, variant, arch)
+            found[path] = compile_triton(name, variant, arch, seen)
+    read: dict[Path, Result] = {}
     compiled = {path: built for path, built in found.items() if isinstance(built, Compiled)}
-    bodies = sass.bodies([built.cubin for built in compiled.values()], arch) if compiled else []
-    read = {p: read_triton(built, body) for (p, built), body in zip(compiled.items(), bodies, strict=True)}
+    for arch in {built.arch for built in compiled.values()}:
+        of = {path: built for path, built in compiled.items() if built.arch == arch}
+        bodies = sass.bodies([built.cubin for built in of.values()], arch)
+        read |= {p: read_triton(built, body) for (p, built), body in zip(of.items(), bodies, strict=True)}
     return {path: read.get(path, result) for path, result in found.items()}
 
 
 @functools.cache
 def _counting_rules() -> str:
-    sources = [
-        inspect.getsource(part) for part in (sass, machine_code, compile_triton, read_triton, cuda_results)
-    ]
+    sources = [inspect.getsource(part) for part in (sass, machine_code, ahead, read_triton, cuda_results)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
@@ -221,7 +176,10 @@ def triton_results(file: Path | None = None) -> list[Result]:
     todo: dict[int, list[int]] = {}
     for n, path in enumerate(paths):
         if not path.exists():
-            todo.setdefault(everything[n][2], []).append(n)
+            arch = everything[n][2]
+            todo.setdefault(ALIKE[0] if arch in ALIKE else arch, []).append(n)
+    for of in todo.values():  # what ALIKE architectures share comes one after another
+        of.sort(key=lambda n: repr(dataclasses.replace(everything[n][1], name="", archs=())))
     batches = [of[i : i + BATCH] for of in todo.values() for i in range(0, len(of), BATCH)]
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with (

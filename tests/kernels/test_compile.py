@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from bench import machine_code, resources
+from bench import ahead, machine_code, resources
 from bench.machine_code import Row
 from bench.sass import Instruction
 from peft_engine import doctor
@@ -146,6 +147,54 @@ def test_the_table_reads_back_as_it_was_written(tmp_path):
     ]
     resources.write_table(tmp_path / "table.csv", rows)
     assert resources.read_table(tmp_path / "table.csv") == sorted(rows, key=lambda row: row.key)
+
+
+# What architectures share
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    arch: str
+    num_warps: int = 4
+    supported_fp8_dtypes: tuple[str, ...] = ()
+
+
+def as_triton_runs_it(seen: dict, arch: int, ttgir: str, code: str, warps: int = 4) -> tuple[str, dict, bool]:
+    """The PTX and metadata of stages that make `code` of anything, and whether they were asked."""
+    asked = []
+    stages = {
+        "llir": lambda module, metadata: asked.append(module) or metadata.update(shared=len(code)) or "llir",
+        "ptx": lambda llir, metadata: f".target sm_{arch}\n{code}",
+    }
+    ahead.sharing(seen)(None, stages, Options(f"sm{arch}", warps), None, arch)
+    metadata = {}
+    ptx = stages["ptx"](stages["llir"](ttgir, metadata), metadata)
+    return ptx, metadata, bool(asked)
+
+
+def ttgirs(proved: bool) -> Iterator[str]:
+    """One without its architecture, that is proved or not; `{}` stands for that."""
+    for n in range(1000):
+        text = f'target = "cuda{{}}" {n}'
+        if (zlib.crc32(text.replace("{}", "").encode()) % ahead.PROVED == 0) is proved:
+            yield text
+
+
+def test_ptx_is_made_once_for_architectures_of_the_same_ttgir_and_options():
+    seen, text = {}, next(ttgirs(proved=False))
+    for arch, asked in ((80, True), (86, False), (89, False), (90, True)):
+        found = as_triton_runs_it(seen, arch, text.replace("{}", f":{arch}"), "mov")
+        assert found == (f".target sm_{arch}\nmov", {"shared": 3}, asked)
+    assert as_triton_runs_it(seen, 86, text.replace("{}", ":86") + " other", "add")[2]
+    assert as_triton_runs_it(seen, 86, text.replace("{}", ":86"), "add", warps=8)[2]
+
+
+def test_ptx_that_differs_where_it_is_taken_to_be_the_same_is_found():
+    seen, text = {}, next(ttgirs(proved=True))
+    for arch, asked in ((80, True), (86, True)):
+        assert as_triton_runs_it(seen, arch, text.replace("{}", f":{arch}"), "mov")[2] == asked
+    with pytest.raises(RuntimeError, match="PTX for sm_89 is not that of the others"):
+        as_triton_runs_it(seen, 89, text.replace("{}", ":89"), "add")
 
 
 # What is counted
