@@ -20,6 +20,7 @@ import torch
 from peft_engine.train.data_files import DataError, rows_of
 
 IGNORE = -100
+NO_END = "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set eos_token"
 LISTS = ("normalizers", "pretokenizers")  # what a tokenizer.json's sequences of each hold
 KINDS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 
@@ -244,10 +245,7 @@ def tokenize(
     documents: list[Document] = []
     for row in rows:
         if end == [None] and row.kind != "messages":  # their template writes its own
-            raise DataError(
-                "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set "
-                "eos_token"
-            )
+            raise DataError(NO_END)
         document = _ENCODERS[row.kind](row, tokenizer, end)
         pieces = [document]
         if len(document.input_ids) > limit:

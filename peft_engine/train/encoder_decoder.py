@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peft_engine.train.data import IGNORE, DataError, Document, Rendered, Row, padded_rows
+from peft_engine.train.data import IGNORE, NO_END, DataError, Document, Rendered, Row, padded_rows
 
 DEPTHS = "num_decoder_layers", "decoder_layers"  # T5's and BART's names
 
@@ -75,10 +75,7 @@ def target(tokenizer: Any, text: str) -> Target:
     start = next((i for i in range(len(ids)) if ids[i : i + len(own)] == own), 0)
     if start + len(own) >= len(ids):
         if tokenizer.eos_token_id is None:
-            raise DataError(
-                "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set "
-                "eos_token"
-            )
+            raise DataError(NO_END)
         ids = [*ids, tokenizer.eos_token_id]
     return Target(ids, start, len(own))
 
@@ -125,26 +122,21 @@ def collate(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
 # --- scores of labels ---------------------------------------------------------------------------------------
 
 
-class Scoring:
-    """The way of `labels.label_scores`: each prompt goes through the encoder once, and each label after it
-    through the decoder in a row of its own.
+def in_decoder(
+    targets: list[Target], model: Any, prompts: Sequence[list[int]], candidates: Sequence[list[int]]
+) -> tuple[torch.Tensor, list[list[int]], int]:
+    """The way of `labels.label_scores`, with the candidates' `targets` before its arguments: each prompt goes
+    through the encoder once, and each label after it through the decoder in a row of its own.
     """
-
-    def __init__(self, targets: Sequence[Target]):
-        self.targets = list(targets)
-
-    def __call__(
-        self, model: Any, prompts: Sequence[list[int]], candidates: Sequence[list[int]]
-    ) -> tuple[torch.Tensor, list[list[int]], int]:
-        rows = [Document(prompt, t.ids) for prompt in prompts for t in self.targets]
-        batch = {key: value.to(model.device) for key, value in collate(rows).items()}
-        count = len(self.targets)
-        once = {key: batch[key][::count] for key in ("input_ids", "attention_mask")}
-        found = model.get_encoder()(**once, return_dict=True)
-        found.last_hidden_state = found.last_hidden_state.repeat_interleave(count, dim=0)
-        del batch["input_ids"]
-        logits = model(**batch, encoder_outputs=found, use_cache=False).logits
-        width = logits.shape[1]
-        spans = [(i * width + t.start, t.length) for i, t in enumerate(self.targets * len(prompts))]
-        read = int(once["attention_mask"].sum()) + int(batch["decoder_attention_mask"].sum())
-        return logits.flatten(0, 1), [list(range(start, start + n)) for start, n in spans], read
+    rows = [Document(prompt, t.ids) for prompt in prompts for t in targets]
+    batch = {key: value.to(model.device) for key, value in collate(rows).items()}
+    count = len(targets)
+    once = {key: batch[key][::count] for key in ("input_ids", "attention_mask")}
+    found = model.get_encoder()(**once, return_dict=True)
+    found.last_hidden_state = found.last_hidden_state.repeat_interleave(count, dim=0)
+    del batch["input_ids"]
+    logits = model(**batch, encoder_outputs=found, use_cache=False).logits
+    width = logits.shape[1]
+    spans = [(i * width + t.start, t.length) for i, t in enumerate(targets * len(prompts))]
+    read = int(once["attention_mask"].sum()) + int(batch["decoder_attention_mask"].sum())
+    return logits.flatten(0, 1), [list(range(start, start + n)) for start, n in spans], read

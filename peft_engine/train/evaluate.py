@@ -6,6 +6,7 @@ completion by exact match and token F1 (words, as in SQuAD: Rajpurkar et al. 201
 perplexity.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -105,7 +106,7 @@ def _classify(
     if encoder_decoder.is_one(model.config):
         targets = [encoder_decoder.target(tokenizer, label) for label in labels]
         candidates = [target.own for target in targets]
-        encode, way = encoder_decoder.source, encoder_decoder.Scoring(targets)
+        encode, way = encoder_decoder.source, functools.partial(encoder_decoder.in_decoder, targets)
     else:
         candidates = [encode_completion(tokenizer, label) for label in labels]
     if not all(candidates):

@@ -101,8 +101,9 @@ def config_of(method: str, values: dict[str, Any], model: str, base: Any = None)
     model's config.
     """
     import peft_engine
+    from peft_engine.train import encoder_decoder
 
-    task = "SEQ_2_SEQ_LM" if getattr(base, "is_encoder_decoder", False) else "CAUSAL_LM"
+    task = "SEQ_2_SEQ_LM" if encoder_decoder.is_one(base) else "CAUSAL_LM"
 
     if method in ("lora", "qlora"):
         return peft_engine.LoraConfig(

@@ -1,5 +1,6 @@
 """The command on models with an encoder and a decoder: what each side reads, the loss, scores and answers."""
 
+import functools
 import itertools
 import json
 
@@ -201,7 +202,7 @@ def test_scores_are_those_of_each_prompt_and_label_alone(loaded):
     targets = [encoder_decoder.target(tokenizer, label) for label in labels]
     prompts = [encoder_decoder.source(tokenizer, row["prompt"]) for row in ragged()]
     candidates = [target.own for target in targets]
-    way = encoder_decoder.Scoring(targets)
+    way = functools.partial(encoder_decoder.in_decoder, targets)
     with torch.no_grad():
         scores, tokens = label_scores(model, prompts, candidates, way)
         for (i, prompt), (j, target) in itertools.product(enumerate(prompts), enumerate(targets)):
