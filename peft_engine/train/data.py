@@ -357,10 +357,11 @@ def pad(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     }
 
 
-def padded_rows(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
-    """int64 (rows, longest), filled up on the right."""
+def padded_rows(rows: Sequence[list[int]], filler: int, *, left: bool = False) -> torch.Tensor:
+    """int64 (rows, longest), filled up on the right, or on the left."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+    filled = [(row, [filler] * (longest - len(row))) for row in rows]
+    return torch.tensor([fill + row if left else row + fill for row, fill in filled])
 
 
 def tokens_in(batch: Mapping[str, torch.Tensor]) -> int:

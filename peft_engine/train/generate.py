@@ -204,13 +204,9 @@ def _padded(model: Any, tokenizer: Any, rows: Sequence[list[int]]) -> dict[str, 
 
     On the right for an encoder, whose positions may be counted from the left.
     """
-    longest = max(map(len, rows))
-    pad = _pad(model, tokenizer)
-    if encoder_decoder.is_one(model.config):
-        ids, mask = padded_rows(rows, pad), padded_rows([[1] * len(row) for row in rows], 0)
-        return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    left = not encoder_decoder.is_one(model.config)
+    padded = padded_rows(rows, _pad(model, tokenizer), left=left)
+    mask = padded_rows([[1] * len(row) for row in rows], 0, left=left)
     return {"input_ids": padded.to(model.device), "attention_mask": mask.to(model.device)}
 
 
