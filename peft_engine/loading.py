@@ -13,16 +13,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peft_engine.conv1d import is_conv1d
 from peft_engine.nn import STORED, become_nf4
-from peft_engine.ops.nf4 import NF4Tensor, nf4_quantize
-from peft_engine.quantize import check_weight, select_linears, write_config
+from peft_engine.ops.nf4 import NF4Tensor
+from peft_engine.quantize import check_weight, is_dense, quantized, select_linears, write_config
 
 METHOD = "peft_engine_nf4"
 HUB_ARGUMENTS = (
@@ -245,7 +245,7 @@ class _Quantizer(HfQuantizer):
             linear = model.get_submodule(name)
             become_nf4(linear, dataclasses.replace(q, packed=linear.weight))
         _unmark(self, model)
-        dense = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+        dense = [name for name, module in model.named_modules() if is_dense(module)]
         first = next(iter(self.ready.values()))
         write_config(model, dense, first.dtype, first.nested_absmax is not None)
         return model
@@ -292,7 +292,8 @@ class _Quantize(ConversionOps):
                 if weight.shape != expected:
                     raise ValueError(_shape_error(key, expected, weight.shape))
                 check_weight(weight, name, "load_quantized")
-                q = nf4_quantize(weight, blocksize=settings.blocksize, double_quant=settings.double_quant)
+                layer = model.get_submodule(name)
+                q = quantized(layer, weight, settings.blocksize, settings.double_quant)
             except (ValueError, TypeError) as error:
                 raise _Stop(error) from None
             self.hf_quantizer.ready[name] = q
@@ -318,7 +319,10 @@ class _Read(ConversionOps):
             q = NF4Tensor.from_bnb_state_dict(stored)
         except ValueError as error:
             raise _Stop(ValueError(f"load_quantized: {full_layer_name}: {error}")) from None
-        if q.shape != tuple(old.shape):
-            raise _Stop(ValueError(_shape_error(full_layer_name, old.shape, q.shape)))
-        self.hf_quantizer.ready[full_layer_name.removesuffix(".weight")] = q
+        name = full_layer_name.removesuffix(".weight")
+        turned = is_conv1d(type(model.get_submodule(name)))
+        expected = tuple(reversed(old.shape)) if turned else tuple(old.shape)
+        if q.shape != expected:
+            raise _Stop(ValueError(_shape_error(full_layer_name, expected, q.shape)))
+        self.hf_quantizer.ready[name] = q
         return {"weight": q.packed}

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from peft_engine.conv1d import is_linear
 from peft_engine.heads import unwrap
 from peft_engine.methods import copies, derived, lora_layers, sharded
 from peft_engine.methods.attach import attached, detach, require, tensors
-from peft_engine.methods.lora import LAYERS, LoraConfig
-from peft_engine.nn import NF4Linear
+from peft_engine.methods.lora import layer_class
+from peft_engine.methods.lora_config import LoraConfig
+from peft_engine.nn import NF4Linear, dense_class
 from peft_engine.ops.dora_linear import TINY
 from peft_engine.ops.nf4 import SCALES, nf4_quantize
 
@@ -84,7 +86,8 @@ def merge_(
 def merged_weight(layer: Any, name: str) -> torch.Tensor:
     """W + s B A of one layer, float32 (out_features, in_features); of DoRA that with m as its rows' norms."""
     with torch.no_grad():
-        weight = layer.dequantize(torch.float32) if isinstance(layer, NF4Linear) else layer.weight.float()
+        nf4 = isinstance(layer, NF4Linear)
+        weight = layer.dequantize(torch.float32) if nf4 else layer.base_weight.float()
         a, b = layer.lora_A[name].float(), layer.lora_B[name].float()
         merged = torch.addmm(weight, b, a, alpha=layer.lora[name].scaling)
         if layer.lora[name].dora:
@@ -103,9 +106,9 @@ def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
     derived.forget(layer)  # what is made of W, for the adapters that stay
     if not isinstance(layer, NF4Linear):
         if own:
-            layer.weight = nn.Parameter(weight.to(dtype), requires_grad=layer.weight.requires_grad)
+            layer.weight = _parameter(layer, weight.to(dtype), layer.weight.requires_grad)
         else:
-            layer.weight.data.copy_(weight)
+            layer.base_weight.data.copy_(weight)
     elif requantize:
         old = layer.nf4
         new = nf4_quantize(weight, blocksize=old.blocksize, double_quant=old.nested_absmax is not None)
@@ -116,8 +119,16 @@ def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
             layer._non_persistent_buffers_set.discard(buffer)
         for attribute in ("blocksize", "weight_dtype", "compute_dtype", "_nf4"):
             layer.__dict__.pop(attribute, None)
-        setattr(layer, "__class__", LAYERS[nn.Linear])  # noqa: B010 (mypy takes the plain form for a narrowing)
-        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        dense = layer_class(dense_class(layer))
+        setattr(layer, "__class__", dense)  # noqa: B010 (mypy takes the plain form for a narrowing)
+        if not isinstance(layer, nn.Linear):
+            del layer.in_features, layer.out_features
+        layer.weight = _parameter(layer, weight.to(dtype), False)
+
+
+def _parameter(layer: Any, weight: torch.Tensor, learns: bool) -> nn.Parameter:
+    """W as the layer holds it."""
+    return nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.t(), requires_grad=learns)
 
 
 def _set_base(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
@@ -158,7 +169,7 @@ def _config_quantized(model: nn.Module) -> None:
     described = getattr(config, "quantization_config", None)
     if not isinstance(described, dict) or config is None:
         return
-    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = [(path, m) for path, m in model.named_modules() if is_linear(m)]
     if not any(isinstance(m, NF4Linear) for _, m in linears):
         del config.quantization_config
         return

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peft_engine.conv1d import features
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import SCALES, NF4Tensor, nf4_quantize
 
@@ -182,9 +183,23 @@ def _read(stored: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> 
     return q
 
 
-def become_nf4(linear: torch.nn.Linear, q: NF4Tensor) -> NF4Linear:
-    """`linear` itself, turned into an NF4Linear that holds `q`: hooks, bias and references to it stay."""
+def become_nf4(linear: torch.nn.Module, q: NF4Tensor) -> NF4Linear:
+    """`linear` itself, turned into an NF4Linear that holds `q`: hooks, bias and references to it stay.
+
+    A Conv1D of transformers' too, whose transposed weight `q` is, as bitsandbytes has it.
+    """
+    k, n = features(linear)
     linear.__class__ = NF4Linear
     assert isinstance(linear, NF4Linear)
+    linear.in_features, linear.out_features = k, n
     linear._hold(q)
     return linear
+
+
+def dense_class(layer: NF4Linear) -> type[torch.nn.Module]:
+    """The class that a layer had before it became an NF4Linear."""
+    if "nx" not in layer.__dict__:
+        return torch.nn.Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D

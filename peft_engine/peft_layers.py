@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
+from peft_engine.conv1d import is_conv1d
 from peft_engine.methods import derived, dora
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.nn import NF4Linear
@@ -116,6 +117,8 @@ def base_alone(layer: Any) -> bool:
 
 def base_weight(base: Any) -> torch.Tensor | NF4Tensor:
     """The weight of a base layer that is fit, as ops.lora_linear takes it."""
+    if is_conv1d(type(base)):
+        return _weight(base).t()
     return _weight(base) if type(base) is nn.Linear else base.nf4
 
 
@@ -168,11 +171,13 @@ def narrowed(given: torch.dtype, compute_dtype: torch.dtype | None) -> str | Non
 def _unfit(layer: Any) -> str | None:
     """What keeps the layer from the fused forward, whichever adapter is active."""
     base = layer._modules["base_layer"]
-    if layer.fan_in_fan_out or getattr(layer, "is_target_conv_1d_layer", False):
+    turned = is_conv1d(type(base))
+    if layer.fan_in_fan_out and not turned:
         return "the weight is stored transposed (fan_in_fan_out)"
-    if type(base) is nn.Linear and "weight" not in base._parameters:
+    dense = type(base) is nn.Linear or turned
+    if dense and "weight" not in base._parameters:
         return "the base weight is no parameter (pruned, or under weight_norm?)"
-    if type(base) is nn.Linear:
+    if dense:
         weight = _weight(base)
         if weight.requires_grad:
             return "the base weight is trained too; the kernels take it frozen"

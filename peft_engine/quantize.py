@@ -1,8 +1,9 @@
 """NF4 quantisation of a model in place, and of a checkpoint as it is read (QLoRA, arXiv 2305.14314).
 
-Every plain nn.Linear becomes an NF4Linear, one layer at a time. The output head stays dense unless named
-otherwise, and so does a weight that is tied to another, as the head often is to the embedding. The model's
-config says in bitsandbytes' words what was done: what `save_pretrained` writes loads with transformers alone.
+Every plain nn.Linear, and Conv1D of transformers, becomes an NF4Linear, one layer at a time. The output head
+stays dense unless named otherwise, and so does a weight that is tied to another, as the head often is to the
+embedding. The model's config says in bitsandbytes' words what was done: what `save_pretrained` writes loads
+with transformers alone.
 """
 
 from collections import Counter
@@ -12,12 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from peft_engine.conv1d import is_conv1d, is_linear
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies, sharded
 from peft_engine.methods.read_directly import in_fast_path, never_called
 from peft_engine.methods.targets import in_convolution
 from peft_engine.nn import NF4Linear, become_nf4
-from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, nf4_quantize
+from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, NF4Tensor, nf4_quantize
 
 ModelType = TypeVar("ModelType", bound=torch.nn.Module)
 
@@ -29,7 +31,9 @@ def quantize_(
     double_quant: bool = True,
     skip_modules: Iterable[str] | None = None,
 ) -> ModelType:
-    """Turns each plain nn.Linear of `model` into an NF4Linear, in place, and returns the model.
+    """Turns each plain nn.Linear, and Conv1D of transformers, of `model` into an NF4Linear, in place.
+
+    Returns the model.
 
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
@@ -51,9 +55,8 @@ def quantize_(
         check_weight(model.get_parameter(f"{name}.weight".removeprefix(".")), name, "quantize_")
     dtype = model.get_parameter(f"{chosen[0]}.weight".removeprefix(".")).dtype
     for name in chosen:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, torch.nn.Linear)
-        become_nf4(linear, nf4_quantize(linear.weight, blocksize=blocksize, double_quant=double_quant))
+        linear: Any = model.get_submodule(name)
+        become_nf4(linear, quantized(linear, linear.weight, blocksize, double_quant))
     write_config(model, dense, dtype, double_quant)
     return model
 
@@ -113,9 +116,9 @@ def select_linears(
             continue
         skipped = any(_matches(name, pattern) for pattern in skip)
         why = None if in_convolution(model, name) else _refusal(module)
-        if why is None and type(module) is torch.nn.Linear:
+        if why is None and is_dense(module):
             why = unused.get(name)
-        if why is None and type(module) is torch.nn.Linear:
+        if why is None and is_dense(module):
             skipped = skipped or name.rpartition(".")[2] in kept
             skipped = skipped or f"{name}.weight".removeprefix(".") in dense_always
             (dense if skipped else chosen).append(name)
@@ -132,6 +135,17 @@ def select_linears(
             "leave them dense by naming them in skip_modules, with the output head if it shall stay dense"
         )
     return chosen, dense
+
+
+def quantized(linear: torch.nn.Module, weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Tensor:
+    """The weight of a layer of this class in NF4, by rows of in_features."""
+    weight = weight.detach().t() if is_conv1d(type(linear)) else weight
+    return nf4_quantize(weight, blocksize=blocksize, double_quant=double_quant)
+
+
+def is_dense(module: torch.nn.Module) -> bool:
+    """Whether a module is of a class that is quantised."""
+    return type(module) is torch.nn.Linear or is_conv1d(type(module))
 
 
 def check_weight(weight: torch.Tensor, name: str, caller: str) -> None:
@@ -241,11 +255,9 @@ def _refusal(module: torch.nn.Module) -> str | None:
     for theirs in kind.__mro__:  # a fused layer stands for one of bitsandbytes
         if theirs.__module__.startswith("bitsandbytes."):
             return f"is bitsandbytes' {theirs.__name__}, quantised already (optimize takes it as it is)"
-    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        return "is a transformers Conv1D, whose weight is stored transposed"
-    if isinstance(module, torch.nn.Linear) and "forward" in module.__dict__:
+    if is_linear(module) and "forward" in module.__dict__:
         return "has its forward replaced (by accelerate's dispatch?); load the model on one device"
-    if isinstance(module, torch.nn.Linear) and "weight" not in module._parameters:
+    if is_linear(module) and "weight" not in module._parameters:
         return "has a weight that is no parameter (pruned, or under weight_norm?)"
     known = (torch.nn.Linear, NF4Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
     if isinstance(module, torch.nn.Linear) and kind not in known:

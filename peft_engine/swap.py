@@ -7,17 +7,17 @@ optimising once, and copies and pickles of an optimised model are optimised.
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 from peft_engine import dense, native
+from peft_engine.conv1d import as_made, by_rows, is_conv1d, is_linear
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import copies, derived, virtual_attention, walks
+from peft_engine.methods import copies, derived, lora_layers, virtual_attention, walks
 from peft_engine.methods.bottleneck_layers import Bottlenecks
-from peft_engine.methods.lora import LoraLinear
 from peft_engine.methods.sharded import class_of
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.bottleneck import ALIASES, BOTTLENECK, BottleneckCall
@@ -55,6 +55,7 @@ def optimize(model: torch.nn.Module) -> Report:
                 fused, _, _ = _fused_class(module)
                 if fused is not None and type(module) is class_of(module) is not fused:
                     _set_class(module, fused)
+                    _lay_out(module, by_rows)
     attach_head(model)
     return explain(model)
 
@@ -78,6 +79,7 @@ def unoptimize(model: ModelType) -> ModelType:
         for kept in ("_nf4", derived.KEPT):
             module.__dict__.pop(kept, None)
         _set_class(module, _stood_for(module))
+        _lay_out(module, as_made)
     detach_head(model)
     return model
 
@@ -126,6 +128,13 @@ def _unreplaced(module: torch.nn.Module) -> bool:
 def _set_class(module: torch.nn.Module, kind: type) -> None:
     module.__dict__.pop("forward", None)
     module.__class__ = kind
+
+
+def _lay_out(module: torch.nn.Module, how: Callable[[torch.nn.Module], None]) -> None:
+    """Of PEFT's layer around a Conv1D: the weight, for the kernels or back."""
+    base = module._modules.get("base_layer")
+    if base is not None and is_conv1d(type(base)):
+        how(base)
 
 
 def _is_stand_in(module: torch.nn.Module) -> bool:
@@ -177,9 +186,9 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
             yield _peft_line(name, module, dtype)
         elif _is_bnb_linear(module):
             yield _bnb_line(name, module)
-        elif isinstance(module, (NF4Linear, LoraLinear)):
+        elif isinstance(module, NF4Linear) or lora_layers.is_adapted(module):
             yield _our_line(name, module) or _dense_line(model, name, module)
-        elif isinstance(module, torch.nn.Linear):
+        elif is_linear(module):
             yield _dense_line(model, name, module)
         else:
             yield from _model_line(name, module, dtype)
@@ -266,7 +275,8 @@ def _product_line(
 
 def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> LayerReport:
     """A line for a dense linear layer without an adapter."""
-    if class_of(module) not in (torch.nn.Linear, LoraLinear):
+    kind = class_of(module)
+    if kind is not torch.nn.Linear and not is_conv1d(kind) and not lora_layers.is_adapted(module):
         return _own(name, module, "linear", f"no kernel for {type(module).__name__}")
     whose, weight = "torch", module.weight
     if _is_stand_in(model.get_submodule(name.rpartition(".")[0])):  # a fused layer calls it
@@ -283,7 +293,7 @@ def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> L
 def _our_line(name: str, module: Any) -> LayerReport | None:
     """A line for a layer of ours; None for a dense one without an active adapter."""
     nf4 = isinstance(module, NF4Linear)
-    weight = module.nf4 if nf4 else module.weight
+    weight = module.nf4 if nf4 else module.base_weight
     dtype = (module.compute_dtype or module.weight_dtype) if nf4 else weight.dtype
     adapters = module._modules.get("lora_A", {})
     active = getattr(module, "active_adapter", None)

@@ -24,7 +24,7 @@ ROWS = (
     ("cli",),
     ("train",),
     ("methods", "swap", "checkpoint"),
-    ("nn", "report"),
+    ("nn", "report", "conv1d"),
     ("ops", "dense"),
     ("dispatch", "activations"),
     ("native", "kernels"),

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine.methods import derived
-from peft_engine.nn import NF4Linear
 from peft_engine.ops.dora_linear import dora_linear, dora_norm, row_squares
 from peft_engine.ops.nf4 import NF4Tensor
 
@@ -59,10 +58,9 @@ def squares(layer: Any, weight: torch.Tensor | NF4Tensor) -> torch.Tensor:
     return derived.kept(layer, derived.BASE, (_memory(weight),), lambda: row_squares(weight))
 
 
-def base_of(layer: Any) -> torch.Tensor | NF4Tensor:
-    """The weight of one of our layers."""
-    return layer.nf4 if isinstance(layer, NF4Linear) else layer.weight
-
-
 def _memory(weight: torch.Tensor | NF4Tensor) -> torch.Tensor:
-    return weight.packed if isinstance(weight, NF4Tensor) else weight
+    """The tensor that stays: of a Conv1D's weight each forward takes a new view, the transpose."""
+    if isinstance(weight, NF4Tensor):
+        return weight.packed
+    viewed = weight._base
+    return weight if viewed is None or viewed.shape != weight.shape[::-1] else viewed

@@ -2,15 +2,13 @@
 
 s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (Kalajdzievski 2023, arXiv 2312.03732). QLoRA is
 the same adapter over a weight in NF4; with use_dora each output also has a magnitude (dora.py). This file:
-the config, the two layers, and how A and B start.
+the layers, and how A and B start. The settings are in lora_config.py.
 """
 
-import dataclasses
+import importlib
 import math
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,103 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_engine import dispatch
-from peft_engine.methods import copies, derived, dora, peft_config
+from peft_engine.conv1d import is_conv1d
+from peft_engine.methods import copies, derived, dora
+from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.nn import NF4Linear
 from peft_engine.ops.lora_groups import lora_groups, sort_rows
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor
-
-BIASES = ("none", "all", "lora_only")
-INITS = (True, False, "gaussian")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """A LoRA adapter's settings, with PEFT's field names, defaults and meanings.
-
-    r, lora_alpha        rank, and numerator of the scaling
-    target_modules       names (a layer's path, or the end of it), one regular expression for the whole path,
-                         or "all-linear" (every linear layer but the output head); None: PEFT's choice
-    exclude_modules      names or one regular expression: what they match is left out
-    rank_pattern         regular expression for the end of a path: the rank there; alpha_pattern alike
-    use_dora             DoRA: a trained magnitude for each output, times the direction that W + s B A gives
-    bias                 "none", "all" or "lora_only" (of the adapted layers): biases to train, in a copy
-    modules_to_save      names of modules to train whole, in a copy
-    init_lora_weights    True: A kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r, B zero;
-                         False: both random, so that the adapter changes the model at once
-    layers_to_transform  indices of the layers to adapt, when target_modules is a list
-    layers_pattern       the name of the list that the index is in
-    task_type            PEFT's word for the task ("CAUSAL_LM"), written to the file
-
-    Raises TypeError or ValueError that names the field.
-    """
-
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    bias: str = "none"
-    modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    task_type: str | None = None
-
-    def __post_init__(self) -> None:
-        _integer("r", self.r)
-        for pattern, r in _mapping("rank_pattern", self.rank_pattern).items():
-            _integer(f"rank_pattern[{pattern!r}]", r)
-        _number("lora_alpha", self.lora_alpha)
-        for pattern, alpha in _mapping("alpha_pattern", self.alpha_pattern).items():
-            _number(f"alpha_pattern[{pattern!r}]", alpha)
-        _number("lora_dropout", self.lora_dropout)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"LoraConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(
-                f"LoraConfig: modules_to_save must be a list of names, got {self.modules_to_save!r}"
-            )
-        if self.target_modules == []:
-            raise ValueError("LoraConfig: target_modules is empty; name the layers, or leave it out")
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            object.__setattr__(self, "target_modules", "all-linear")
-        elif isinstance(self.target_modules, str):
-            _regex("target_modules", self.target_modules)
-        if isinstance(self.exclude_modules, str):
-            _regex("exclude_modules", self.exclude_modules)
-        for pattern in (
-            [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        ):
-            _regex("layers_pattern", pattern)
-        if self.task_type is not None and not isinstance(self.task_type, str):
-            raise TypeError(f"LoraConfig: task_type must be a string, got {self.task_type!r}")
-        for name in ("use_rslora", "use_dora"):
-            if type(getattr(self, name)) is not bool:
-                raise TypeError(f"LoraConfig: {name} must be True or False, got {getattr(self, name)!r}")
-        if self.bias not in BIASES:
-            raise ValueError(f"LoraConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
-        if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
-            raise ValueError(
-                f"LoraConfig: init_lora_weights must be one of {INITS}, got {self.init_lora_weights!r}"
-            )
-        if self.layers_to_transform is not None:
-            if isinstance(self.target_modules, str):
-                raise ValueError("LoraConfig: layers_to_transform needs target_modules to be a list of names")
-            if not isinstance(self.layers_to_transform, int):
-                object.__setattr__(self, "layers_to_transform", list(self.layers_to_transform))
-            wanted: Any = self.layers_to_transform
-            for i in wanted if isinstance(wanted, list) else [wanted]:
-                if type(i) is not int or i < 0:
-                    raise ValueError(f"LoraConfig: layers_to_transform must hold indices from 0, got {i!r}")
-        elif self.layers_pattern:
-            raise ValueError("LoraConfig: layers_pattern has a meaning only with layers_to_transform")
 
 
 @dataclass(frozen=True)
@@ -129,10 +37,10 @@ class LoraSettings:
     dora: bool = False
 
 
-class _Lora(nn.Module):
-    """What both layers hold besides the base's: A and B of each adapter by name, and which is active.
+class WithLora(nn.Module):
+    """What the layers hold besides the base's: A and B of each adapter by name, and which is active.
 
-    lora_magnitude_vector is there when one of them is DoRA.
+    lora_magnitude_vector is there when one of them is DoRA. base_weight is W (out_features, in_features).
     """
 
     lora_A: nn.ParameterDict
@@ -140,6 +48,7 @@ class _Lora(nn.Module):
     lora_magnitude_vector: nn.ParameterDict
     lora: dict[str, LoraSettings]
     active_adapter: str | tuple[str | None, ...] | None
+    base_weight: torch.Tensor | NF4Tensor
 
     def train(self, mode: bool = True) -> Any:
         derived.forget(self, but=derived.BASE)
@@ -148,35 +57,50 @@ class _Lora(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         if self._modules.get("lora_magnitude_vector"):  # torch.compile takes what is there
-            dora.squares(self, dora.base_of(self))
+            dora.squares(self, self.base_weight)
 
 
-class LoraLinear(_Lora, nn.Linear):
+class LoraLinear(WithLora, nn.Linear):
     """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input.
 
     Rows without an adapter run nn.Linear's own product: to the bit as before attach, and as fast. A fused
     layer around it gives the one that it runs itself as `linear`.
     """
 
+    @property
+    def base_weight(self) -> torch.Tensor:  # type: ignore[override]
+        return self.weight
+
     def forward(self, input: torch.Tensor, linear: Callable[..., torch.Tensor] = F.linear) -> torch.Tensor:
-        return _forward(self, input, self._parameters["weight"], linear)  # type: ignore[arg-type]
+        return run(self, input, self._parameters["weight"], linear)  # type: ignore[arg-type]
 
 
-class LoraNF4Linear(_Lora, NF4Linear):
+class LoraNF4Linear(WithLora, NF4Linear):
     """An NF4 layer with adapters (QLoRA)."""
+
+    @property
+    def base_weight(self) -> NF4Tensor:  # type: ignore[override]
+        return self.nf4
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype
         if dtype is None or dtype == input.dtype:
-            return _forward(self, input, self.nf4)
-        return _forward(self, input.to(dtype), self.nf4).to(input.dtype)
+            return run(self, input, self.nf4)
+        return run(self, input.to(dtype), self.nf4).to(input.dtype)
 
 
-LAYERS: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: LoraLinear, NF4Linear: LoraNF4Linear}
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, NF4Linear: LoraNF4Linear}
 BASES = {adapted: base for base, adapted in LAYERS.items()}
 
 
-def _forward(
+def layer_class(kind: type) -> type[nn.Module] | None:
+    """The class of a layer with adapters by that without; None where LoRA has none."""
+    if is_conv1d(kind) and kind not in LAYERS:
+        importlib.import_module("peft_engine.methods.lora_conv1d")  # imports transformers; adds to both
+    return LAYERS.get(kind)
+
+
+def run(
     layer: Any,
     x: torch.Tensor,
     weight: torch.Tensor | NF4Tensor,
@@ -327,92 +251,3 @@ def initial(
     else:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     return a, nn.init.zeros_(b)
-
-
-# --- checks -------------------------------------------------------------------------------------------------
-
-
-def _integer(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"LoraConfig: {name} must be an integer of at least 1, got {value!r}")
-
-
-def _number(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError(f"LoraConfig: {name} must be a finite number, got {value!r}")
-
-
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"LoraConfig: {name} must map regular expressions to numbers, got {value!r}")
-    for pattern in value:
-        _regex(name, pattern)
-    return value
-
-
-def _regex(name: str, value: Any) -> None:
-    try:
-        re.compile(value)
-    except (re.error, TypeError, OverflowError, RecursionError) as error:  # a stranger's may be anything
-        shown = textwrap.shorten(repr(value), 100, placeholder=" ...")
-        raise ValueError(f"LoraConfig: {name}: {shown} is not a regular expression: {error}") from None
-
-
-def _names(name: str, value: Any) -> list[str] | str | None:
-    if value is None or isinstance(value, str):
-        return value
-    # A map or filter gives its items once.
-    held: list[Any] = list(value) if isinstance(value, Iterable) else [None]
-    if not all(isinstance(v, str) and v for v in held):
-        raise TypeError(f"LoraConfig: {name} must be a list of names, got {value!r}")
-    return sorted(held) if isinstance(value, (set, frozenset)) else held
-
-
-# --- PEFT's adapter_config.json -----------------------------------------------------------------------------
-
-# Fields of PEFT's file that say nothing about the adapter's maths, besides those of every method.
-INERT = ("megatron_core", "qalora_group_size", "eva_config")
-# Switches and settings of methods that are not offered: the file may hold them at the values that mean "off".
-SWITCHES = ("fan_in_fan_out", "use_qalora", "lora_bias", "ensure_weight_tying")
-SETTINGS = (
-    "megatron_config", "trainable_token_indices", "loftq_config", "corda_config",
-    "lora_ga_config", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
-    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
-)  # fmt: skip
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(SWITCHES, (False, None)),
-    **dict.fromkeys(SETTINGS, (None, {}, [])),
-}
-# Ways to start that PEFT has besides INITS: those that leave the base alone, and those that change it.
-STARTS = ("eva", "orthogonal", "mica")
-BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def to_file(config: LoraConfig) -> dict[str, Any]:
-    """The contents of PEFT's adapter_config.json."""
-    return {
-        **dataclasses.asdict(config),
-        "peft_type": "LORA",
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-    }
-
-
-def from_file(fields: Any, where: str) -> LoraConfig:
-    """The config in an adapter_config.json; ValueError names what is unknown, unsupported or broken."""
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    peft_config.check(fields, "LORA", (*known, *INERT, *UNSUPPORTED), where)
-    for name, off in UNSUPPORTED.items():
-        if name in fields and fields[name] not in off:
-            raise ValueError(f"{where}: {name}={fields[name]!r} is not supported; only {off[0]!r} is")
-    given = {name: fields[name] for name in known if fields.get(name) is not None}
-    init = given.get("init_lora_weights")
-    if isinstance(init, str) and init in STARTS:
-        given["init_lora_weights"] = True  # A and B are in the file: how they started is past
-    elif isinstance(init, str) and init.startswith(BASE_CHANGERS):
-        raise ValueError(
-            f"{where}: init_lora_weights={init!r} took the adapter's start out of the base's weights, so "
-            "that it fits that changed base only; convert it to plain LoRA with PEFT: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
-    return peft_config.build(LoraConfig, given, where)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.methods import copies, derived, dora, lora, sharded, targets
-from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, initial
+from peft_engine.conv1d import as_made, by_rows, features, is_conv1d
+from peft_engine.methods import copies, derived, dora, lora_config, sharded, targets
+from peft_engine.methods.lora import BASES, initial, layer_class
+from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
 from peft_engine.methods.walks import kept
 
@@ -17,7 +19,7 @@ CONFIG = LoraConfig
 WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name, in layers and files
 ROOT = "base_model.model"  # what PEFT puts in front of every key
-resolve, from_file = targets.resolve, lora.from_file
+resolve, from_file = targets.resolve, lora_config.from_file
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -42,10 +44,11 @@ def shapes(
     out: dict[str, tuple[int, ...]] = {}
     for path, settings in plan.layers.items():
         layer: Any = model.get_submodule(path)
-        out[f"{path}.lora_A.weight"] = (settings.r, layer.in_features)
-        out[f"{path}.lora_B.weight"] = (layer.out_features, settings.r)
+        k, n = features(layer)
+        out[f"{path}.lora_A.weight"] = (settings.r, k)
+        out[f"{path}.lora_B.weight"] = (n, settings.r)
         if settings.dora:
-            out[f"{path}.{MAGNITUDE}"] = (layer.out_features,)
+            out[f"{path}.{MAGNITUDE}"] = (n,)
     return out
 
 
@@ -62,11 +65,14 @@ def install(
     for path, settings in plan.layers.items():
         layer: Any = model.get_submodule(path)
         if values is None:
-            a, b = initial(layer.in_features, layer.out_features, settings.r, config.init_lora_weights)
+            a, b = initial(*features(layer), settings.r, config.init_lora_weights)
         else:
             a, b = values[f"{path}.lora_A.weight"].float(), values[f"{path}.lora_B.weight"].float()
-        if type(layer) in LAYERS:
-            layer.__class__ = LAYERS[type(layer)]
+        adapted = layer_class(type(layer))
+        if adapted is not None:
+            if is_conv1d(type(layer)):
+                by_rows(layer)
+            layer.__class__ = adapted
             layer.lora_A, layer.lora_B = nn.ParameterDict(), nn.ParameterDict()
             layer.lora, layer.active_adapter = {}, None
         device = layer.weight.device
@@ -83,9 +89,9 @@ def install(
 
 def _direction_alone(layer: Any, name: str) -> torch.Tensor:
     """The magnitudes with which a DoRA adapter leaves W + s B A as it is: its norms."""
-    weight = dora.base_of(layer)
+    weight = layer.base_weight
     if weight.device.type == "meta":
-        return torch.empty(layer.out_features, device="meta")
+        return torch.empty(weight.shape[0], device="meta")
     return dora.norm(
         layer, weight, name, layer.lora_A[name], layer.lora_B[name], layer.lora[name].scaling
     ).clone()
@@ -108,6 +114,8 @@ def remove_from_layer(layer: Any, name: str) -> None:
     if not layer.lora:
         del layer.lora_A, layer.lora_B, layer.lora, layer.active_adapter
         layer.__class__ = BASES[type(layer)]
+        if is_conv1d(type(layer)):
+            as_made(layer)
 
 
 def activate(model: nn.Module, which: str | tuple[str | None, ...] | None) -> None:
@@ -168,7 +176,8 @@ def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
         else:
             wanted = short_names([path for path, layer in layers(model) if name in layer.lora], model)
         config = dataclasses.replace(config, target_modules=wanted)
-    return lora.to_file(config)
+    transposed = any(is_conv1d(BASES[type(layer)]) for _, layer in layers(model) if name in layer.lora)
+    return lora_config.to_file(config) | {"fan_in_fan_out": transposed}
 
 
 def owns(fields: Mapping[str, Any]) -> bool:

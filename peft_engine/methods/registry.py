@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_engine.methods import bottleneck, lora_layers, prefix_tuning, prompt_tuning
 from peft_engine.methods.bottleneck_config import BottleneckConfig
-from peft_engine.methods.lora import LoraConfig
+from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.methods.prefix_tuning import PrefixTuningConfig
 from peft_engine.methods.prompt_tuning import PromptTuningConfig
 

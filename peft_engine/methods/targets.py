@@ -15,10 +15,13 @@ import regex
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from peft_engine.conv1d import features, is_linear
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies
-from peft_engine.methods.lora import BASES, LAYERS, LoraConfig, LoraSettings, settings_for
+from peft_engine.methods.lora import BASES, LAYERS, LoraSettings, layer_class, settings_for
+from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.methods.read_directly import in_fast_path, never_called
+from peft_engine.nn import NF4Linear
 
 ALL_LINEAR = "all-linear"
 MOST_SECONDS = 1.0  # for a pattern and a path
@@ -86,11 +89,11 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
                 "the layer out of target_modules (exclude_modules)"
             )
         r = pattern_value(config.rank_pattern, path, config.r)
-        most = min(module.in_features, module.out_features)
-        if r > most:
+        k, n = features(module)
+        if r > min(k, n):
             raise ValueError(
-                f"{who}: rank {r} is above what {path} ({module.out_features} x {module.in_features}) can "
-                f"hold, {most}; lower r, or set a smaller one for this layer in rank_pattern, or exclude it"
+                f"{who}: rank {r} is above what {path} ({n} x {k}) can hold, {min(k, n)}; lower r, or set a "
+                "smaller one for this layer in rank_pattern, or exclude it"
             )
         layers[path] = settings_for(config, r, pattern_value(config.alpha_pattern, path, config.lora_alpha))
     for name, group in found.items():
@@ -108,11 +111,6 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
 
 
 # --- the rules ----------------------------------------------------------------------------------------------
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" counts this module: a linear layer, or transformers' transposed one."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def default_targets(model: nn.Module) -> tuple[str, ...] | str:
@@ -297,7 +295,7 @@ def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) 
 
 def _check_layer(path: str, module: Any, who: str) -> None:
     """TypeError for a target that no adapter can be put on, with the reason."""
-    if type(module) in LAYERS or type(module) in BASES:
+    if layer_class(type(module)) is not None or type(module) in BASES:
         if copies.runs_apart(module):
             raise ValueError(
                 f"{who}: {path} runs a mixed batch whose rows have biases or modules of their own; activate "
@@ -317,7 +315,8 @@ def _check_layer(path: str, module: Any, who: str) -> None:
                 f"{who}: {path} is trained whole by another adapter (modules_to_save); a module is adapted "
                 "or trained whole, the same for all adapters of a model"
             )
-        if type(module) in (nn.Linear, LAYERS[nn.Linear]) and not module.weight.is_floating_point():
+        nf4 = type(module) in (NF4Linear, LAYERS[NF4Linear])
+        if not nf4 and not module.weight.is_floating_point():
             raise TypeError(
                 f"{who}: {path} has a weight of {module.weight.dtype}; only NF4 weights may be quantised"
             )
@@ -331,14 +330,13 @@ def _check_layer(path: str, module: Any, who: str) -> None:
     # A fused layer of ours is a subclass of the one it stands for.
     kind = next(c for c in kind.__mro__ if not c.__module__.startswith("peft_engine."))
     library = kind.__module__.split(".")[0]
-    if kind.__name__ == "Conv1D" and library == "transformers":
-        why = "a transformers Conv1D, whose weight is stored transposed"
-    elif library == "bitsandbytes":
+    if library == "bitsandbytes":
         why = f"bitsandbytes' {kind.__name__}; load the checkpoint with load_quantized instead"
     elif isinstance(module, nn.Linear):
         why = f"{kind.__name__}, a subclass of nn.Linear whose forward may differ"
     else:
         why = kind.__name__
     raise TypeError(
-        f"{who}: LoRA adapts nn.Linear and NF4Linear, but {path} is {why}; leave it out of target_modules"
+        f"{who}: LoRA adapts nn.Linear, NF4Linear and Conv1D, but {path} is {why}; leave it out of "
+        "target_modules"
     )

@@ -8,6 +8,7 @@ is what run.json's peak_rss_bytes is; on a GPU it is the allocator's count, as i
 import contextlib
 import itertools
 import json
+import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,13 +186,13 @@ def _parameters(model: Any, depth: int) -> int:
 
     Of the deepest that is measured, so that all run the same part of their tokens.
     """
-    import torch
+    from peft_engine.conv1d import features, is_linear
 
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    linears = [module for module in model.modules() if is_linear(module)]
     head = model.get_output_embeddings()
-    inside = sum(m.in_features * m.out_features for m in linears if m is not head)
+    inside = sum(math.prod(features(m)) for m in linears if m is not head)
     own = model.config.get_text_config().num_hidden_layers
-    return inside * depth // own + sum(m.in_features * m.out_features for m in linears if m is head)
+    return inside * depth // own + sum(math.prod(features(m)) for m in linears if m is head)
 
 
 def _allocated(model: Any, batch: list[Document], settings: RunSettings) -> int:

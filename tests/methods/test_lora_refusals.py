@@ -180,14 +180,6 @@ def test_a_layer_that_runs_a_mixed_batch_of_copies_is_adapted_after_it(tiny_llam
     attach(model, more, "c")
 
 
-def test_a_transposed_layer_is_refused_by_name():
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32)
-    )
-    with pytest.raises(TypeError, match="c_attn is a transformers Conv1D"):
-        attach(model, LoraConfig(target_modules="all-linear"))
-
-
 @pytest.mark.peers
 def test_a_peft_model_is_sent_to_optimize(tiny_llama):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (the peers extra)")
