@@ -65,6 +65,10 @@ class Source:
             self._formed_at = _version_of(value)
         return value
 
+    @property
+    def formed(self) -> bool:
+        return self._value is not None
+
     def _lacks_graph(self, value: torch.Tensor) -> bool:
         return self.wants_graph() and not value.requires_grad
 
@@ -288,6 +292,8 @@ def _cross_entropy(
     """torch's cross_entropy of logits (rows, N) and class indices (rows,); None for what the op has not."""
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0
     if not plain or reduction not in ("mean", "sum") or not isinstance(input, LazyLogits) or input.dim() != 2:
+        return None
+    if input.memory.source.formed:  # somebody has read them: their product need not run again
         return None
     indices = isinstance(target, torch.Tensor) and target.dtype == torch.int64
     if not indices or target.shape != input.shape[:1] or target.device != input.device:

@@ -225,6 +225,15 @@ def test_a_cross_entropy_of_ones_own_over_the_logits_is_torchs(name):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6, msg=path)
 
 
+def test_a_cross_entropy_of_logits_that_were_read_runs_on_them():
+    _, fused = pair_of(plain_model("T5"))
+    logits, labels = fused(**batch()).logits, batch()["labels"].view(-1)
+    with Largest() as seen:
+        logits.argmax(-1)
+        torch.nn.functional.cross_entropy(logits.view(-1, VOCABULARY), labels).backward()
+    assert len([op for op, _ in seen.logits if "mm" in op]) == 1
+
+
 def test_probabilities_as_targets_and_classes_before_positions_are_torchs():
     plain, fused = pair_of(plain_model("T5"))
     inputs, entropy = batch(), torch.nn.functional.cross_entropy
