@@ -1,11 +1,12 @@
-"""The output head of a causal language model, joined with its loss: logits are formed only when read.
+"""The output head of a language model, joined with its loss: logits are formed only when read.
 
     model(input_ids=..., labels=...).loss    linear_cross_entropy over the labelled rows
     model(input_ids=..., labels=...).logits  stands for hidden W^T, computed by the first operation on it
 
 On an attached model (the instance alone is changed) a hook notes that labels were given; the head, whose
-class is then FusedHeadLinear, answers with LazyLogits in place of logits; the model's loss function
-recognises them. Whatever else is done with LazyLogits yields the real logits, gradients included.
+class is then FusedHeadLinear, answers with LazyLogits in place of logits. The model's loss function is set
+to one that recognises them; where its forward calls nn.CrossEntropyLoss instead (T5, BART), torch's
+cross_entropy of LazyLogits is ours. Whatever else is done with them yields the real logits, with gradients.
 """
 
 import ast
@@ -18,12 +19,8 @@ from torch import nn
 
 from peft_engine import dense
 from peft_engine.dispatch import BackendError
-from peft_engine.lazy_logits import LazyLogits
-from peft_engine.ops.linear_cross_entropy import (
-    LINEAR_CROSS_ENTROPY,
-    LinearCrossEntropyCall,
-    linear_cross_entropy,
-)
+from peft_engine.lazy_logits import LazyLogits, lazy_cross_entropy
+from peft_engine.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, LinearCrossEntropyCall
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.report import LayerReport
@@ -77,9 +74,15 @@ def causal_lm_loss(
     """transformers' ForCausalLMLoss, same arguments and value; lazy logits are not formed for it."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    source = logits.source if isinstance(logits, LazyLogits) else None
-    cut_off = source is not None and source.wants_graph() and not logits.requires_grad  # by a detach
-    if source is None or cut_off or source.weight.shape[0] != vocab_size:
+    loss = None
+    if isinstance(logits, LazyLogits) and logits.shape[-1] == vocab_size:
+        given = shift_labels
+        if given is None:
+            assert labels is not None
+            given = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = lazy_cross_entropy(logits, given, ignore_index, reduction)
+    if loss is None:
         return ForCausalLMLoss(
             logits,
             labels,
@@ -88,19 +91,6 @@ def causal_lm_loss(
             ignore_index,
             shift_labels,
             **kwargs,  # type: ignore[arg-type]
-        )
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, weight, bias = source.inputs()
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    shift_labels = shift_labels.to(hidden.device).reshape(-1)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    with torch.autocast(
-        hidden.device.type, enabled=False
-    ):  # the inputs have the dtype that autocast asks for
-        loss = linear_cross_entropy(
-            hidden, weight, shift_labels, bias=bias, ignore_index=ignore_index, reduction=reduction
         )
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(loss.device)
@@ -120,7 +110,8 @@ def attach_head(model: nn.Module) -> LayerReport:
     head.__class__ = FusedHeadLinear
     head.labels_given = False
     head.labels_position = list(inspect.signature(type(base).forward).parameters).index("labels") - 1
-    base.loss_function = causal_lm_loss  # type: ignore[assignment]
+    if _calls_loss_function(type(base).forward):
+        base.loss_function = causal_lm_loss  # type: ignore[assignment]
     base.register_forward_pre_hook(note_labels, with_kwargs=True)
     return report
 
@@ -191,6 +182,9 @@ def _transformers_model(model: nn.Module) -> Any:
 
 # Config fields with which a model changes its logits between the head and the loss, and when they do.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+# A buffer that models add to their logits, one value for each entry of the vocabulary: LazyLogits take it in.
+_BIAS = "self.final_logits_bias"
+_VIEWS = ("view", "reshape")
 
 
 def _refuse(model: Any, head: nn.Module, name: str) -> str | None:
@@ -204,38 +198,77 @@ def _refuse(model: Any, head: nn.Module, name: str) -> str | None:
         return f"the head is a {type(head).__name__}, not a plain linear layer"
     if "forward" in head.__dict__:
         return "the head's forward was replaced on the instance (a hook of accelerate?)"
-    if model.loss_function not in (ForCausalLMLoss, causal_lm_loss):
+    forward = type(model).forward
+    if _calls_loss_function(forward) and model.loss_function not in (ForCausalLMLoss, causal_lm_loss):
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
         return f"the model's loss is {loss}, not the causal language model's"
     for field in _SOFTCAPS:
         if getattr(model.config.get_text_config(), field, None) is not None:
             return f"the model caps its logits ({field}) before the loss"
-    return _refuse_forward(type(model).forward, name)
+    return _refuse_forward(forward, name)
 
 
 def _refuse_forward(forward: Any, head: str) -> str | None:
-    """Why this forward does not hand what the head returns to self.loss_function; read from its source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
+    """Why this forward does not hand what the head returns to a loss known here; read from its source."""
+    tree = _source(forward)
+    if tree is None:
         return "the source of the model's forward cannot be read"
-    losses = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and _path(n.func) == "self.loss_function"]
+    losses = _losses(tree)
     if len(losses) != 1 or "labels" not in inspect.signature(forward).parameters:
-        return "the model's forward does not compute its loss with self.loss_function"
-    given = next((k.value for k in losses[0].keywords if k.arg == "logits"), None)
+        return "the model's forward computes its loss with neither self.loss_function nor CrossEntropyLoss()"
+    given = next((k.value for k in losses[0].keywords if k.arg in ("logits", "input")), None)
     given = losses[0].args[0] if given is None and losses[0].args else given
+    if isinstance(given, ast.Call) and isinstance(given.func, ast.Attribute) and given.func.attr in _VIEWS:
+        given = given.func.value  # of whole rows, or the loss would not be of classes
     if not isinstance(given, ast.Name):
-        return "the model changes its logits before the loss"
+        return "the loss is not of what the head itself returns"
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)) or node.lineno > losses[0].lineno:
             continue
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if not any(isinstance(t, ast.Name) and t.id == given.id for t in targets):
             continue
-        if _softcaps(tree, node) or (isinstance(node, ast.Assign) and _from_head(node.value, head)):
+        value = _without_bias(node.value) if isinstance(node, ast.Assign) else None
+        biased = value is not None and value is not node.value
+        again = biased and isinstance(value, ast.Name) and value.id == given.id
+        if again or _softcaps(tree, node) or (value is not None and _from_head(value, head)):
             continue
-        return f"the model changes its logits before the loss: {ast.unparse(node)}"
+        return f"the loss is not of what the head itself returns: {ast.unparse(node)}"
     return None
+
+
+def _source(forward: Any) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _losses(tree: ast.AST) -> list[ast.Call]:
+    """The calls of self.loss_function, or, without one, of modules made by CrossEntropyLoss() in place."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = [call for call in calls if _path(call.func) == "self.loss_function"]
+    made = {
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and ast.unparse(node.value) in ("CrossEntropyLoss()", "CrossEntropyLoss(ignore_index=-100)")
+    }
+    return found or [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in made]
+
+
+def _calls_loss_function(forward: Any) -> bool:
+    tree = _source(forward)
+    return tree is not None and any(_path(call.func) == "self.loss_function" for call in _losses(tree))
+
+
+def _without_bias(value: ast.expr) -> ast.expr:
+    """x of x + self.final_logits_bias, moved to a device or not; another expression as it is."""
+    added = value.right if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) else None
+    if isinstance(added, ast.Call) and isinstance(added.func, ast.Attribute) and added.func.attr == "to":
+        added = added.func.value
+    return value.left if added is not None and _path(added) == _BIAS else value  # type: ignore[attr-defined]
 
 
 def _from_head(value: ast.expr, head: str) -> bool:

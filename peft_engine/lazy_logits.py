@@ -6,12 +6,16 @@ Python functions arrive at __torch_function__, before autograd, and get logits t
 autograd.Functions see a tensor whose grad_fn is _Deferred, and arrive at __torch_dispatch__ below autograd.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from peft_engine import dense, dispatch
+from peft_engine.ops.linear_cross_entropy import linear_cross_entropy
+from peft_engine.ops.nf4 import DTYPES
 
 
 class Source:
@@ -29,15 +33,23 @@ class Source:
         tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         return tuple(0 if t.is_inference() else t._version for t in tensors)
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """hidden, weight and bias in the product's dtype (autocast's, where it was on)."""
+    def _refuse_changed(self) -> None:
         if self._version() != self._versions:
             raise RuntimeError(
                 "logits: the head's weight or input was changed in place (an optimizer step?) between the "
                 "model's run and the reading of its logits; read outputs.logits before that"
             )
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """hidden, weight and bias in the product's dtype (autocast's, where it was on)."""
+        self._refuse_changed()
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return self.hidden.to(self.dtype), self.weight.to(self.dtype), bias
+
+    def plus(self, bias: torch.Tensor) -> "Source":
+        """The source of these logits with bias (N,) added; for a source without a bias."""
+        self._refuse_changed()  # what is seen from now on is the new source's
+        return Source(self.hidden, self.weight, bias, self.dtype)
 
     def wants_graph(self) -> bool:
         """Whether autograd would record the product now."""
@@ -52,6 +64,10 @@ class Source:
                 value = self._value = dense.linear(*self.inputs())
             self._formed_at = _version_of(value)
         return value
+
+    @property
+    def formed(self) -> bool:
+        return self._value is not None
 
     def _lacks_graph(self, value: torch.Tensor) -> bool:
         return self.wants_graph() and not value.requires_grad
@@ -83,25 +99,33 @@ def _version_of(tensor: torch.Tensor) -> int:
 
 
 class LazyLogits(torch.Tensor):
-    """Stands for a Memory; without its graph unless requires_grad."""
+    """Stands for a Memory, in a shape whose last dimension is the vocabulary; without its graph unless
+    requires_grad.
+    """
 
     memory: Memory
 
     @staticmethod
-    def __new__(cls, memory: Memory) -> "LazyLogits":
-        hidden, weight = memory.source.hidden, memory.source.weight
-        shape = (*hidden.shape[:-1], weight.shape[0])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=memory.dtype, device=hidden.device)
+    def __new__(cls, memory: Memory, shape: Sequence[int]) -> "LazyLogits":
+        device = memory.source.hidden.device
+        self = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=memory.dtype, device=device)
         self.memory = memory
         return self
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Memory, shape: Sequence[int]):
         pass
 
     @property
     def source(self) -> Source | None:
         """What the logits are made of; None where they were changed in place."""
         return None if self.memory.written or _version_of(self) else self.memory.source
+
+    @property
+    def live(self) -> Source | None:
+        """The source, where autograd sees it from here too: None as well behind a detach."""
+        source = self.source
+        cut_off = source is not None and source.wants_graph() and not self.requires_grad
+        return None if cut_off else source
 
     @staticmethod
     def of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> "LazyLogits":
@@ -113,14 +137,25 @@ class LazyLogits(torch.Tensor):
     def materialize(self) -> torch.Tensor:
         """The logits as an ordinary tensor, the same memory at each call."""
         if not self.requires_grad:
-            return self.memory.read(False).detach()
+            return self._read(False).detach()
         with torch.enable_grad():  # they have a graph, also where they are only written to
-            return self.memory.read(self.memory.source.wants_graph())
+            return self._read(self.memory.source.wants_graph())
+
+    def _read(self, graph: bool) -> torch.Tensor:
+        value = self.memory.read(graph)
+        return value if value.shape == self.shape else value.view(self.shape)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        part = func is torch.Tensor.__getitem__ and not _everything(args[1])  # autograd must know whose it is
+        if func in _STAND_INS:
+            result = _STAND_INS[func](*args, **kwargs)
+            if result is not None:
+                return result
+        # Autograd must know whose a part is, so that the logits are formed above it.
+        part = (func is _T.__getitem__ and not _everything(args[1])) or (
+            func in (_T.view, _T.reshape) and not _keeps_rows(*args, **kwargs)
+        )
         if func not in _NEEDS_NO_VALUE or part:
             args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
             return func(*args, **kwargs)
@@ -134,7 +169,7 @@ class LazyLogits(torch.Tensor):
         if same is not None:
             return same
         with torch.no_grad():
-            args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy.memory.read(False), (args, kwargs))
+            args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy._read(False), (args, kwargs))
             return func(*args, **kwargs)
 
 
@@ -146,7 +181,8 @@ class _Deferred(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         ctx.dtype = source.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return LazyLogits(Memory(source, source.dtype, copy=False))
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        return LazyLogits(Memory(source, source.dtype, copy=False), shape)
 
     @staticmethod
     @dispatch.first_order
@@ -173,7 +209,7 @@ _NEEDS_NO_VALUE = {
     )),
     _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_contiguous,
     _T.is_floating_point, _T.is_complex, _T.is_inference, _T.__len__, _T.get_device, _T.storage_offset,
-    _T.float, _T.to, _T.cpu, _T.contiguous, _T.detach, _T.__getitem__, _T.type,
+    _T.float, _T.to, _T.cpu, _T.contiguous, _T.detach, _T.__getitem__, _T.type, _T.view, _T.reshape,
     torch.is_floating_point, torch.numel, torch.detach,
 }  # fmt: skip
 
@@ -184,22 +220,106 @@ def _everything(index: Any) -> bool:
     return all(p is Ellipsis or (isinstance(p, slice) and p in (slice(None), slice(0, None))) for p in parts)
 
 
+def _keeps_rows(logits: Any, *shape: Any, **kwargs: Any) -> bool:
+    """Whether view(shape) or reshape(shape) leaves the vocabulary the last dimension."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+    whole = isinstance(logits, LazyLogits) and not kwargs and all(isinstance(size, int) for size in sizes)
+    return whole and len(sizes) > 0 and sizes[-1] == logits.shape[-1]
+
+
 def _still_lazy(func: Any, args: tuple, kwargs: dict) -> LazyLogits | None:
-    """A cast, a detach, or a slice of everything, as LazyLogits; None for what needs the values."""
+    """A cast, a detach, a view of whole rows, or a slice of everything, as LazyLogits; None for what needs
+    the values.
+    """
     aten, lazy = torch.ops.aten, args[0] if args else None
     if not isinstance(lazy, LazyLogits):
         return None
     if func in (aten.detach.default, aten.alias.default):
-        return LazyLogits(lazy.memory)
+        return LazyLogits(lazy.memory, lazy.shape)
+    if func is aten.view.default and _keeps_rows(*args, **kwargs):
+        return LazyLogits(lazy.memory, torch.empty(lazy.shape, device="meta").view(args[1]).shape)
     source = lazy.source
+    if func is aten.to.dtype and len(args) == 2 and not kwargs:  # as inference mode hands it on
+        if args[1] == lazy.dtype:
+            return lazy
+        func, kwargs = aten._to_copy.default, {"dtype": args[1]}
     if func is aten._to_copy.default:
         dtype, device = kwargs.get("dtype", lazy.dtype), kwargs.get("device", lazy.device)
         others = set(kwargs) - {"dtype", "device", "memory_format", "non_blocking", "layout", "pin_memory"}
         plain = device == lazy.device and not others and not kwargs.get("pin_memory")
         if plain and dtype.is_floating_point and dtype != lazy.dtype and source is not None:
-            return LazyLogits(Memory(source, dtype, copy=True))
+            return LazyLogits(Memory(source, dtype, copy=True), lazy.shape)
     if func is aten.slice.Tensor:
         dim, start, end, step = (*args[1:], *(None,) * 4)[:4]
         if not start and (end is None or end >= lazy.shape[dim or 0]) and step in (None, 1):
-            return LazyLogits(lazy.memory)
+            return LazyLogits(lazy.memory, lazy.shape)
     return None
+
+
+# --- what is computed without the values --------------------------------------------------------------------
+
+
+def lazy_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str
+) -> torch.Tensor | None:
+    """F.cross_entropy(logits.float(), labels) over all rows, of float32; None where it needs the values.
+
+    logits (..., N); labels (...), as many as rows, on any device. It needs them for tensors of another kind,
+    and for logits written to or cut off by a detach.
+    """
+    source = logits.live if isinstance(logits, LazyLogits) else None
+    if source is None:
+        return None
+    hidden, weight, bias = source.inputs()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    labels = labels.to(hidden.device).reshape(-1)
+    with torch.autocast(hidden.device.type, enabled=False):  # they have the dtype that autocast asks for
+        return linear_cross_entropy(
+            hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction
+        )
+
+
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor | None:
+    """torch's cross_entropy of logits (rows, N) and class indices (rows,); None for what the op has not."""
+    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0
+    if not plain or reduction not in ("mean", "sum") or not isinstance(input, LazyLogits) or input.dim() != 2:
+        return None
+    if input.memory.source.formed:  # somebody has read them: their product need not run again
+        return None
+    indices = isinstance(target, torch.Tensor) and target.dtype == torch.int64
+    if not indices or target.shape != input.shape[:1] or target.device != input.device:
+        return None
+    loss = lazy_cross_entropy(input, target, ignore_index, reduction)
+    if loss is None or torch.is_autocast_enabled(input.device.type):  # which computes losses in float32
+        return loss
+    return loss.to(input.dtype)
+
+
+def _plus_bias(*args: Any, **kwargs: Any) -> LazyLogits | None:
+    """logits + bias, for a bias (1, N) or (N,) that all rows share; None for every other sum."""
+    if len(args) != 2 or kwargs or not isinstance(args[0], LazyLogits):
+        return None
+    logits, bias = args
+    source = logits.live
+    if source is None or source.bias is not None or logits.dtype != source.dtype:
+        return None
+    if not isinstance(bias, torch.Tensor) or bias.device != logits.device or bias.dtype not in DTYPES:
+        return None
+    if not 0 < bias.dim() <= logits.dim() or not bias.shape[-1] == bias.numel() == logits.shape[-1]:
+        return None
+    source = source.plus(bias.reshape(-1))
+    result = _Deferred.apply(source.hidden, source.weight, source.bias, source)
+    return result.to(torch.promote_types(logits.dtype, bias.dtype)).view(logits.shape)
+
+
+# Called in place of torch's; where they give None, the logits are formed for torch's.
+_STAND_INS = {F.cross_entropy: _cross_entropy, **dict.fromkeys((_T.__add__, _T.add, torch.add), _plus_bias)}

@@ -180,7 +180,6 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
             yield _bottleneck_line(name, module, dtype)
         if copies.is_ours(name):  # an adapter's own part: a line speaks for all of it
             continue
-        yield from _virtual_tokens_line(name, module, dtype)
         if _is_peft_layer(module):
             inside = f"{name}." if name else ""
             yield _peft_line(name, module, dtype)
@@ -191,7 +190,10 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif is_linear(module):
             yield _dense_line(model, name, module)
         else:
-            yield from _model_line(name, module, dtype)
+            own = _model_line(name, module, dtype)
+            found = _virtual_tokens_line(name, module, dtype, own) or own
+            if found is not None:
+                yield found
 
 
 def _head(model: Any) -> torch.nn.Module | None:
@@ -358,24 +360,33 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
     return _product_line(name, module, weight, dtype, adapter, op)
 
 
-def _virtual_tokens_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
-    """A line besides the layer's own for what stands in front of an attention layer's keys."""
+def _virtual_tokens_line(
+    name: str, module: torch.nn.Module, dtype: torch.dtype, own: LayerReport | None
+) -> LayerReport | None:
+    """The line of an attention layer behind virtual tokens, in place of `own`; None where there are none."""
     device = next(module.parameters(), torch.empty(0)).device.type
     found = virtual_attention.describe(module, device, dtype)
-    if found is not None and found[0]:
-        yield _ran(name, module, "prefix_attention", *found)
-    elif found is not None:
-        yield _own(name, module, "prefix_attention", found[1])
+    if found is None:
+        return None
+    backend, reason = found
+    if own is not None and own.reason == NOT_YET:  # what is around the attention
+        reason = "; ".join(filter(None, (reason, f"the rest: {NOT_YET}")))
+    if not backend:
+        return _own(name, module, "prefix_attention", reason)
+    return _ran(name, module, "prefix_attention", backend, reason)
 
 
-def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> Iterator[LayerReport]:
+def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> LayerReport | None:
     if _is_stand_in(module):
         from peft_engine import layers
 
         op, backend, why = layers.running(module, dtype)
-        yield _ran(name, module, op, backend, why) if backend else _own(name, module, op, why)
-    elif _fused_class(module)[1]:
-        yield _not_fused(name, module)
+        return _ran(name, module, op, backend, why) if backend else _own(name, module, op, why)
+    op = _fused_class(module)[1]
+    # What holds another layer of its op leaves the computing to that: T5LayerSelfAttention to T5Attention.
+    if not op or any(inner is not module and _fused_class(inner)[1] == op for inner in module.modules()):
+        return None
+    return _not_fused(name, module)
 
 
 def _cpu() -> str:

@@ -110,7 +110,8 @@ def test_padding_changes_no_loss(loaded):
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_the_same_however_it_is_split(loaded, tmp_path):
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimised"])
+def test_a_step_is_the_same_however_it_is_split(loaded, tmp_path, optimized):
     """T5's loss is a mean whatever num_items_in_batch says: uneven micro-batches would weigh alike."""
     from peft_engine.train.trainer import train
 
@@ -120,13 +121,15 @@ def test_a_step_is_the_same_however_it_is_split(loaded, tmp_path):
     for size in (6, 2, 1):
         torch.manual_seed(0)
         pe.attach(model, pe.LoraConfig(r=4, target_modules="all-linear"))
+        if optimized:  # the fused loss on the head, where the library is compiled
+            pe.optimize(model)
         loop = LoopSettings(
             batch_size=size, gradient_accumulation_steps=6 // size, max_steps=2, learning_rate=0.01,
             warmup_ratio=0.0,
         )  # fmt: skip
         outcomes.append(train(model, documents, tmp_path / str(size), loop, say=lambda line: None))
         tensors.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-        pe.detach(model)
+        pe.detach(pe.unoptimize(model))
     assert outcomes[0].tokens == 2 * sum(d.tokens for d in documents)
     for other, outcome in zip(tensors[1:], outcomes[1:], strict=True):
         assert outcome.losses == pytest.approx(outcomes[0].losses, rel=1e-4)

@@ -66,8 +66,8 @@ def test_models_with_a_plain_linear_head_are_taken(name):
 
 REFUSED = {
     "Gemma2": ({"head_dim": 16}, "caps its logits"),
-    "Cohere": ({}, "changes its logits before the loss: logits = logits \\* self.logit_scale"),
-    "Granite": ({"logits_scaling": 2.0}, "changes its logits before the loss: logits = logits / "),
+    "Cohere": ({}, "not of what the head itself returns: logits = logits \\* self.logit_scale"),
+    "Granite": ({"logits_scaling": 2.0}, "not of what the head itself returns: logits = logits / "),
 }
 
 

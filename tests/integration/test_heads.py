@@ -8,36 +8,13 @@ import peft
 import pytest
 import torch
 import transformers
-from head_cases import VOCABULARY, Largest, batch, batch_of, needs_kernels
+from head_cases import VOCABULARY, Largest, assert_equal_to_rounding, batch, batch_of, needs_kernels
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from peft_engine.heads import FusedHeadLinear, attach_head, detach_head
 from peft_engine.lazy_logits import LazyLogits
 
 pytestmark = needs_kernels
-
-
-def gradients(model, inputs):
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_to_rounding(plain, fused, inputs):
-    """Errors against the model in float64: at most twice those of the plain model, plus one ulp."""
-    exact_loss, exact = gradients(copy.deepcopy(plain).double(), inputs)
-    want_loss, want = gradients(plain, inputs)
-    loss, got = gradients(fused, inputs)
-    assert got.keys() == want.keys() == exact.keys()
-    for name, g, r, truth in [
-        ("loss", loss, want_loss, exact_loss),
-        *((n, got[n], want[n], exact[n]) for n in want),
-    ]:
-        assert g.dtype == r.dtype, name
-        ulp = torch.finfo(r.dtype).eps * truth.abs().max()
-        for size in (lambda t: t.abs().max(), torch.linalg.vector_norm):
-            assert size(g.double() - truth) <= 2 * size(r.double() - truth) + ulp, name
 
 
 # --- the same model --------------------------------------------------------------------------------------
