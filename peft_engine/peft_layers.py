@@ -18,6 +18,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from peft_engine.conv1d import is_conv1d
+from peft_engine.dropout import draw_seed
 from peft_engine.methods import derived, dora
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.nn import NF4Linear
@@ -46,9 +47,7 @@ class _FusedLora(nn.Module):
             m = _weight(layer._modules[MAGNITUDE]._modules[names[0]])
             y = dora.product(layer, x, weight, names[0], a, b, m, scaling, bias, p)
         else:
-            # A seed from torch's generator: checkpointing restores it, so that the second forward drops the
-            # same.
-            seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
+            seed = draw_seed(p, x.device)
             y = lora_linear(x, weight, a, b, scaling, bias=bias, dropout_p=p, seed=seed)
         # bitsandbytes' layer gives back the input's dtype; ours does so where compute_dtype made it another.
         keeps = isinstance(weight, NF4Tensor) and (not isinstance(base, NF4Linear) or x.dtype != given.dtype)

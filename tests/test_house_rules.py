@@ -25,7 +25,7 @@ ROWS = (
     ("train",),
     ("methods", "swap", "checkpoint"),
     ("nn", "report", "conv1d"),
-    ("ops", "dense"),
+    ("ops", "dense", "dropout"),
     ("dispatch", "activations"),
     ("native", "kernels"),
 )

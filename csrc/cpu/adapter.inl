@@ -81,16 +81,5 @@ inline Source transposed(const float* data, int64_t rows, int64_t cols, float* o
   return dense(out, Type::f32, cols, rows);
 }
 
-inline Dropout dropout_of(const Adapter& adapter) {
-  Dropout d;
-  d.on = adapter.dropout_p > 0.0f;
-  if (d.on) {
-    d.threshold = adapter.threshold;
-    d.seed = adapter.seed;
-    d.scale = 1.0f / (1.0f - adapter.dropout_p);
-  }
-  return d;
-}
-
 // A count of 16-bit values up to a whole number of cache lines.
 constexpr int64_t aligned(int64_t n) { return (n + 31) / 32 * 32; }

@@ -43,11 +43,7 @@ Adapter adapter_of(const std::optional<Tensor>& a, const std::optional<Tensor>& 
   out.type = type_of(*a);
   out.rank = a->size(0);
   out.scaling = static_cast<float>(scaling);
-  if (p > 0.0) {
-    out.dropout_p = static_cast<float>(p);
-    out.threshold = static_cast<uint32_t>(std::llrint(p * 4294967296.0));
-    out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(pe::values_of(*seed)));
-  }
+  set_dropout(out, p, seed);
   return out;
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu/nf4_decode.inl"
 #include "cpu/tiles.inl"
+#include "cpu/dropout.inl"
 
 // A product of fewer multiplications than this is not worth waking a second thread.
 constexpr int64_t kWorthThreads = 1 << 19;
@@ -15,29 +16,6 @@ inline void in_parallel(int64_t n, bool worth_it, const F& f) {
   if (worth_it) torch::stable::parallel_for(0, n, 1, f);
   else if (n > 0) f(0, n);
 }
-
-// The dropout of lora_linear: element (row, column) is kept when its hash is not below the threshold.
-struct Dropout {
-  bool on = false;
-  uint32_t threshold = 0;
-  uint64_t seed = 0;
-  float scale = 1.0f;  // 1 / (1 - p)
-
-  static uint32_t mix(uint32_t h) {
-    h = (h ^ h >> 16) * 0x85EBCA6Bu;
-    h = (h ^ h >> 13) * 0xC2B2AE35u;
-    return h ^ h >> 16;
-  }
-  uint32_t row_key(int64_t row) const {
-    const uint64_t r = static_cast<uint64_t>(row);
-    const uint32_t high = mix(static_cast<uint32_t>(seed >> 32) ^ static_cast<uint32_t>(r >> 32));
-    return mix(static_cast<uint32_t>(seed) ^ mix(static_cast<uint32_t>(r) ^ high));
-  }
-  // All ones where (key's row, column) is kept, else zero.
-  uint32_t keep(uint32_t key, int64_t column) const {
-    return mix(key + static_cast<uint32_t>(column) * 0x9E3779B9u) >= threshold ? 0xFFFFFFFFu : 0u;
-  }
-};
 
 // A matrix as an operand reads it: with what lies outside of it, and what dropout takes, as zeros.
 struct Source {

@@ -49,7 +49,7 @@ Tensor by_token(const Tensor& x) {
 PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                               const Tensor& prefix_v, const std::optional<Tensor>& first,
                               const std::optional<Tensor>& last, const std::optional<Tensor>& bias, bool causal,
-                              double scale) {
+                              double scale, double dropout_p, const std::optional<Tensor>& seed) {
   PrefixAttentionArgs x{};
   x.type = pe::type_of(q), x.prefix_type = pe::type_of(prefix_k);
   x.batch = q.size(0), x.heads = q.size(1), x.queries = q.size(2), x.head_dim = q.size(3);
@@ -65,6 +65,7 @@ PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v,
     const auto stride = [&](int d) { return bias->size(d) == 1 ? 0 : bias->stride(d); };
     x.bias_batch = stride(0), x.bias_head = stride(1), x.bias_query = stride(2), x.bias_key = bias->stride(3);
   }
+  pe::set_dropout(x, dropout_p, seed);
   return x;
 }
 
@@ -146,12 +147,14 @@ void forward_few(const PrefixAttentionArgs& x) {
 
 std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v,
                                                     std::optional<Tensor> first, std::optional<Tensor> last,
-                                                    std::optional<Tensor> bias, bool causal, double scale) {
+                                                    std::optional<Tensor> bias, bool causal, double scale,
+                                                    double dropout_p, std::optional<Tensor> seed) {
   Tensor out = by_token(q);
   Tensor lse = pe::empty({q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
-  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale);
+  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed);
   x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr());
-  if (x.rows() > 0 && x.rows() <= pe::kFewRows) {
+  // That path has no dropout: training asks for few queries seldom.
+  if (x.rows() > 0 && x.rows() <= pe::kFewRows && x.dropout_p == 0.0f) {
     forward_few(x);
     return {out, lse};
   }
@@ -170,11 +173,11 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, std::optional<Tensor>,
     std::optional<Tensor>, std::optional<Tensor> first, std::optional<Tensor> last, std::optional<Tensor> bias,
-    bool causal, double scale) {
+    bool causal, double scale, double dropout_p, std::optional<Tensor> seed) {
   Tensor dq = by_token(q), dk = by_token(k), dv = by_token(v);
   const auto empty_like = [](const Tensor& t) { return pe::like(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
   Tensor dprefix_k = empty_like(prefix_k), dprefix_v = empty_like(prefix_v);
-  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale);
+  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed);
   x.dout = heads4(dout);
   x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
   x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);

@@ -29,7 +29,10 @@ struct PrefixAttentionArgs {
   Heads4 q, k, v, prefix_k, prefix_v, out, dout, dq, dk, dv, dprefix_k, dprefix_v;
   const void* bias;  // null, or (batch, heads, queries, keys) with these strides
   int64_t bias_batch, bias_head, bias_query, bias_key;
-  float* lse;              // (batch, heads, queries)
+  float* lse;          // (batch, heads, queries)
+  float dropout_p;     // of what is left of the softmax; 0: none
+  uint32_t threshold;  // round(dropout_p 2^32)
+  uint64_t seed;
   const uint32_t* packed;  // a shared prefix as operands, packed_words for each key/value head
 
   int64_t group() const { return heads / kv_heads; }

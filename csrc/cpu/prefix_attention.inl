@@ -1,6 +1,7 @@
 // Attention over a prefix and real keys. Included once per instruction set; the maths is in
 // peft_engine/ops/prefix_attention.py. A row of the batch is computed in the same steps whatever stands beside it.
 #include "cpu/attention_tiles.inl"
+#include "cpu/dropout.inl"
 
 // Parts of a buffer, each on a cache line of its own.
 struct Carver {
@@ -164,6 +165,35 @@ inline float exponentials(float* row, int64_t count, float top, uint32_t* pairs)
   return sum(total);
 }
 
+// The dropout of one row of scores: `prefix` columns, the real keys from `first_key` on behind them.
+struct DroppedRow {
+  Dropout dropout;
+  uint32_t key;
+  int64_t prefix, shift;  // from a place behind the prefix's columns to its column of [prefix ; keys]
+
+  DroppedRow(const PrefixAttentionArgs& x, int64_t b, int64_t h, int64_t t, int64_t prefix, int64_t first_key)
+      : dropout(dropout_of(x)),
+        key(dropout.row_key((b * x.heads + h) * x.queries + t)),
+        prefix(prefix),
+        shift(x.prefix + first_key - prefix) {}
+
+  PE_INLINE Ints keep(int64_t j) const { return dropout.keep_vector(key, j < prefix ? j : j + shift); }
+};
+
+// exponentials, of which what dropout takes is zero; their sum is that of all.
+template <class T>
+inline float dropped_exponentials(float* row, int64_t count, float top, const DroppedRow& dropped, uint32_t* pairs) {
+  Floats total = {};
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Floats e = exponential_below(load<F32>(row + j) - top);
+    const Floats kept = (Floats)((Ints)e & dropped.keep(j));
+    if constexpr (kPerWord<T> == 2) store<Bf16>(reinterpret_cast<uint16_t*>(pairs) + j, kept);
+    else store<F32>(row + j, kept);
+    total += e;
+  }
+  return sum(total);
+}
+
 // Rows row0 .. row1 of key/value head g: out and lse.
 template <class T>
 inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int64_t row0, int64_t row1,
@@ -196,8 +226,16 @@ inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int
       most = score_part(real, seen.count, x.first_key(b, t) - at, x.last_key(b, t) - at, x.scale,
                         bias_of(x, b, h, t, at, seen.count, bias), most);
       const float top = largest(most), safe = top == -__builtin_inff() ? 0.0f : top;
-      const float total = exponentials<T>(row, n.prefix + seen.count, safe, pairs + r * n.stride / 2);
-      inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
+      uint32_t* to = pairs + r * n.stride / 2;
+      float total;
+      if (x.dropout_p > 0.0f) {
+        const DroppedRow dropped(x, b, h, t, n.prefix, at);
+        total = dropped_exponentials<T>(row, n.prefix + seen.count, safe, dropped, to);
+        inverse[r] = total == 0.0f ? 0.0f : dropped.dropout.scale / total;
+      } else {
+        total = exponentials<T>(row, n.prefix + seen.count, safe, to);
+        inverse[r] = total == 0.0f ? 0.0f : 1.0f / total;
+      }
       x.lse[(b * x.heads + h) * x.queries + t] = safe + __builtin_logf(total);
     }
     const uint32_t* p = W == 2 ? pairs : reinterpret_cast<const uint32_t*>(scores);

@@ -55,6 +55,29 @@ inline void gradient_row(float* row, float* drow, int64_t count, float inverse) 
   for (int64_t j = 0; j < count; j += kWidth) store<F32>(drow + j, load<F32>(row + j) * (load<F32>(drow + j) - delta));
 }
 
+// The same with dropout: m P, what the values were weighted with, in place of exp, and dS = P (m dP - sum(P m dP)).
+// Between the two loops the sign of P tells what was taken: the hash is worth one look.
+inline void dropped_gradient_row(float* row, float* drow, int64_t count, float inverse, const DroppedRow& dropped) {
+  const Floats scale = all(dropped.dropout.scale);
+  const Ints sign = Ints{} + INT32_MIN;
+  Floats weighted = {};
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Floats p = load<F32>(row + j) * inverse;
+    const Ints kept = dropped.keep(j);
+    const Floats dp = (Floats)((Ints)(load<F32>(drow + j) * scale) & kept);
+    store<F32>(row + j, (Floats)((Ints)p | (~kept & sign)));
+    store<F32>(drow + j, dp);
+    weighted = multiply_add(p, dp, weighted);
+  }
+  const float delta = sum(weighted);
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const Ints signed_p = (Ints)load<F32>(row + j);
+    const Floats p = (Floats)(signed_p & ~sign);
+    store<F32>(drow + j, p * (load<F32>(drow + j) - delta));
+    store<F32>(row + j, (Floats)((Ints)(p * scale) & ~(signed_p >> 31)));
+  }
+}
+
 // Rows of P and dS (`count` columns) rounded to pairs: dS as left operand into ds, and both, for the products whose
 // contraction runs over the rows, in place: two rows become one of pairs, which lies in a row that was read before.
 inline void pair_rows(const Block& x, int64_t rows, int64_t count, int64_t stride) {
@@ -108,7 +131,10 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
                       bias_of(x, b, h, t, at, seen.count, s.bias), most);
     const float top = largest(most), safe = top == -__builtin_inff() ? 0.0f : top;
     const float total = exponentials<F32>(row, n.prefix + seen.count, safe, nullptr);
-    gradient_row(row, s.dscores + r * n.stride, n.prefix + seen.count, total == 0.0f ? 0.0f : 1.0f / total);
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    float* drow = s.dscores + r * n.stride;
+    if (x.dropout_p > 0.0f) dropped_gradient_row(row, drow, n.prefix + seen.count, inverse, {x, b, h, t, n.prefix, at});
+    else gradient_row(row, drow, n.prefix + seen.count, inverse);
   }
   if constexpr (W == 2) pair_rows(s, rows, n.prefix + seen.count, n.stride);
   const uint32_t* ds = W == 2 ? s.ds : reinterpret_cast<const uint32_t*>(s.dscores);

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <bit>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 
@@ -81,6 +82,15 @@ inline Matrix matrix_of(const Tensor& weight, const std::optional<Tensor>& absma
     w.absmax = static_cast<const float*>(values_of(*absmax));
   }
   return w;
+}
+
+// The dropout of a call's arguments; the seed is read where there is any.
+template <class Arguments>
+inline void set_dropout(Arguments& out, double p, const std::optional<Tensor>& seed) {
+  if (p <= 0.0) return;
+  out.dropout_p = static_cast<float>(p);
+  out.threshold = static_cast<uint32_t>(std::llrint(p * 4294967296.0));
+  out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(values_of(*seed)));
 }
 
 }  // namespace pe

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peft_engine import dispatch
 from peft_engine.conv1d import is_conv1d
+from peft_engine.dropout import draw_seed
 from peft_engine.methods import copies, derived, dora
 from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.nn import NF4Linear
@@ -221,10 +222,7 @@ def _product(
     if settings.dora:
         m = layer._modules["lora_magnitude_vector"]._parameters[name]
         return dora.product(layer, x, weight, name, a, b, m, settings.scaling, bias, p)
-    # A seed from torch's generator: checkpointing restores the generator, so the second forward drops the
-    # same.
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
-    return lora_linear(x, weight, a, b, settings.scaling, bias=bias, dropout_p=p, seed=seed)
+    return lora_linear(x, weight, a, b, settings.scaling, bias=bias, dropout_p=p, seed=draw_seed(p, x.device))
 
 
 def settings_for(config: LoraConfig, r: int, alpha: float) -> LoraSettings:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from peft_engine import dispatch
+from peft_engine.dropout import draw_seed
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import heads_of
 from peft_engine.methods.copies import thread, whose
@@ -121,16 +123,18 @@ def _base(own: str, module: Any) -> Any:
     return vars(sys.modules[kind.__module__])["eager_attention_forward"]
 
 
-def why_by_cat(dropout: float, kwargs: dict) -> str:
+def why_by_cat(call: PrefixAttentionCall, kwargs: dict) -> str:
     """Why attention behind virtual tokens runs by concatenation, or nothing."""
-    if dropout:
-        return f"attention dropout is {dropout}: prefix and keys are joined and torch's attention runs"
     special = [name for name in SPECIAL if kwargs.get(name) is not None]
-    return (
-        f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs"
-        if special
-        else ""
-    )
+    if special:
+        return f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs"
+    if call.dropout and dispatch.forced() is None:
+        choice = PREFIX_ATTENTION.choose(call)
+        if choice.backend == "reference":  # which would hold the mask: torch's attention has dropout itself
+            return (
+                f"attention dropout, and {choice.reason}: prefix and keys are joined, torch's attention runs"
+            )
+    return ""
 
 
 def with_prefix(
@@ -144,7 +148,8 @@ def with_prefix(
         causal and key.shape[2] > query.shape[2]
     ):  # a static cache before its first token: later slots are empty
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if why_by_cat(dropout, kwargs):
+    call = PrefixAttentionCall(query.device.type, query.dtype, query.shape[3], dropout=dropout > 0.0)
+    if why_by_cat(call, kwargs):
         return _by_cat(
             base, module, query, key, value, mask, prefix_k, prefix_v, causal,
             dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
@@ -159,6 +164,7 @@ def with_prefix(
     out = prefix_attention(
         query, key, value, prefix_k, prefix_v, is_causal=causal, scale=scaling,
         attn_mask=mask if intervals is None else None, position_bias=position_bias, intervals=intervals,
+        dropout_p=dropout, seed=draw_seed(dropout, query.device),
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -217,10 +223,19 @@ def describe(module: Any, device: str, dtype: torch.dtype) -> tuple[str, str] | 
     """
     if SITE not in module.__dict__ or not module.config._attn_implementation.startswith(NAME):
         return None
-    dropout = module.training and float(getattr(module, "attention_dropout", 0.0) or 0.0)
-    why = why_by_cat(dropout, {"softcap": getattr(module.config, "attn_logit_softcapping", None)})
+    _, head_dim = heads_of(module)
+    call = PrefixAttentionCall(device, dtype, head_dim, dropout=module.training and _dropout_of(module) > 0.0)
+    why = why_by_cat(call, {"softcap": getattr(module.config, "attn_logit_softcapping", None)})
     if why:
         return "", why
-    _, head_dim = heads_of(module)
-    choice = PREFIX_ATTENTION.choose(PrefixAttentionCall(device, dtype, head_dim))
+    choice = PREFIX_ATTENTION.choose(call)
     return choice.backend, choice.reason
+
+
+def _dropout_of(module: Any) -> float:
+    """The attention dropout of a layer, by the names and the types that families give it."""
+    for name in ("attention_dropout", "attn_dropout", "dropout"):
+        found = getattr(module, name, None)
+        if found is not None:
+            return float(getattr(found, "p", found))
+    return 0.0

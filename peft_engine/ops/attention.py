@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch
+from peft_engine.dropout import check_dropout, dropout_mask
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
@@ -31,6 +32,7 @@ class AttentionCall(NamedTuple):
     device: str
     dtype: torch.dtype
     head_dim: int
+    dropout: bool = False
 
 
 ATTENTION = dispatch.Op("attention")
@@ -43,11 +45,14 @@ def attention(
     *,
     intervals: Intervals | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the keys each query sees; (B, Hq, Tq, D), a view of (B, Tq, Hq, D).
 
     q (B, Hq, Tq, D), k and v (B, Hkv, Tk, D) of one dtype, any strides, Hq a multiple of Hkv; scale 1/sqrt(D)
     when None. intervals None is causal, with the last query at the last key (Tq <= Tk). Gradients: q, k, v.
+    dropout_p and seed are those of prefix_attention.
     Under autocast q, k and v are taken in its dtype, as torch's attention takes them.
     """
     q, k, v = in_autocast(q, k, v)
@@ -61,9 +66,10 @@ def attention(
         check_causal("attention", q, k.shape[2])
     else:
         intervals = fit_intervals("attention", intervals, q)
+    check_dropout("attention", "q", q, dropout_p, seed)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    call = AttentionCall(q.device.type, q.dtype, q.shape[3])
-    return ATTENTION.choose(call, q, k, v).run(q, k, v, intervals, scale)
+    call = AttentionCall(q.device.type, q.dtype, q.shape[3], dropout_p > 0.0)
+    return ATTENTION.choose(call, q, k, v).run(q, k, v, intervals, scale, float(dropout_p), seed)
 
 
 def in_autocast(q: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -167,7 +173,13 @@ def kept_intervals(mask: torch.Tensor) -> Intervals | None:
     return kept[1]
 
 
-def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tensor:
+def drop(p: torch.Tensor, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:
+    """What dropout leaves of the softmax p (B, Hq, T, columns), whose rows are those of the hash."""
+    kept = dropout_mask(seed, p.shape[:-1].numel(), p.shape[-1], dropout_p).view(p.shape)
+    return p * kept / (1.0 - dropout_p)
+
+
+def reference(q, k, v, intervals: Intervals | None, scale: float, dropout_p=0.0, seed=None) -> torch.Tensor:
     """attention in plain torch: the mask in full, the softmax in float32 (float64 stays)."""
     seen = mask_from_intervals(q, k.shape[2], intervals)
     repeats = q.shape[1] // k.shape[1]
@@ -177,6 +189,8 @@ def reference(q, k, v, intervals: Intervals | None, scale: float) -> torch.Tenso
     # A row that sees nothing is all -inf: zeros in its place, and no gradient.
     empty = ~seen.any(-1, keepdim=True)
     p = scores.masked_fill(empty, 0.0).softmax(-1, dtype=wide).masked_fill(empty, 0.0).to(q.dtype)
+    if dropout_p > 0.0:
+        p = drop(p, dropout_p, seed)
     return (p @ v).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -191,7 +205,7 @@ def dense(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _kernels(q, k, v, intervals, scale) -> torch.Tensor:
+def _kernels(q, k, v, intervals, scale, dropout_p, seed) -> torch.Tensor:
     """The kernels of prefix_attention, without a prefix; on a GPU torch's flash kernel where all is causal.
 
     That has no intervals but by a mask in full, which takes torch's slow kernel, and of float32 with grouped
@@ -199,19 +213,20 @@ def _kernels(q, k, v, intervals, scale) -> torch.Tensor:
     """
     grouped = q.shape[1] != k.shape[1]
     flash = dispatch.on_gpu(q) and (q.dtype != torch.float32 or not grouped)
-    if flash and intervals is None and q.shape[2] == k.shape[2]:
+    if flash and intervals is None and q.shape[2] == k.shape[2] and not dropout_p:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     from peft_engine.ops.prefix_attention import kernels  # which imports this module
 
     first, last = (None, None) if intervals is None else intervals
     prefix_k, prefix_v = k.detach()[:1, :, :0], v.detach()[:1, :, :0]
-    return kernels(q, k, v, prefix_k, prefix_v, first, last, None, intervals is None, scale)
+    causal = intervals is None
+    return kernels(q, k, v, prefix_k, prefix_v, first, last, None, causal, scale, dropout_p, seed)
 
 
 def _refuse_unless_triton(call: AttentionCall) -> str | None:
-    from peft_engine.ops.prefix_attention import refuse_head_dim
+    from peft_engine.ops.prefix_attention import refuse_tiles
 
-    return refuse_head_dim(call.head_dim) or refuse_unless_cuda(call)
+    return refuse_tiles(call.head_dim, call.dropout) or refuse_unless_cuda(call)
 
 
 ATTENTION.register("triton", _kernels, _refuse_unless_triton)

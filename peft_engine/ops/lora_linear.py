@@ -17,10 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
+from peft_engine.dropout import check_dropout, dropout_mask
 from peft_engine.kernels import scratch
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu, refuse_unless_cuda
-
-_U32 = 0xFFFFFFFF
 
 
 class LoraLinearCall(NamedTuple):
@@ -123,33 +122,10 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p, seed) -> None:
         raise ValueError(f"lora_linear: bias must be (out_features,)=({n},), got {tuple(bias.shape)}")
     if bias is not None and bias.device != x.device:
         raise ValueError(f"lora_linear: x is on {x.device} and bias on {bias.device}; move one of them")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(
-            "lora_linear: dropout needs seed, an int64 tensor of one element; draw it with torch.randint"
-        )
-    if dropout_p > 0.0 and seed.device != x.device:
-        raise ValueError(f"lora_linear: x is on {x.device} and seed on {seed.device}; draw it on x's device")
+    check_dropout("lora_linear", "x", x, dropout_p, seed)
 
 
 # --- reference ----------------------------------------------------------------------------------------------
-
-
-def _mix(h: torch.Tensor) -> torch.Tensor:
-    """The 32-bit finaliser of MurmurHash3, on uint32 values held in int64."""
-    h = (h ^ (h >> 16)) * 0x85EBCA6B & _U32
-    h = (h ^ (h >> 13)) * 0xC2B2AE35 & _U32
-    return h ^ (h >> 16)
-
-
-def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
-    """The (rows, columns) bool mask of the elements kept: hash(seed, row, column) >= p * 2^32."""
-    seed = seed.reshape(())
-    row = torch.arange(rows, device=seed.device)
-    key = _mix((seed & _U32) ^ _mix((row & _U32) ^ _mix((seed >> 32 & _U32) ^ (row >> 32))))
-    column = torch.arange(columns, device=seed.device) * 0x9E3779B9 & _U32
-    return _mix((key[:, None] + column) & _U32) >= round(p * 2**32)
 
 
 def reference(x, weight, lora_a, lora_b, scaling, bias=None, dropout_p=0.0, seed=None) -> torch.Tensor:

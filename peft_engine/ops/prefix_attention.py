@@ -5,6 +5,9 @@
     d[P_v ; V] = P^T dout      dP = dout [P_v ; V]^T      dS = P (dP - sum(dout out))
     dq = scale dS [P_k ; K]    d[P_k ; K] = scale dS^T q  where a prefix is shared, summed over the batch
 
+With dropout, m = keep / (1 - p), and out = (m P) [P_v ; V], d[P_v ; V] = (m P)^T dout, dP = m (dout [P_v ;
+V]^T); lse is that of all. keep is the hash of peft_engine/dropout.py, of the row (b Hq + h) T + t and the
+column in [P_k ; K]: the backward makes it again.
 q (B, Hq, T, D), K and V (B, Hkv, S, D), P_k and P_v (Hkv, P, D). Every query sees the whole prefix; of the
 real keys it sees one interval (causal, packed documents, padding, a sliding window), less what bias makes
 -inf. The prefix is read from its one copy: nothing is concatenated, nothing expanded. Saved for the backward:
@@ -18,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
+from peft_engine.dropout import check_dropout
 from peft_engine.kernels import scratch
 from peft_engine.ops.attention import (
     Intervals,
@@ -25,6 +29,7 @@ from peft_engine.ops.attention import (
     check_causal,
     check_heads,
     dense,
+    drop,
     fit_intervals,
     in_autocast,
     intervals_from_mask,
@@ -42,6 +47,7 @@ class PrefixAttentionCall(NamedTuple):
     biased: bool = False
     bias_learns: bool = False
     learns: bool = False
+    dropout: bool = False
 
 
 PREFIX_ATTENTION = dispatch.Op("prefix_attention")
@@ -61,6 +67,8 @@ def prefix_attention(
     cu_seqlens: torch.Tensor | None = None,
     window: int | None = None,
     intervals: Intervals | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax over [prefix_k ; k], times [prefix_v ; v]; (B, Hq, T, D), a view of (B, T, Hq, D).
 
@@ -79,6 +87,8 @@ def prefix_attention(
 
     position_bias (B or 1, Hq or 1, T or 1, S), as T5's, is added to the scaled scores. Both, where they are
     added, are of q's dtype or float32. A query that sees nothing at all gives zeros.
+    dropout_p of what the softmax gives is dropped; seed is then an int64 tensor of one element (draw it with
+    torch.randint, so that checkpointing draws it again).
     Gradients: q, k, v, prefix_k, prefix_v, in the dtype of each; a shared prefix's is summed over the batch
     in float32. That of position_bias is given by the reference alone. Under autocast q, k and v are taken in
     its dtype, as torch's attention takes them.
@@ -88,6 +98,7 @@ def prefix_attention(
     if prefix_k.dtype != prefix_v.dtype:
         prefix_k, prefix_v = in_autocast(prefix_k, prefix_v)
     _check(q, k, v, prefix_k, prefix_v)
+    check_dropout("prefix_attention", "q", q, dropout_p, seed)
     keys = k.shape[2]
     intervals, is_causal = _structure(q, keys, is_causal, cu_seqlens, window, intervals)
     intervals, bias = _masks(q, keys, is_causal, attn_mask, position_bias, intervals)
@@ -104,10 +115,12 @@ def prefix_attention(
         bias is not None,
         grad and bias is not None and bias.requires_grad,
         grad and any(t.requires_grad for t in tensors),
+        dropout_p > 0.0,
     )
     first, last = (None, None) if intervals is None else intervals
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return PREFIX_ATTENTION.choose(call, *tensors, bias).run(*tensors, first, last, bias, is_causal, scale)
+    arguments = *tensors, first, last, bias, is_causal, scale, float(dropout_p), seed
+    return PREFIX_ATTENTION.choose(call, *tensors, bias).run(*arguments)
 
 
 # --- the door -----------------------------------------------------------------------------------------------
@@ -251,7 +264,9 @@ def _check_mask(name: str, t: torch.Tensor | None, q: torch.Tensor, keys: int) -
 # --- reference ----------------------------------------------------------------------------------------------
 
 
-def reference(q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float) -> torch.Tensor:
+def reference(
+    q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float, dropout_p=0.0, seed=None
+) -> torch.Tensor:
     """prefix_attention in plain torch: keys concatenated, the softmax in float32 (float64 stays)."""
     keys, prefix, repeats = k.shape[2], prefix_k.shape[2], q.shape[1] // k.shape[1]
     rows = (q.shape[0], -1, -1, -1)
@@ -269,6 +284,8 @@ def reference(q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scal
     # A row that sees nothing is all -inf: zeros in its place, and no gradient.
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     p = scores.masked_fill(empty, 0.0).softmax(-1, dtype=wide).masked_fill(empty, 0.0).to(q.dtype)
+    if dropout_p > 0.0:
+        p = drop(p, dropout_p, seed)
     return (p @ v).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -278,7 +295,7 @@ def reference(q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scal
 # without them the real keys are all seen, or with `causal` those up to the query's place. bias is
 # (B, Hq, T, S), its strides often 0. lse (B, Hq, T) is float32, -inf where a query sees nothing.
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
-_MASKS = "Tensor? first, Tensor? last, Tensor? bias, bool causal, float scale"
+_MASKS = "Tensor? first, Tensor? last, Tensor? bias, bool causal, float scale, float dropout_p, Tensor? seed"
 native.library.define(f"prefix_attention_forward({_INPUTS}, {_MASKS}) -> (Tensor, Tensor)")
 native.library.define(
     f"prefix_attention_backward(Tensor dout, {_INPUTS}, Tensor? out, Tensor? lse, {_MASKS})"
@@ -287,18 +304,18 @@ native.library.define(
 
 
 @torch.library.register_fake("peft_engine::prefix_attention_forward")
-def _(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
+def _(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed):
     return by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("peft_engine::prefix_attention_backward")
-def _(dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal, scale):
+def _(dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal, scale, dropout_p, seed):
     shares = (prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape))
     return by_token(q), by_token(k), by_token(v), *shares
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
+def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, *dropout):
     from peft_engine.kernels.prefix_attention import decode
 
     # By the number of queries, inside the op, so that no trace depends on it.
@@ -319,31 +336,34 @@ def _(*arguments):
 def _backward_on_gpu(*arguments):
     from peft_engine.kernels.prefix_attention.backward import backward
 
-    return backward(*arguments)
+    return backward(*arguments[:-2])  # without the dropout, which it has not
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale):
+    def forward(ctx: Any, q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed):
         run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward
-        out, lse = run(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale)
+        out, lse = run(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed)
         results = (out, lse) if dispatch.on_gpu(q) else (None, None)  # the CPU's backward reads neither
-        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *results, first, last, bias)
-        ctx.settings = causal, scale
+        ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *results, first, last, bias, seed)
+        ctx.settings = causal, scale, dropout_p
         return out
 
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, dout):
         run = _backward_on_gpu if dispatch.direct(dout) else torch.ops.peft_engine.prefix_attention_backward
-        grads = run(dense(dout), *ctx.saved_tensors, *ctx.settings)
+        *saved, seed = ctx.saved_tensors
+        grads = run(dense(dout), *saved, *ctx.settings, seed)
         needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *needed, None, None, None, None, None
+        return *needed, *(None,) * 7
 
 
-def kernels(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale) -> torch.Tensor:
+def kernels(
+    q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p=0.0, seed=None
+) -> torch.Tensor:
     tensors = [dense(t) for t in (q, k, v, prefix_k, prefix_v)]
-    arguments = (*tensors, first, last, bias, causal, scale)
+    arguments = (*tensors, first, last, bias, causal, scale, dropout_p, seed)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _PrefixAttention.apply(*arguments)
     run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward.default
@@ -362,16 +382,16 @@ def refuse(call: PrefixAttentionCall) -> str | None:
 MAX_HEAD_DIM = 256  # what the Triton kernels' tiles hold
 
 
-def refuse_head_dim(head_dim: int) -> str | None:
-    """Why the Triton kernels do not take heads of this width."""
+def refuse_tiles(head_dim: int, dropout: bool) -> str | None:
+    """Why the Triton kernels do not take heads of this width, or a dropout."""
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is above {MAX_HEAD_DIM}, the most its tiles hold"
-    return None
+    return "its kernels have no dropout" if dropout else None
 
 
 def refuse_unless_triton(call: PrefixAttentionCall) -> str | None:
     """Why the Triton kernels do not take a call."""
-    return refuse_head_dim(call.head_dim) or refuse(call) or refuse_unless_cuda(call)
+    return refuse_tiles(call.head_dim, call.dropout) or refuse(call) or refuse_unless_cuda(call)
 
 
 def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from accuracy import assert_twice_as_good
 
-from peft_engine import dispatch, layers
+from peft_engine import dispatch, explain, layers
 
 SIZES = {
     "hidden_size": 32,
@@ -209,15 +209,31 @@ def test_autocast_runs_in_the_dtype_of_the_own_layers():
     assert_twice_as_good(got, want, exact)
 
 
-@pytest.mark.parametrize("reason", ["eager", "dropout", "bidirectional"])
+@pytest.mark.parametrize("reason", ["eager", "bidirectional"])
 def test_attention_that_is_set_otherwise_keeps_its_own_code_and_says_why(reason):
-    model = make(attn_implementation="eager") if reason == "eager" else make(attention_dropout=0.1)
+    model = make(attn_implementation="eager") if reason == "eager" else make()
     attention = model.model.layers[0].self_attn
-    attention.train(reason == "dropout")
     attention.is_causal = reason != "bidirectional"
     fused, op, why = layers.fused_class(attention)
     assert (fused, op) == (None, "attention")
     assert reason in why
+
+
+def test_attention_dropout_is_fused_in_training_alone():
+    plain, model = make(), make(attention_dropout=0.3)
+    fuse(model)
+    assert {line.backend for line in explain(model.train()).layers if line.op == "attention"} == {"cpu"}
+    batch = {"input_ids": torch.randint(3, 61, (2, 9)), "attention_mask": torch.ones(2, 9)}
+    batch["attention_mask"][1, 6:] = 0
+    outs = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(7)
+        with dispatch.force_backend(backend):
+            outs.append(model(**batch).logits)
+    torch.testing.assert_close(*outs)
+    torch.manual_seed(8)
+    assert not torch.allclose(model(**batch).logits, outs[0])
+    torch.testing.assert_close(model.eval()(**batch).logits, plain(**batch).logits)
 
 
 def test_attention_set_to_eager_after_it_was_fused_gives_its_weights():

@@ -359,7 +359,49 @@ def test_explain_says_what_runs_in_front_of_the_keys(kind):
             module.attention_dropout = 0.1
     pe.active(model, "default")
     lines = [line for line in pe.explain(model).layers if line.op == "prefix_attention"]
-    assert all(not line.fused and "attention dropout is 0.1" in line.reason for line in lines)
+    assert all(line.fused and line.backend == "cpu" for line in lines)
+    lines = [line for line in pe.explain(model.double()).layers if line.op == "prefix_attention"]
+    assert all(not line.fused and "attention dropout, and" in line.reason for line in lines)
+
+
+# Names of the attention's own dropout.
+DROPOUT = {
+    "gpt2": "attn_pdrop", "bert": "attention_probs_dropout_prob", "roberta": "attention_probs_dropout_prob",
+    "t5": "dropout_rate",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "family"), BEHIND_KEYS)
+def test_attention_dropout_runs_in_the_op_and_is_drawn_again_for_a_checkpoint(kind, family, monkeypatch):
+    model = adapted(kind, family, **{DROPOUT.get(family, "attention_dropout"): 0.3})
+    batch = families.inputs(family)
+    still = model(**batch).loss.detach()
+    monkeypatch.setattr(virtual_attention, "_by_cat", None)
+
+    def step():
+        torch.manual_seed(7)
+        return gradients(model.train(), batch)
+
+    loss, grads = step()
+    assert not torch.allclose(loss, still)
+    with pe.force_backend("reference"):
+        want, wanted = step()
+    torch.testing.assert_close(loss, want)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, repeated = step()
+    torch.testing.assert_close(again, loss)
+    for path, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[path], msg=path)
+        torch.testing.assert_close(grad, repeated[path], msg=path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_attention_dropout_that_no_kernel_takes_is_torchs_over_joined_keys(family):
+    model = adapted("prefix", family, **{DROPOUT[family]: 0.3}).double().train()
+    batch = families.inputs(family)
+    torch.manual_seed(7)
+    loss, grads = gradients(model, batch)
+    assert not torch.allclose(loss, model.eval()(**batch).loss) and all(g.any() for g in grads.values())
 
 
 ATTENTIONS = {"t5": "T5Attention", "bart": "BartAttention", "bert": "BertSelfAttention"}

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from bench.bench_prefix_attention import extra_bytes
 from peft_engine import dispatch
+from peft_engine.dropout import dropout_mask
 from peft_engine.ops import prefix_attention as exported
 from peft_engine.ops.attention import Intervals, mask_from_intervals
 from peft_engine.ops.prefix_attention import prefix_attention, reference
@@ -45,8 +46,11 @@ def by_reference(*tensors, **masks):
         return prefix_attention(*tensors, **masks)
 
 
-def terms(tensors, dout, seen, bias):
-    """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left."""
+def terms(tensors, dout, seen, bias, dropped=1.0):
+    """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left.
+
+    dropped: what dropout multiplies P by.
+    """
     q, k, v, pk, pv, dout = (t.double() for t in (*tensors, dout))
     batch, repeats, prefix, scale = q.shape[0], q.shape[1] // k.shape[1], pk.shape[-2], q.shape[-1] ** -0.5
     shared = pk.dim() == 3
@@ -58,8 +62,9 @@ def terms(tensors, dout, seen, bias):
     if bias is not None:
         scores = scores + F.pad(bias.double(), (prefix, 0))
     p = scores.masked_fill(~F.pad(seen, (prefix, 0), value=True), float("-inf")).softmax(-1).nan_to_num(0)
-    dp = dout.abs() @ v.abs().mT
+    dp = dout.abs() @ v.abs().mT * dropped
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
+    p = p * dropped
     dk, dv = (t.unflatten(1, (-1, repeats)).sum(2) for t in (ds.mT @ q.abs(), p.mT @ dout.abs()))
     dpk, dpv = (t[:, :, :prefix].sum(0) if shared else t[:, :, :prefix] for t in (dk, dv))
     return p @ v.abs(), ds @ k.abs(), dk[:, :, prefix:], dv[:, :, prefix:], dpk, dpv
@@ -80,7 +85,12 @@ def check(tensors, what="", **masks):
     wide = [t.to(q.dtype).double() for t in tensors]
     exact_masks = masks | ({} if bias is None else {"position_bias": bias.double()})
     exact = run(wide, dout.double(), by_reference, **exact_masks)
-    sizes = terms(wide, dout, seen, bias)
+    dropped, p = 1.0, masks.get("dropout_p", 0.0)
+    if p > 0.0:
+        columns = tensors[3].shape[-2] + k.shape[2]
+        kept = dropout_mask(masks["seed"], q.shape[:3].numel(), columns, p)
+        dropped = kept.view(*q.shape[:3], columns) / (1.0 - p)
+    sizes = terms(wide, dout, seen, bias, dropped)
     for name, *results in zip(NAMES, got, plain, exact, sizes, strict=True):
         assert results[0].isfinite().all(), f"{name} {what}"
         assert_twice_as_good(*results, f"{name} {what}")
@@ -219,7 +229,7 @@ def raw_lse(tensors, intervals, bias):
     first, last = intervals or (None, None)
     bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     op = torch.ops.peft_engine.prefix_attention_forward
-    return op(q, k, v, pk[None], pv[None], first, last, bias, False, q.shape[-1] ** -0.5)[1]
+    return op(q, k, v, pk[None], pv[None], first, last, bias, False, q.shape[-1] ** -0.5, 0.0, None)[1]
 
 
 def test_lse_is_the_log_of_the_sum(isa):
