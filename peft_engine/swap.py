@@ -16,7 +16,8 @@ from peft_engine import dense, native
 from peft_engine.conv1d import as_made, by_rows, is_conv1d, is_linear
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
-from peft_engine.methods import copies, derived, lora_layers, virtual_attention, walks
+from peft_engine.methods import copies, derived, fused_attention, lora_layers, virtual_attention, walks
+from peft_engine.methods.attention_sites import uses_interface
 from peft_engine.methods.bottleneck_layers import Bottlenecks
 from peft_engine.methods.sharded import class_of
 from peft_engine.nn import NF4Linear
@@ -56,6 +57,8 @@ def optimize(model: torch.nn.Module) -> Report:
                 if fused is not None and type(module) is class_of(module) is not fused:
                     _set_class(module, fused)
                     _lay_out(module, by_rows)
+    if "transformers" in sys.modules:
+        fused_attention.put(model, [m for m in model.modules() if _is_stand_in(m) and uses_interface(m)])
     attach_head(model)
     return explain(model)
 
@@ -80,6 +83,7 @@ def unoptimize(model: ModelType) -> ModelType:
             module.__dict__.pop(kept, None)
         _set_class(module, _stood_for(module))
         _lay_out(module, as_made)
+    fused_attention.take(model)
     detach_head(model)
     return model
 
@@ -168,6 +172,7 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
     head = _head(model)
     # The embedding comes first and has the dtype of the activations, which adapters in float32 have not.
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    by_name = fused_attention.refused(model)
     for name, module in model.named_modules():
         if head is not None and module is head:
             line = _head_line(name, model, head)
@@ -190,7 +195,7 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif is_linear(module):
             yield _dense_line(model, name, module)
         else:
-            own = _model_line(name, module, dtype)
+            own = _model_line(name, module, dtype, by_name)
             found = _virtual_tokens_line(name, module, dtype, own) or own
             if found is not None:
                 yield found
@@ -347,7 +352,7 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
     names = peft_layers.active_names(module)
     why = peft_layers.own_reason(module, names)
     alone = peft_layers.base_alone(module)
-    if why is not None and (not alone or type(base) is torch.nn.Linear):
+    if why is not None and (not alone or type(base) is torch.nn.Linear or is_conv1d(type(base))):
         return _own(name, module, "lora_linear", why)
     weight = peft_layers.base_weight(base)
     if isinstance(weight, NF4Tensor) and not alone:
@@ -376,13 +381,22 @@ def _virtual_tokens_line(
     return _ran(name, module, "prefix_attention", backend, reason)
 
 
-def _model_line(name: str, module: torch.nn.Module, dtype: torch.dtype) -> LayerReport | None:
+def _model_line(
+    name: str, module: torch.nn.Module, dtype: torch.dtype, by_name: set[int]
+) -> LayerReport | None:
     if _is_stand_in(module):
         from peft_engine import layers
 
         op, backend, why = layers.running(module, dtype)
         return _ran(name, module, op, backend, why) if backend else _own(name, module, op, why)
-    op = _fused_class(module)[1]
+    fused, op, _ = _fused_class(module)
+    device = next(module.parameters(), torch.empty(0)).device.type
+    found = fused_attention.describe(module, device, dtype, by_name) if fused is None else None
+    if found is not None:
+        backend, why = found
+        if backend:
+            return _ran(name, module, "attention", backend, why)
+        return _own(name, module, "attention", why or NOT_YET)
     # What holds another layer of its op leaves the computing to that: T5LayerSelfAttention to T5Attention.
     if not op or any(inner is not module and _fused_class(inner)[1] == op for inner in module.modules()):
         return None

@@ -4,6 +4,7 @@ A layer counts when its forward asks transformers' attention interface for the f
 that do not (Falcon, Bloom, GPT-J, DeBERTa) have no such layer.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -98,12 +99,26 @@ def goes_by_name(module: nn.Module) -> bool:
     return code is not None and ("eager", "sdpa") in code.co_consts
 
 
+@functools.cache
+def names_sdpa(kind: Any) -> bool:
+    """Whether a method of a module of transformers does something of its own for the name "sdpa"."""
+    theirs = [k for k in kind.__mro__ if k.__module__.startswith("transformers.models.")]
+    codes = [code_of(method) for k in theirs for method in vars(k).values()]
+    constants = [constant for code in codes if code is not None for constant in code.co_consts]
+    return any(c == "sdpa" or (isinstance(c, tuple) and "sdpa" in c) for c in constants)
+
+
+def code_of(method: Any) -> Any:
+    """The code of a function below its decorators; None of what is none."""
+    return getattr(inspect.unwrap(method), "__code__", None)
+
+
 def _code(module: nn.Module) -> Any:
     """The code of a module's forward as transformers has it."""
     for kind in type(module).__mro__:
         forward = vars(kind).get("forward")
         if forward is not None and kind.__module__.startswith("transformers."):
-            return getattr(inspect.unwrap(forward), "__code__", None)
+            return code_of(forward)
     return None
 
 
@@ -138,6 +153,15 @@ def heads_of(module: Any) -> tuple[int, int]:
         head_dim = module.config.hidden_size // heads
     groups = getattr(module, "num_key_value_groups", None) or 1
     return heads // groups, head_dim
+
+
+def dropout_of(module: Any) -> float:
+    """The attention dropout of a layer, by the names and the types that families give it."""
+    for name in ("attention_dropout", "attn_dropout", "dropout"):
+        found = getattr(module, name, None)
+        if found is not None:
+            return float(getattr(found, "p", found))
+    return 0.0
 
 
 def _embeddings(stack: Any) -> str | None:

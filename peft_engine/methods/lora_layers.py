@@ -176,8 +176,8 @@ def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
         else:
             wanted = short_names([path for path, layer in layers(model) if name in layer.lora], model)
         config = dataclasses.replace(config, target_modules=wanted)
-    transposed = any(is_conv1d(BASES[type(layer)]) for _, layer in layers(model) if name in layer.lora)
-    return lora_config.to_file(config) | {"fan_in_fan_out": transposed}
+    bases = {BASES[sharded.class_of(layer)] for _, layer in layers(model) if name in layer.lora}
+    return lora_config.to_file(config) | {"fan_in_fan_out": any(map(is_conv1d, bases))}
 
 
 def owns(fields: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from peft_engine.methods import copies, peft_config
 from peft_engine.methods.attention_sites import Stack, goes_by_name, heads_of, parameters_of, stacks
-from peft_engine.methods.virtual_attention import NAME
+from peft_engine.methods.virtual_attention import FORWARDS, NAME
 
 STORED = "prompt_embeddings"  # the key in PEFT's file, without anything in front
 ROOT = "base_model"  # what PEFT puts in front of other keys: these methods do not wrap the model's layers
@@ -135,7 +135,7 @@ def check_attention(model: Any, found: Iterable[Stack], what: str, who: str) -> 
                 f"a {what} is put in front of those of one width alone; take LoRA, or bottleneck adapters"
             )
     now = model.config._attn_implementation
-    if now.removeprefix(NAME) not in ("sdpa", "eager"):
+    if now.removeprefix(NAME) not in FORWARDS:
         raise ValueError(
             f"{who}: the model's attention is set to {now!r}, which cannot put keys in front; call "
             "model.set_attn_implementation('sdpa') first"

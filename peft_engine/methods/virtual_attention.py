@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from peft_engine import dispatch
 from peft_engine.dropout import draw_seed
 from peft_engine.methods import copies
-from peft_engine.methods.attention_sites import heads_of
+from peft_engine.methods.attention_sites import dropout_of, heads_of
 from peft_engine.methods.copies import thread, whose
 from peft_engine.ops.attention import Intervals, kept_intervals
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
@@ -111,7 +111,26 @@ def forward_over_eager(module, query, key, value, attention_mask, **kwargs):
     return attend(_base("eager", module), module, query, key, value, attention_mask, **kwargs)
 
 
-FORWARDS = {"sdpa": forward_over_sdpa, "eager": forward_over_eager}
+def forward_over_fused(module, query, key, value, attention_mask, **kwargs):
+    """Attention behind virtual tokens, for a model whose attention optimize has fused."""
+    from peft_engine.methods import fused_attention
+
+    return attend(fused_attention.attend, module, query, key, value, attention_mask, **kwargs)
+
+
+FORWARDS = {"sdpa": forward_over_sdpa, "eager": forward_over_eager, "fused_sdpa": forward_over_fused}
+
+
+def register(own: str) -> str:
+    """The name under which transformers knows our attention, for a model set to `own`."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    name = NAME + own
+    # Without a mask function of that name, masks would arrive as None, and padding and causality be lost.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager" if own == "eager" else "sdpa"])
+    AttentionInterface.register(name, FORWARDS[own])
+    return name
 
 
 def _base(own: str, module: Any) -> Any:
@@ -224,18 +243,9 @@ def describe(module: Any, device: str, dtype: torch.dtype) -> tuple[str, str] | 
     if SITE not in module.__dict__ or not module.config._attn_implementation.startswith(NAME):
         return None
     _, head_dim = heads_of(module)
-    call = PrefixAttentionCall(device, dtype, head_dim, dropout=module.training and _dropout_of(module) > 0.0)
+    call = PrefixAttentionCall(device, dtype, head_dim, dropout=module.training and dropout_of(module) > 0.0)
     why = why_by_cat(call, {"softcap": getattr(module.config, "attn_logit_softcapping", None)})
     if why:
         return "", why
     choice = PREFIX_ATTENTION.choose(call)
     return choice.backend, choice.reason
-
-
-def _dropout_of(module: Any) -> float:
-    """The attention dropout of a layer, by the names and the types that families give it."""
-    for name in ("attention_dropout", "attn_dropout", "dropout"):
-        found = getattr(module, name, None)
-        if found is not None:
-            return float(getattr(found, "p", found))
-    return 0.0

@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
-from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live
+from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live, register
 from peft_engine.methods.walks import kept
 from peft_engine.ops.prompt_embedding import extend_inputs
 
@@ -45,7 +45,7 @@ class VirtualTokens(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for own in FORWARDS:  # the config names ours, which the process that reads a pickle may not know
-            _register(own)
+            register(own)
 
     def passes(self) -> bool:
         """Whether a prompt's own pass runs in this thread."""
@@ -131,7 +131,7 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
         now = config._attn_implementation
         own = now.removeprefix(NAME)
         if wanted and own == now and own in FORWARDS:
-            _set_attention(config, _register(own))
+            _set_attention(config, register(own))
         elif not wanted and own != now:
             _set_attention(config, own)
 
@@ -146,18 +146,6 @@ def _configs(model: nn.Module) -> list[Any]:
     found = [getattr(module, "config", None) for stack in stacks for module in stack.modules()]
     named = [c for c in found if isinstance(getattr(c, "_attn_implementation", None), str)]
     return list({id(config): config for config in named}.values())
-
-
-def _register(own: str) -> str:
-    """The name under which transformers knows our attention, for a model set to `own`."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
-    name = NAME + own
-    # Without a mask function of that name, masks would arrive as None, and padding and causality be lost.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    AttentionInterface.register(name, FORWARDS[own])
-    return name
 
 
 # --- the hooks ----------------------------------------------------------------------------------------------
@@ -329,7 +317,7 @@ def _check_implementation(config: Any, kwargs: dict) -> None:
         )
     now = config._attn_implementation
     if now in FORWARDS:
-        _set_attention(config, _register(now))
+        _set_attention(config, register(now))
     elif not now.startswith(NAME):
         raise ValueError(
             f"virtual tokens: the model's attention is set to {now!r}, which cannot put keys in front; call "

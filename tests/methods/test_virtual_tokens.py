@@ -346,24 +346,6 @@ def test_attention_that_takes_nothing_in_front_is_refused(kind):
         pe.attach(model, config(kind, "llama"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_explain_says_what_runs_in_front_of_the_keys(kind):
-    model = adapted(kind, "llama")
-    lines = [line for line in pe.explain(model).layers if line.op == "prefix_attention"]
-    assert len(lines) == 2 and all(line.name.endswith("self_attn") for line in lines)
-    pe.active(model, None)
-    assert not [line for line in pe.explain(model).layers if line.op == "prefix_attention"]
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.1
-    pe.active(model, "default")
-    lines = [line for line in pe.explain(model).layers if line.op == "prefix_attention"]
-    assert all(line.fused and line.backend == "cpu" for line in lines)
-    lines = [line for line in pe.explain(model.double()).layers if line.op == "prefix_attention"]
-    assert all(not line.fused and "attention dropout, and" in line.reason for line in lines)
-
-
 # Names of the attention's own dropout.
 DROPOUT = {
     "gpt2": "attn_pdrop", "bert": "attention_probs_dropout_prob", "roberta": "attention_probs_dropout_prob",
@@ -402,32 +384,3 @@ def test_attention_dropout_that_no_kernel_takes_is_torchs_over_joined_keys(famil
     torch.manual_seed(7)
     loss, grads = gradients(model, batch)
     assert not torch.allclose(loss, model.eval()(**batch).loss) and all(g.any() for g in grads.values())
-
-
-ATTENTIONS = {"t5": "T5Attention", "bart": "BartAttention", "bert": "BertSelfAttention"}
-
-
-@pytest.mark.parametrize("behind", [False, True], ids=["plain", "behind a prefix"])
-@pytest.mark.parametrize("family", [*ATTENTIONS, "llama"])
-def test_an_attention_layer_has_one_line_and_what_holds_it_has_none(family, behind):
-    model = adapted("prefix", family) if behind else families.build(family)
-    kind = ATTENTIONS.get(family, "LlamaAttention")
-    wanted = sorted(name for name, m in model.named_modules() if type(m).__name__ == kind)
-    for made in (pe.explain(model), pe.optimize(model)):
-        lines = [line for line in made.layers if line.kind.endswith("Attention")]
-        assert sorted(line.name for line in lines) == wanted
-        assert {line.kind for line in lines} == {f"transformers.{kind}"}
-        assert {line.op for line in lines} == {"prefix_attention" if behind else "attention"}
-        if not behind and family != "llama":
-            assert {line.reason for line in lines} == {f"no fused layer stands for {kind}"}
-
-
-def test_a_layer_behind_a_prefix_says_what_optimize_would_fuse_around_it():
-    model = adapted("prefix", "llama")
-    before, after = (
-        [line for line in made.layers if line.op == "prefix_attention"]
-        for made in (pe.explain(model), pe.optimize(model))
-    )
-    assert len(before) == len(after) == 2
-    assert all("peft_engine.optimize(model)" in line.reason for line in before)
-    assert not any("peft_engine.optimize(model)" in line.reason for line in after)

@@ -1,0 +1,134 @@
+"""Attention of layers that no fused class stands for: what `optimize` sets in transformers' interface.
+
+The config of such layers, set to sdpa, names IMPLEMENTATION instead, registered with sdpa's masks; calls that
+kernels take on a CPU run ops.prefix_attention without a prefix (causal, bidirectional, padding, windows,
+packed rows, T5's bias, attention dropout), all others transformers' sdpa. Virtual tokens go in front of it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_engine.methods import virtual_attention
+from peft_engine.methods.attention_sites import dropout_of, heads_of, names_sdpa, uses_interface
+from peft_engine.ops.attention import kept_intervals
+from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall
+
+IMPLEMENTATION = "fused_sdpa"
+MARK = "_peft_engine_attention"
+
+
+class Registered:
+    """Stands in the model: whoever reads a pickle of it knows the name that the config has."""
+
+    def __reduce__(self) -> tuple:
+        return _registered, ()
+
+
+def _registered() -> Registered:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    return Registered()
+
+
+def put(model: nn.Module, left: Iterable[nn.Module]) -> None:
+    """Sets the configs of the model's attention layers; not those of the layers in `left`."""
+    others = {id(module.config) for module in left} | refused(model)
+    wanted = [c for c in _configs(model) if _own(c) == "sdpa" and id(c) not in others]
+    if wanted:
+        model.__dict__[MARK] = _registered()
+    for config in wanted:
+        _rename(config, IMPLEMENTATION)
+
+
+def take(model: nn.Module) -> None:
+    """Undoes `put`."""
+    model.__dict__.pop(MARK, None)
+    for config in _configs(model):
+        if _own(config) == IMPLEMENTATION:
+            _rename(config, "sdpa")
+
+
+def attend(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:
+    """Attention without virtual tokens, called as transformers' interface calls its functions."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    if _by_torch(query, key, value, attention_mask, **kwargs):
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    none = key.detach()[0, :, :0]
+    how = virtual_attention.with_prefix
+    return how(sdpa, module, query, key, value, attention_mask, none, none, **kwargs), None
+
+
+def _by_torch(query, key, value, mask, *, dropout=0.0, position_bias=None, **kwargs) -> bool:
+    """Whether a call is one that no kernel takes, or that torch's runs as fast (layers._attend)."""
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    if query.shape[2] == 1 and query.dtype == torch.float32:
+        return True
+    if any(kwargs.get(name) is not None for name in virtual_attention.SPECIAL) or key.shape != value.shape:
+        return True
+    learns = position_bias is not None and position_bias.requires_grad and not position_bias.is_leaf
+    if mask is not None and (mask.shape[-1] != key.shape[2] or kept_intervals(mask) is None):
+        return True
+    return learns or _choose("cpu", query.dtype, query.shape[3], dropout > 0.0).backend == "reference"
+
+
+def _choose(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Any:
+    return PREFIX_ATTENTION.choose(PrefixAttentionCall(device, dtype, head_dim, dropout=dropout))
+
+
+# --- which configs ------------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module) -> set[int]:
+    """Which configs, by id, keep the name that they have, because a module of theirs asks for it."""
+    return {id(m.config) for m in model.modules() if hasattr(m, "config") and names_sdpa(type(m))}  # type: ignore[arg-type]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Those of the attention layers that go through the interface, each once."""
+    return list({id(m.config): m.config for m in model.modules() if _through(m)}.values())
+
+
+def _through(module: nn.Module) -> bool:
+    return uses_interface(module) and hasattr(module, "config")
+
+
+def _own(config: Any) -> str:
+    return str(config._attn_implementation).removeprefix(virtual_attention.NAME)
+
+
+def _rename(config: Any, own: str) -> None:
+    before = config._attn_implementation
+    behind = before.startswith(virtual_attention.NAME)
+    name = virtual_attention.register(own) if behind else own
+    config._attn_implementation = {"": name}  # a plain string goes to the configs inside it too
+
+
+# --- what runs ----------------------------------------------------------------------------------------------
+
+
+def describe(module: Any, device: str, dtype: torch.dtype, others: set[int]) -> tuple[str, str] | None:
+    """The backend that runs a layer's attention, and why no faster one; "": transformers' own, and "" for the
+    reason: because `put` was not called.
+
+    others: what `refused` gives. None for a module that does not go through the interface.
+    """
+    if not _through(module):
+        return None
+    own = _own(module.config)
+    if device != "cpu":
+        return "", "on a GPU torch's own kernels run"
+    if own == "sdpa":
+        asks = id(module.config) in others
+        return "", 'the model does something of its own where attention is named "sdpa"' if asks else ""
+    if own != IMPLEMENTATION:
+        return "", f"attention is set to {own}; the fused one stands for sdpa"
+    choice = _choose(device, dtype, heads_of(module)[1], module.training and dropout_of(module) > 0.0)
+    return ("" if choice.backend == "reference" else choice.backend), choice.reason
