@@ -312,7 +312,7 @@ def _attend(
     by_torch = queries == 1 and (q.dtype == torch.float32 or dispatch.on_gpu(q))
     if dropout and mask is None and dispatch.on_gpu(q) and q.dtype != torch.float32:
         by_torch = True  # its flash kernel, which has dropout as well
-    if not by_torch and not _runs_plainly(q, dropout):
+    if not by_torch and not _runs_plainly(q):
         intervals = kept_intervals(mask) if mask is not None and mask.shape[-1] == k.shape[2] else None
         if mask is None and k.shape[2] > queries > 1:  # a static cache before its first token
             k, v = k[:, :, :queries], v[:, :, :queries]  # later slots are empty
@@ -326,11 +326,11 @@ def _attend(
     return out.transpose(1, 2), None
 
 
-def _runs_plainly(q: torch.Tensor, p: float) -> bool:
+def _runs_plainly(q: torch.Tensor) -> bool:
     """Whether no kernel takes q, and the op would hold all scores: the model's own attention is torch's."""
     if dispatch.forced() is not None:
         return False
-    return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3], p > 0.0)).backend == "reference"
+    return ATTENTION.choose(AttentionCall(q.device.type, q.dtype, q.shape[3])).backend == "reference"
 
 
 # --- which class --------------------------------------------------------------------------------------------
@@ -404,16 +404,15 @@ def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[
     device = next(module.parameters()).device.type
     dtype = dtype or (tensors[0].dtype if tensors else torch.float32)
     try:
-        dropout = module.training and bool(getattr(module, "attention_dropout", 0.0))
-        choice = _choice(op, device, dtype, getattr(module, "head_dim", 0), dropout)
+        choice = _choice(op, device, dtype, getattr(module, "head_dim", 0))
     except BackendError as error:
         return op, "", str(error)
     return op, choice.backend, choice.reason
 
 
-def _choice(op: str, device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Choice:
+def _choice(op: str, device: str, dtype: torch.dtype, head_dim: int) -> Choice:
     if op == "rms_norm":
         return RMS_NORM.choose(RmsNormCall(device, dtype, dtype))
     if op == "swiglu":
         return SWIGLU.choose(SwigluCall(device, dtype))
-    return ATTENTION.choose(AttentionCall(device, dtype, head_dim, dropout))
+    return ATTENTION.choose(AttentionCall(device, dtype, head_dim))

@@ -24,6 +24,8 @@ class Call:
     last: torch.Tensor | None
     bias: torch.Tensor | None
     causal: bool
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -51,6 +53,13 @@ class Call:
         masks = (self.q if t is None else t for t in (self.first, self.last, self.bias))
         return *self.tensors, *masks
 
+    @cached_property
+    def dropout(self) -> tuple[Any, ...]:
+        """seed, threshold, 1 / (1 - p); without dropout None, which leaves no argument."""
+        if not self.dropout_p:
+            return None, None, None
+        return self.seed, round(self.dropout_p * 2**32), 1.0 / (1.0 - self.dropout_p)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """queries, keys, prefix, kv_heads."""
@@ -76,6 +85,6 @@ class Call:
         return {
             "GROUP": self.group, "CAUSAL": self.causal and self.first is None,
             "INTERVALS": self.first is not None, "BIAS": self.bias is not None,
-            "EXACT": self.q.dtype == torch.float32, "HEAD_DIM": head_dim,
+            "DROPOUT": self.dropout_p > 0.0, "EXACT": self.q.dtype == torch.float32, "HEAD_DIM": head_dim,
             "D": max(16, triton.next_power_of_2(head_dim)),
         }  # fmt: skip

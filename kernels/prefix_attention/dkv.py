@@ -15,10 +15,12 @@ from peft_engine.kernels.prefix_attention.parts import (
     at_rows,
     block,
     blocks_of,
+    kept,
     packed,
     probabilities,
     product,
     program,
+    row_keys,
     rows_anew,
     scores,
     seen_by,
@@ -34,7 +36,8 @@ SCANNED = tl.constexpr(1024)  # queries in a turn of `queries_that_see`
 @triton.jit
 def gradient_of_keys(
     dk, dv, keys, values, q_at, g_at, lse, delta, s_bias, n, a, z, unit, inside,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
+    row_key, column, threshold, inverse_keep,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv of a block of keys (n, D), with what a tile of rows adds to them.
 
@@ -45,8 +48,13 @@ def gradient_of_keys(
     s = scores(s, n[:, None], a[None, :], z[None, :], s_bias[None, :], unit, MASKED, BIAS, EXACT)
     p = probabilities(s, lse[None, :], EXACT)
     g = tl.load(g_at, inside, other=0.0)
-    dv = sum_product(p, g, dv)
-    dp = product(values, tl.trans(g))
+    if DROPOUT:
+        keep = kept(row_key[None, :], column[:, None], threshold)
+        dv = sum_product(tl.where(keep, p * inverse_keep, 0.0), g, dv)
+        dp = tl.where(keep, product(values, tl.trans(g)) * inverse_keep, 0.0)
+    else:
+        dv = sum_product(p, g, dv)
+        dp = product(values, tl.trans(g))
     dk = sum_product(p * (dp - delta[None, :]), q, dk)
     return dk, dv
 
@@ -54,10 +62,11 @@ def gradient_of_keys(
 @triton.jit
 def over_rows(
     dk, dv, keys, values, q, dout, lse, delta, first, last, bias, batch, head, n, queries, key_count, start,
-    blocks, lead, free, unit, d, stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
+    blocks, lead, free, unit, d, seed, row0, column, threshold, inverse_keep,
+    stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """`gradient_of_keys` over tiles of packed rows from `start`; `free` tiles after `lead` left out."""
     for i in range(blocks):
@@ -69,6 +78,9 @@ def over_rows(
         row = h * queries + t
         lse_of = unless_empty(tl.load(lse + row), EXACT)
         a, z = t, t
+        row_key = t
+        if DROPOUT:
+            row_key = row_keys(seed, row0 + row)
         if MASKED:
             lse_of = tl.where(m < queries * GROUP, lse_of, float("inf"))
             a, z = seen_by(first, last, batch, t, queries, key_count, CAUSAL, INTERVALS)
@@ -76,7 +88,7 @@ def over_rows(
             dk, dv, keys, values, at_rows(q, h, t, stride_qh, stride_qt)[:, None] + d[None, :],
             at_rows(dout, h, t, stride_gh, stride_gt)[:, None] + d[None, :], lse_of, tl.load(delta + row),
             at_rows(bias, h, t, stride_bh, stride_bt), n, a, z, unit, (d < HEAD_DIM)[None, :],
-            MASKED, BIAS, EXACT,
+            row_key, column, threshold, inverse_keep, MASKED, BIAS, DROPOUT, EXACT,
         )  # fmt: skip
     return dk, dv
 
@@ -116,12 +128,13 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
 @triton.jit(do_not_specialize=LENGTHS)
 def dkv_kernel(
     q, k, v, first, last, bias, dout, lse, delta, dk, dv, queries, keys, kv_heads, tiles, scale,
+    prefix, seed, threshold, inverse_keep,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_bt, stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dks,
     stride_dvb, stride_dvh, stride_dvs, stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
-    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of real keys."""
     tile, head, batch = program(tiles, kv_heads)
@@ -153,21 +166,26 @@ def dkv_kernel(
         all_from = some_from
     some_from, some_to = some_from * GROUP, some_to * GROUP
     masked, lead, free = blocks_of(
-        some_from, some_to, all_from * GROUP, all_to * GROUP, EXACT or BIAS, BLOCK_M
+        some_from, some_to, all_from * GROUP, all_to * GROUP, EXACT or BIAS or DROPOUT, BLOCK_M
     )
     unit = scale if EXACT else scale * LOG2_E
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
     dv_sum = dk_sum
-    if not (EXACT or BIAS):
+    column = n
+    if DROPOUT:
+        column = prefix + n
+    if not (EXACT or BIAS or DROPOUT):
         dk_sum, dv_sum = over_rows(
             dk_sum, dv_sum, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries,
-            keys, some_from + lead * BLOCK_M, free, 0, 0, unit, d, stride_qh, stride_qt, stride_gh, stride_gt,
-            stride_bh, stride_bt, GROUP, CAUSAL, INTERVALS, False, BIAS, EXACT, HEAD_DIM, BLOCK_M,
+            keys, some_from + lead * BLOCK_M, free, 0, 0, unit, d, seed, batch * stride_lb, column, threshold,
+            inverse_keep, stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
+            GROUP, CAUSAL, INTERVALS, False, BIAS, DROPOUT, EXACT, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
     dk_sum, dv_sum = over_rows(
         dk_sum, dv_sum, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries, keys,
-        some_from, masked, lead, free, unit, d, stride_qh, stride_qt, stride_gh, stride_gt,
-        stride_bh, stride_bt, GROUP, CAUSAL, INTERVALS, True, BIAS, EXACT, HEAD_DIM, BLOCK_M,
+        some_from, masked, lead, free, unit, d, seed, batch * stride_lb, column, threshold, inverse_keep,
+        stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
+        GROUP, CAUSAL, INTERVALS, True, BIAS, DROPOUT, EXACT, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
     stored = (n < keys)[:, None] & (d < HEAD_DIM)[None, :]
     row = n.to(tl.int64)
@@ -180,10 +198,10 @@ def dkv_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_kernel(
     q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, blocks, per_copy, share,
-    scale, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh,
-    stride_pvp, stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
-    GROUP: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    scale, seed, threshold, inverse_keep, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh,
+    stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
+    GROUP: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of the prefix, from `share` tiles of the packed rows of `per_copy` batch rows.
 
@@ -214,9 +232,13 @@ def prefix_kernel(
         lse_of = tl.where(m < queries * GROUP, unless_empty(tl.load(lse + row), EXACT), float("inf"))
         q_at = at_rows(q + batch * stride_qb, h, t, stride_qh, stride_qt)
         g_at = at_rows(dout + batch * stride_gb, h, t, stride_gh, stride_gt)
+        row_key = t
+        if DROPOUT:
+            row_key = row_keys(seed, row)
         dk_sum, dv_sum = gradient_of_keys(
             dk_sum, dv_sum, key, value, q_at[:, None] + d[None, :], g_at[:, None] + d[None, :], lse_of,
-            tl.load(delta + row), q_at, n, t, t, unit, inside, False, False, EXACT,
+            tl.load(delta + row), q_at, n, t, t, unit, inside, row_key, n, threshold, inverse_keep,
+            False, False, DROPOUT, EXACT,
         )  # fmt: skip
     n = rows_anew(tile, share, BLOCK_N)
     stored = (n < prefix)[:, None] & inside
@@ -249,7 +271,8 @@ def gradient_of_real(call: Call, dout, lse, delta, dk, dv, scale: float) -> None
         dkv_kernel, (programs * call.heads,),
         (
             q, k, v, *call.inputs[-3:], dout, lse, delta, dk, dv, q.shape[2], k.shape[2], k.shape[1],
-            programs, scale, *call.strides[:9], *call.strides[-3:], *dout.stride()[:3], *dk.stride()[:3],
+            programs, scale, call.prefix_k.shape[2] if call.dropout_p else None, *call.dropout,
+            *call.strides[:9], *call.strides[-3:], *dout.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3], lse.stride(0),
         ),
         {**call.constants, "BLOCK_N": block_n, "BLOCK_M": block_m},
@@ -267,13 +290,13 @@ def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> No
     parts = dk, dv
     if shares > 1:
         parts = tuple(torch.empty(shares, *t.shape, dtype=torch.float32, device=t.device) for t in parts)
-    constants = {n: call.constants[n] for n in ("GROUP", "EXACT", "HEAD_DIM", "D")}
+    constants = {n: call.constants[n] for n in ("GROUP", "DROPOUT", "EXACT", "HEAD_DIM", "D")}
     launch(
         prefix_kernel, (programs * kv_heads * copies, shares),
         (
             q, prefix_k, call.prefix_v, dout, lse, delta, *parts, q.shape[2], prefix, kv_heads, programs,
-            per_copy, share, scale, *call.strides[:3], *call.strides[9:15], *dout.stride()[:3], lse.stride(0),
-            dk.numel(),
+            per_copy, share, scale, *call.dropout, *call.strides[:3], *call.strides[9:15],
+            *dout.stride()[:3], lse.stride(0), dk.numel(),
         ),
         {**constants, "BLOCK_N": block_n, "BLOCK_M": block_m},
         num_warps=warps, num_stages=stages,

@@ -10,10 +10,12 @@ from peft_engine.kernels.prefix_attention.parts import (
     at_rows,
     block,
     blocks_of,
+    kept,
     packed,
     probabilities,
     product,
     program,
+    row_keys,
     rows_anew,
     scores,
     seen_by,
@@ -27,9 +29,9 @@ from peft_engine.kernels.launch import cdiv, launch
 @triton.jit
 def gradient_of_rows(
     dq, q, dout, q_at, g_at, inside, lse, delta, k, v, stride_k, stride_v, start, end, blocks, lead, free, a,
-    z, bias_at, unit, d,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    z, bias_at, unit, d, row_key, column, threshold, inverse_keep,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq / scale, added up over blocks of keys from `start`; `free` blocks after `lead` left out."""
     for i in tl.range(blocks, num_stages=STAGES):
@@ -47,6 +49,9 @@ def gradient_of_rows(
             dout = tl.load(g_at, inside, other=0.0, volatile=True)
         p = probabilities(s, lse[:, None], EXACT)
         dp = product(dout, tl.trans(block(v, stride_v, place, d, HEAD_DIM, D, q.dtype)))
+        if DROPOUT:
+            keep = kept(row_key[:, None], (column + n)[None, :], threshold)
+            dp = tl.where(keep, dp * inverse_keep, 0.0)
         dq = sum_product(p * (dp - delta[:, None]), keys, dq)
     return dq
 
@@ -65,14 +70,14 @@ def row_sums(a_at, b_at, columns, ROWS: tl.constexpr, STEP: tl.constexpr):
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, dout, out, lse, delta, dq,
-    queries, keys, prefix, kv_heads, tiles, scale,
+    queries, keys, prefix, kv_heads, tiles, scale, seed, threshold, inverse_keep,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_bb, stride_bh, stride_bt,
     stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot, stride_dqb, stride_dqh, stride_dqt,
     stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
-    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq and delta (B, Hq, T) of a tile of packed rows."""
     tile, head, batch = program(tiles, kv_heads)
@@ -97,26 +102,31 @@ def dq_kernel(
     unit = scale if EXACT else scale * LOG2_E
 
     none = tl.zeros((BLOCK_M,), tl.int32)
+    row_key = none
+    if DROPOUT:
+        row_key = row_keys(seed, at)
     acc = gradient_of_rows(
         tl.zeros((BLOCK_M, D), tl.float32), q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of,
         prefix_k + batch * stride_pkb + head * stride_pkh, prefix_v + batch * stride_pvb + head * stride_pvh,
         stride_pkp, stride_pvp, 0, prefix, tl.cdiv(prefix, BLOCK_N), 0, 0, none, none + prefix, bias_at, unit,
-        d, True, False, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
+        d, row_key, 0, threshold, inverse_keep, True, False, DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N,
+        PREFIX_STAGES,
     )  # fmt: skip
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
     start, end = tl.min(a, 0), tl.max(z, 0)
-    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS, BLOCK_N)
+    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS or DROPOUT, BLOCK_N)
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
-    if not (EXACT or BIAS):
+    if not (EXACT or BIAS or DROPOUT):
         acc = gradient_of_rows(
             acc, q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of, k, v, stride_ks, stride_vs,
-            start + lead * BLOCK_N, end, free, 0, 0, a, z, bias_at, unit, d, False, BIAS, EXACT, HEAD_DIM, D,
-            BLOCK_N, STAGES,
+            start + lead * BLOCK_N, end, free, 0, 0, a, z, bias_at, unit, d, row_key, prefix, threshold,
+            inverse_keep, False, BIAS, DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
         )  # fmt: skip
     acc = gradient_of_rows(
         acc, q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of, k, v, stride_ks, stride_vs, start,
-        end, masked, lead, free, a, z, bias_at, unit, d, True, BIAS, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
+        end, masked, lead, free, a, z, bias_at, unit, d, row_key, prefix, threshold, inverse_keep, True, BIAS,
+        DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
     )  # fmt: skip
     m = rows_anew(tile, masked, BLOCK_M)
     t, h = packed(m, head, queries, GROUP)
@@ -131,8 +141,8 @@ def gradient_of_queries(call: Call, dout, out, lse, delta, dq, scale: float) -> 
     launch(
         dq_kernel, (programs * call.heads,),
         (
-            *call.inputs, dout, out, lse, delta, dq, *call.sizes, programs, scale, *call.strides,
-            *dout.stride()[:3], *out.stride()[:3], *dq.stride()[:3], lse.stride(0),
+            *call.inputs, dout, out, lse, delta, dq, *call.sizes, programs, scale, *call.dropout,
+            *call.strides, *dout.stride()[:3], *out.stride()[:3], *dq.stride()[:3], lse.stride(0),
         ),
         {
             **call.constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages,

@@ -17,10 +17,12 @@ from peft_engine.kernels.prefix_attention.parts import (
     at_rows,
     block,
     blocks_of,
+    kept,
     packed,
     power,
     product,
     program,
+    row_keys,
     rows_anew,
     scores,
     seen_by,
@@ -34,10 +36,13 @@ from peft_engine.ops.attention import by_token
 @triton.jit
 def attend(
     acc, top, total, q, k, v, stride_k, stride_v, start, end, blocks, lead, free, a, z, bias_at, unit, d,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    row_key, column, threshold, MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax carried on over blocks of keys from `start`; `free` blocks after `lead` left out."""
+    """The online softmax carried on over blocks of keys from `start`; `free` blocks after `lead` left out.
+
+    column: of key 0 in [prefix ; keys]. total is of all keys, also of those that dropout takes.
+    """
     for i in tl.range(blocks, num_stages=STAGES):
         at = start + i * BLOCK_N
         if MASKED:
@@ -52,6 +57,8 @@ def attend(
         p = power(s - base[:, None], EXACT)
         fade = power(top - base, EXACT)
         total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(row_key[:, None], (column + n)[None, :], threshold), p, 0.0)
         values = block(v, stride_v, place, d, HEAD_DIM, D, q.dtype)
         acc = sum_product(p, values, acc * fade[:, None])
         top = higher
@@ -61,12 +68,13 @@ def attend(
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, out, lse, queries, keys, prefix, kv_heads, tiles, chunk,
-    scale, stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    scale, seed, threshold, inverse_keep,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_bb, stride_bh, stride_bt,
     stride_oc, stride_ob, stride_oh, stride_ot, stride_lc, stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
-    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of packed rows, over the chunk's part of [prefix; keys].
 
@@ -91,32 +99,38 @@ def forward_kernel(
     start = tl.minimum(begin, prefix)
     end = tl.minimum(begin + chunk, prefix)
     none = tl.zeros((BLOCK_M,), tl.int32)
+    row_key = none
+    if DROPOUT:
+        row_key = row_keys(seed, batch * stride_lb + h * queries + t)
     acc, top, total = attend(
         acc, top, total, q_tile, prefix_k + batch * stride_pkb + head * stride_pkh,
         prefix_v + batch * stride_pvb + head * stride_pvh, stride_pkp, stride_pvp,
-        start, end, tl.cdiv(end - start, BLOCK_N), 0, 0, none, none + end, bias_at, unit, d,
-        True, False, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
+        start, end, tl.cdiv(end - start, BLOCK_N), 0, 0, none, none + end, bias_at, unit, d, row_key, 0,
+        threshold, True, False, DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
     )  # fmt: skip
 
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
     start = tl.maximum(tl.min(a, 0), begin - prefix)
     end = tl.minimum(tl.max(z, 0), begin + chunk - prefix)
-    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS, BLOCK_N)
+    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS or DROPOUT, BLOCK_N)
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
-    if not (EXACT or BIAS):
+    if not (EXACT or BIAS or DROPOUT):
         acc, top, total = attend(
             acc, top, total, q_tile, k, v, stride_ks, stride_vs, start + lead * BLOCK_N, end, free, 0, 0, a,
-            z, bias_at, unit, d, False, BIAS, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
+            z, bias_at, unit, d, row_key, prefix, threshold, False, BIAS, DROPOUT, EXACT, HEAD_DIM, D,
+            BLOCK_N, STAGES,
         )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q_tile, k, v, stride_ks, stride_vs, start, end, masked, lead, free, a,
-        tl.minimum(z, end), bias_at, unit, d, True, BIAS, EXACT, HEAD_DIM, D, BLOCK_N,
-        STAGES,
+        tl.minimum(z, end), bias_at, unit, d, row_key, prefix, threshold, True, BIAS, DROPOUT, EXACT,
+        HEAD_DIM, D, BLOCK_N, STAGES,
     )  # fmt: skip
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
+    if DROPOUT:
+        acc *= inverse_keep
     natural = (top if EXACT else top * LN_2) + tl.log(total)
     m = rows_anew(tile, masked, BLOCK_M)
     t, h = packed(m, head, queries, GROUP)
@@ -164,14 +178,14 @@ def merge_kernel(
 
 
 def forward(
-    q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float
+    q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float, dropout_p=0.0, seed=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, Hq, T, D) and lse (B, Hq, T) float32; the arguments of the raw op prefix_attention_forward."""
     out = by_token(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not q.numel():
         return out, lse
-    call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal)
+    call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal, dropout_p, seed)
     block_m, block_n, warps, stages = tiles.tile("attend", call)
     chunk, chunks = tiles.chunks(call.rows, prefix_k.shape[2] + k.shape[2])
     programs = cdiv(call.rows, block_m)
@@ -182,7 +196,7 @@ def forward(
     launch(
         forward_kernel, (programs * call.heads, chunks),
         (
-            *call.inputs, to, to_lse, *call.sizes, programs, chunk, scale,
+            *call.inputs, to, to_lse, *call.sizes, programs, chunk, scale, *call.dropout,
             *call.strides, to.stride(0) if chunks > 1 else 0, *to.stride()[-4:-1], lse.numel(), lse.stride(0),
         ),
         {

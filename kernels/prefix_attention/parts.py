@@ -7,6 +7,7 @@ Rows and keys beyond the last are read as the last (no mask on the loads) and ne
 
 import triton
 import triton.language as tl
+from peft_engine.kernels.lora_linear.parts import mix
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -17,6 +18,7 @@ FEW_PROGRAMS = tl.constexpr(8 * 132)
 # by 16, and a training run would compile every kernel for all cases of all of them.
 LENGTHS = ["queries", "keys", "prefix", "tiles", "chunk", "chunks", "per_copy", "share", "parts", "rows"]
 LENGTHS += ["stride_lb", "stride_lc"]  # from one row of the batch to the next in lse, which has no padding
+LENGTHS += ["threshold"]  # of a dropout; None, as its other arguments, where there is none
 
 
 @triton.jit
@@ -125,6 +127,22 @@ def scores(s, n, a, z, bias_at, unit, MASKED: tl.constexpr, BIAS: tl.constexpr, 
         added = tl.load(bias_at + n).to(tl.float32)
         s += added if EXACT else added * LOG2_E
     return s
+
+
+@triton.jit
+def row_keys(seed, row):
+    """What the hash of dropout makes of the seed and of rows, their places in lse (64-bit)."""
+    bits = tl.load(seed)
+    high = mix((bits >> 32).to(tl.uint32) ^ (row >> 32).to(tl.uint32))
+    return mix(bits.to(tl.uint32) ^ mix(row.to(tl.uint32) ^ high))
+
+
+@triton.jit
+def kept(key, column, threshold):
+    """The mask of peft_engine/dropout.py, of rows' keys and columns of [prefix ; keys]; any two shapes that
+    spread.
+    """
+    return mix(key + column.to(tl.uint32) * 0x9E3779B9) >= threshold.to(tl.uint32)
 
 
 @triton.jit

@@ -21,7 +21,8 @@ FEW_KEYS = 264 * 128
 # dkv     BLOCK_N (keys), BLOCK_M (packed rows in each turn), warps, stages; not by rows, but by a batch row's
 #         keys: blocks of 128 are read for half as often, blocks of 64 are twice as many programs
 # prefix  the same; a prefix is one or two blocks of 64
-# A bias takes registers: with one, the kernels have tiles of their own.
+# A bias takes registers, and the hash of dropout: with either, the kernels have tiles of their own. Those of
+# dropout also hold a bias beside it.
 TABLE: Table = {
     "attend": {
         80: (
@@ -170,6 +171,39 @@ TABLE: Table = {
             (MANY, 256, (32, 64, 8, 1), (16, 16, 4, 1)),
         ),
     },
+    "attend, dropout": {
+        80: (
+            (MANY, 64, (64, 32, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (16, 16, 4, 1)),
+            (MANY, 256, (32, 32, 8, 2), (16, 16, 4, 1)),
+        ),
+        100: (
+            (MANY, 64, (64, 32, 4, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 16, 8, 2), (16, 16, 4, 1)),
+            (MANY, 256, (32, 32, 8, 2), (16, 16, 4, 1)),
+        ),
+    },
+    "dq, dropout": {
+        80: (
+            (MANY, 64, (32, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (32, 16, 8, 1)),
+            (MANY, 256, (32, 16, 8, 2), (32, 16, 8, 1)),
+        ),
+    },
+    "dkv, dropout": {
+        80: (
+            (MANY, 64, (32, 64, 8, 2), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (16, 16, 4, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+    },
+    "prefix, dropout": {
+        80: (
+            (MANY, 64, (32, 64, 8, 1), (32, 32, 8, 1)),
+            (MANY, 128, (64, 32, 8, 2), (32, 16, 8, 1)),
+            (MANY, 256, (32, 32, 8, 1), (16, 16, 4, 1)),
+        ),
+    },
 }
 
 SPLIT_ROWS = 64  # with more packed rows the tiles of rows alone fill a GPU
@@ -182,7 +216,9 @@ def tile(kernel: str, call: Call) -> Tile:
     Never by the batch: what a row gives does not change with the batch it is in.
     """
     size = call.k.shape[1] * call.k.shape[2] if kernel == "dkv" else call.rows
-    if call.bias is not None and f"{kernel}, bias" in TABLE:
+    if call.dropout_p:
+        kernel = f"{kernel}, dropout"
+    elif call.bias is not None and f"{kernel}, bias" in TABLE:
         kernel = f"{kernel}, bias"
     q = call.q
     return tile_of("prefix_attention", TABLE, kernel, size, q.shape[3], q.dtype, q.device)
@@ -197,9 +233,10 @@ def prefix_stages(call: Call, block_m: int, stages: int) -> int:
     """Of the loop over the prefix: keys and values are asked for together, before the loop, with two.
 
     A float32 prefix, as a trainer holds it, takes twice the shared memory of a block of real keys, and where
-    registers are short, as with a bias, its turn spills.
+    registers are short, as with a bias or dropout, its turn spills.
     """
-    return min(stages, 2) if block_m > 16 and call.bias is None and call.q.shape[3] <= 128 else 1
+    plain = call.bias is None and not call.dropout_p
+    return min(stages, 2) if block_m > 16 and plain and call.q.shape[3] <= 128 else 1
 
 
 def chunks(rows: int, keys: int) -> tuple[int, int]:

@@ -34,7 +34,8 @@ def variants() -> Iterator[Variant]:
                         call = launch_of(kernel, rows, head_dim, dtype)
                         name = f"{NAMES[dtype]}, head_dim {head_dim}"
                         unit = "keys" if "dkv" in kernel else "rows"
-                        name += ", bias" * ("bias" in kernel) + f", {rows} {unit}" * (rows < MANY)
+                        _, comma, extra = kernel.partition(", ")
+                        name += comma + extra + f", {rows} {unit}" * (rows < MANY)
                         yield from _named(call, name, arch, dtype)
             if arch in FEW_ARCHS:
                 yield from _others(arch)
@@ -42,17 +43,18 @@ def variants() -> Iterator[Variant]:
 
 def launch_of(kernel: str, rows: int, head_dim: int, dtype: torch.dtype) -> Callable[[], Any]:
     """A launch for one entry: a prompt of 1000 tokens, or the token after it; 4 query heads a key head."""
-    kernel, _, bias = kernel.partition(", ")
+    kernel, _, extra = kernel.partition(", ")
     tokens, keys = min(1000, rows // 4), 1000
     if kernel == "dkv" and rows == MANY:  # its tile goes by the keys of all heads
         keys = 5000
     q, k = _meta(2, 32, tokens, head_dim, dtype), _meta(2, 8, keys, head_dim, dtype)
-    added = _meta(1, 32, tokens, keys, dtype) if bias else None
+    added = _meta(1, 32, tokens, keys, dtype) if extra == "bias" else None
+    dropout = (0.1, _meta(1, torch.int64)) if extra == "dropout" else ()
     # the prefix as a trainer holds it: float32, shared by the batch
-    call = Call(q, k, k, *(_meta(1, 8, 20, head_dim, torch.float32),) * 2, None, None, added, True)
+    call = Call(q, k, k, *(_meta(1, 8, 20, head_dim, torch.float32),) * 2, None, None, added, True, *dropout)
     row, dq, dk = torch.empty(q.shape[:3], device="meta"), by_token(q), by_token(k)
     return {
-        "attend": lambda: forward(*call.tensors, None, None, added, True, 0.125),
+        "attend": lambda: forward(*call.tensors, None, None, added, True, 0.125, *dropout),
         "dq": lambda: gradient_of_queries(call, q, dq, row, row, dq, 0.125),
         "dkv": lambda: gradient_of_real(call, q, row, row, dk, dk, 0.125),
         "prefix": lambda: gradient_of_prefix(call, q, row, row, *call.tensors[3:], 0.125),
@@ -60,17 +62,21 @@ def launch_of(kernel: str, rows: int, head_dim: int, dtype: torch.dtype) -> Call
 
 
 def _others(arch: int) -> Iterator[Variant]:
-    """Intervals, no mask, both masks; a head_dim between powers of two, no group, a prefix for each row."""
+    """Intervals, no mask, both masks, also with dropout; a head_dim between powers of two, no group, a prefix
+    for each row.
+    """
     half = torch.bfloat16
-    for name, head_dim, heads, masked, biased in (
-        ("intervals", 64, 32, True, False),
-        ("no mask", 80, 8, False, False),
-        ("intervals and bias", 96, 16, True, True),
+    for name, head_dim, heads, masked, biased, p in (
+        ("intervals", 64, 32, True, False, 0.0),
+        ("no mask", 80, 8, False, False, 0.0),
+        ("intervals and bias", 96, 16, True, True, 0.0),
+        ("intervals, bias and dropout", 64, 8, True, True, 0.1),
     ):
         q, k = _meta(2, heads, 1000, head_dim, half), _meta(2, 8, 1000, head_dim, half)
         prefix = (_meta(2, 8, 20, head_dim, half),) * 2
         ends = (torch.empty(2, 1000, dtype=torch.int32, device="meta"),) * 2 if masked else (None, None)
         masks = *ends, _meta(1, heads, 1000, 1000, half) if biased else None, False, 0.125
+        masks = *masks, p, _meta(1, torch.int64) if p else None
         row = torch.empty(q.shape[:3], device="meta")
         yield from _named(
             lambda q=q, k=k, prefix=prefix, row=row, masks=masks: (

@@ -32,7 +32,6 @@ class AttentionCall(NamedTuple):
     device: str
     dtype: torch.dtype
     head_dim: int
-    dropout: bool = False
 
 
 ATTENTION = dispatch.Op("attention")
@@ -68,7 +67,7 @@ def attention(
         intervals = fit_intervals("attention", intervals, q)
     check_dropout("attention", "q", q, dropout_p, seed)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    call = AttentionCall(q.device.type, q.dtype, q.shape[3], dropout_p > 0.0)
+    call = AttentionCall(q.device.type, q.dtype, q.shape[3])
     return ATTENTION.choose(call, q, k, v).run(q, k, v, intervals, scale, float(dropout_p), seed)
 
 
@@ -224,9 +223,9 @@ def _kernels(q, k, v, intervals, scale, dropout_p, seed) -> torch.Tensor:
 
 
 def _refuse_unless_triton(call: AttentionCall) -> str | None:
-    from peft_engine.ops.prefix_attention import refuse_tiles
+    from peft_engine.ops.prefix_attention import refuse_head_dim
 
-    return refuse_tiles(call.head_dim, call.dropout) or refuse_unless_cuda(call)
+    return refuse_head_dim(call.head_dim) or refuse_unless_cuda(call)
 
 
 ATTENTION.register("triton", _kernels, _refuse_unless_triton)

@@ -315,15 +315,15 @@ def _(dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal, sc
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, *dropout):
+def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed):
     from peft_engine.kernels.prefix_attention import decode
 
     # By the number of queries, inside the op, so that no trace depends on it.
-    if decode.refuse(q, k, bias) is None:
+    if not dropout_p and decode.refuse(q, k, bias) is None:
         return decode.forward(q, k, v, prefix_k, prefix_v, first, last, causal, scale)
     from peft_engine.kernels.prefix_attention.forward import forward
 
-    return forward(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale)
+    return forward(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed)
 
 
 @torch.library.impl(native.library, "prefix_attention_forward", "CUDA")
@@ -336,7 +336,7 @@ def _(*arguments):
 def _backward_on_gpu(*arguments):
     from peft_engine.kernels.prefix_attention.backward import backward
 
-    return backward(*arguments[:-2])  # without the dropout, which it has not
+    return backward(*arguments)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -382,22 +382,24 @@ def refuse(call: PrefixAttentionCall) -> str | None:
 MAX_HEAD_DIM = 256  # what the Triton kernels' tiles hold
 
 
-def refuse_tiles(head_dim: int, dropout: bool) -> str | None:
-    """Why the Triton kernels do not take heads of this width, or a dropout."""
+def refuse_head_dim(head_dim: int) -> str | None:
+    """Why the Triton kernels do not take heads of this width."""
     if head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is above {MAX_HEAD_DIM}, the most its tiles hold"
-    return "its kernels have no dropout" if dropout else None
+    return None
 
 
 def refuse_unless_triton(call: PrefixAttentionCall) -> str | None:
     """Why the Triton kernels do not take a call."""
-    return refuse_tiles(call.head_dim, call.dropout) or refuse(call) or refuse_unless_cuda(call)
+    return refuse_head_dim(call.head_dim) or refuse(call) or refuse_unless_cuda(call)
 
 
 def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:
     why = refuse_unless_triton(call)
     if why is None and call.biased:
         why = "its kernel of few queries adds no bias"
+    if why is None and call.dropout:
+        why = "its kernel of few queries has no dropout"
     return why or dispatch.available_backends()["triton"]  # which runs what has more queries
 
 

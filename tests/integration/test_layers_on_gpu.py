@@ -7,7 +7,7 @@ import pytest
 import torch
 from accuracy import assert_twice_as_good
 from peft_engine.kernels.lora_linear import workspace
-from test_layers import check, family, make  # noqa: F401  (a fixture)
+from test_layers import check, family, fuse, make  # noqa: F401  (a fixture)
 
 import peft_engine as pe
 from peft_engine import dispatch
@@ -36,6 +36,28 @@ def test_padding_is_within_twice_the_own_error(as_on_a_gpu, side):
     ids, mask = torch.randint(3, 61, (2, 11)), torch.ones(2, 11, dtype=torch.long)
     mask[0, slice(0, 4) if side == "left" else slice(7, 11)] = 0
     check("Llama", torch.float32, ids, attention_mask=mask)
+
+
+def test_attention_dropout_is_that_of_the_reference_behind_a_prefix_and_without(as_on_a_gpu):
+    model = make(attention_dropout=0.3).train()
+    fuse(model)
+    batch = {
+        "input_ids": torch.randint(3, 61, (2, 11)),
+        "attention_mask": torch.ones(2, 11, dtype=torch.long),
+    }
+    batch["attention_mask"][0, 7:] = 0
+    for prefix in (0, 3):
+        if prefix:
+            pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=prefix))
+        found = []
+        for backend in ("triton", "reference"):
+            torch.manual_seed(7)
+            with pe.force_backend(backend):
+                loss = model(**batch, labels=batch["input_ids"]).loss
+                learn = [p for p in model.parameters() if p.requires_grad]
+                found.append((loss.detach(), *torch.autograd.grad(loss, learn)))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def adapted(dora):

@@ -56,6 +56,12 @@ def many_rows():
     causal(queries=130, keys=5, head_dim=16)
 
 
+def with_dropout():
+    prefix_test.check(
+        *prefix_test.case(heads=4, kv_heads=2), prefix_test.CAUSAL, dropout=prefix_test.dropped()
+    )
+
+
 # file, what is replaced, by what, how it is found, by which check
 FAULTS = [
     # a mask dropped: of keys beyond the last, causal, intervals, bias, rows beyond the last
@@ -86,6 +92,21 @@ FAULTS = [
     ("dkv", "(dk_sum * scale)", "(dk_sum * scale * 1.01)", WRONG, causal),
     ("dkv", "h * queries + t", "head * GROUP * queries + t", WRONG, causal),
     ("parts", "tl.where(lse == float(\"-inf\"), float(\"inf\"), lse)", "lse + 0.0", WRONG, sparse),
+    # dropout: the mask or its scale dropped, the mask of another row, another column, another seed
+    ("forward", "p = tl.where(kept(row_key[:, None], (column + n)[None, :], threshold), p, 0.0)", "p += 0.0",
+     WRONG, with_dropout),
+    ("forward", "acc *= inverse_keep", "acc *= 1.0", WRONG, with_dropout),
+    ("forward", "batch * stride_lb + h * queries + t)", "h * queries + t)", WRONG, with_dropout),
+    ("dq", "dp = tl.where(keep, dp * inverse_keep, 0.0)", "dp = dp * inverse_keep", WRONG, with_dropout),
+    ("dq", "dp * inverse_keep, 0.0)", "dp, 0.0)", WRONG, with_dropout),
+    ("dq", "row_keys(seed, at)", "row_keys(seed, at + 1)", WRONG, with_dropout),
+    ("dkv", "tl.where(keep, p * inverse_keep, 0.0)", "p * inverse_keep", WRONG, with_dropout),
+    ("dkv", "tl.where(keep, p * inverse_keep, 0.0)", "tl.where(keep, p, 0.0)", WRONG, with_dropout),
+    ("dkv", "row_keys(seed, row0 + row)", "row_keys(seed, row)", WRONG, with_dropout),
+    ("dkv", "column = prefix + n", "column = n + 0", WRONG, with_dropout),
+    ("dkv", "row_keys(seed, row)", "row_keys(seed, row - batch * stride_lb)", WRONG, with_dropout),
+    ("parts", "(bits >> 32)", "(bits >> 31)", WRONG, with_dropout),
+    ("parts", "(row >> 32)", "(row >> 1)", WRONG, with_dropout),
     # the split keys: not merged by their weights; two programs at one place
     ("forward", "weight = tl.exp(of - base)", "weight = tl.exp(of - of)", WRONG, split),
     ("forward", "program_id(1).to(tl.int64) * stride_oc", "program_id(1).to(tl.int64) * 0", Race, split),

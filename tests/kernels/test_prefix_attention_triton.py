@@ -12,6 +12,7 @@ from peft_engine.kernels.prefix_attention.backward import backward
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.forward import forward
 
+from peft_engine.dropout import dropout_mask
 from peft_engine.kernels.tiles import setting
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.prefix_attention import reference
@@ -31,16 +32,16 @@ def small_tiles():
         yield
 
 
-def ours(dout, tensors, masks, scale):
-    """out, its gradients and lse."""
-    out, lse = forward(*tensors, *masks, scale)
-    return [out, *backward(dout, *tensors, out, lse, *masks, scale)], lse
+def ours(dout, tensors, masks, scale, dropout=()):
+    """out, its gradients and lse; dropout: p and the seed."""
+    out, lse = forward(*tensors, *masks, scale, *dropout)
+    return [out, *backward(dout, *tensors, out, lse, *masks, scale, *dropout)], lse
 
 
-def plain(dout, tensors, masks, scale):
+def plain(dout, tensors, masks, scale, dropout=()):
     """The same of the reference, by autograd."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = reference(*leaves, *masks, scale)
+    out = reference(*leaves, *masks, scale, *dropout)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -49,7 +50,7 @@ def wide(tensors):
             for t in tensors]  # fmt: skip
 
 
-def terms(dout, tensors, masks, scale):
+def terms(dout, tensors, masks, scale, dropout=()):
     """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left.
 
     Those added up to a score count as often as they are rounded, in the scores and in lse: P = exp(S - lse)
@@ -66,8 +67,13 @@ def terms(dout, tensors, masks, scale):
                   eye[:prefix].expand(*k.shape[:2], -1, -1), *wide(masks), scale)  # fmt: skip
     depth = q.abs() @ k.abs().mT * abs(scale)
     p = p * (1 + torch.where(depth < 1e3, depth, 0))
-    dp = dout.double().abs() @ v.abs().mT
+    m = 1.0
+    if dropout:
+        rate, seed = dropout
+        m = dropout_mask(seed, p.shape[:3].numel(), p.shape[3], rate).view(p.shape) / (1 - rate)
+    dp = dout.double().abs() @ v.abs().mT * m
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
+    p = p * m
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (ds.mT @ q.abs(), p.mT @ dout.double().abs()))
     shares = [t[:, :, :prefix] for t in (dk, dv)]
     if prefix_k.shape[0] == 1:
@@ -75,12 +81,12 @@ def terms(dout, tensors, masks, scale):
     return [p @ v.abs(), ds @ k.abs(), dk[:, :, prefix:], dv[:, :, prefix:], *shares]
 
 
-def check(dout, tensors, masks=NOTHING, scale=None, what=""):
+def check(dout, tensors, masks=NOTHING, scale=None, what="", dropout=()):
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    got, lse = ours(dout, tensors, masks, scale)
-    same = plain(dout, tensors, masks, scale)
-    exact = plain(dout.double(), wide(tensors), wide(masks), scale)
-    sizes = terms(dout, tensors, masks, scale)
+    got, lse = ours(dout, tensors, masks, scale, dropout)
+    same = plain(dout, tensors, masks, scale, dropout)
+    exact = plain(dout.double(), wide(tensors), wide(masks), scale, dropout)
+    sizes = terms(dout, tensors, masks, scale, dropout)
     assert not lse.isnan().any(), what
     for name, *results in zip(NAMES, got, same, exact, sizes, strict=True):
         results = [r.cpu() for r in results]
@@ -309,3 +315,51 @@ def test_the_queries_that_see_a_block_are_found_in_several_turns(monkeypatch):
         for kind in KINDS:
             ends = intervals(kind, 2, 19, 37)
             check(*case(keys=37, dtype=torch.bfloat16), (*ends, None, False), what=kind)
+
+
+# --- dropout ------------------------------------------------------------------------------------------------
+
+
+def dropped(p=0.3, seed=123456789012345678):
+    return p, torch.tensor([seed], device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_is_within_twice_the_reference_error(dtype):
+    with small_tiles():
+        check(*case(dtype=dtype), dropout=dropped(0.5), what="no mask")
+        check(*case(heads=4, kv_heads=2, dtype=dtype), CAUSAL, dropout=dropped(), what="causal")
+        for i, kind in enumerate(("documents", "window", "any")):
+            ends = *intervals(kind, 2, 19, 37), None, False
+            check(*case(keys=37, dtype=dtype, prefix=21 * (i % 2)), ends, dropout=dropped(), what=kind)
+        both = *intervals("documents", 2, 19, 20), added(2, 2, 19, 20), False
+        check(*case(keys=20, copies=2, dtype=dtype), both, dropout=dropped(), what="both")
+        check(*case(keys=0, dtype=dtype), dropout=dropped(), what="no keys")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dropout_by_the_tiles_of_the_table(head_dim):
+    for dtype in (torch.float32, torch.bfloat16):
+        given = case(batch=1, queries=40, keys=70, heads=2, kv_heads=1, head_dim=head_dim, dtype=dtype)
+        check(*given, CAUSAL, dropout=dropped())
+
+
+def test_dropout_of_split_keys_and_of_a_prefix_summed_over_shares(monkeypatch):
+    check(*case(queries=130, keys=5, head_dim=16, copies=1), dropout=dropped())
+    monkeypatch.setattr(tiles, "CHUNK", 64)
+    check(*case(heads=4, kv_heads=2, queries=3, keys=130, prefix=20), CAUSAL, dropout=dropped())
+
+
+@pytest.mark.parametrize("seed", [0, -3, 2**63 - 2])
+def test_what_is_kept_is_the_hash_of_row_and_column(seed):
+    """With [P_v ; V] = identity, out is the dropped softmax itself."""
+    _, (q, k, _, pk, _) = case(batch=3, heads=4, kv_heads=2, queries=21, keys=45, head_dim=64, prefix=19)
+    eye = torch.eye(64, device=q.device).expand(3, 2, 64, 64)
+    for p in (0.1, 0.5):
+        tensors = q, k, eye[:, :, 19:], pk, eye[:1, :, :19]
+        out, lse = forward(*tensors, *NOTHING, 0.2, *dropped(p, seed))
+        kept = dropout_mask(dropped(p, seed)[1], 3 * 4 * 21, 64, p).view(out.shape)
+        assert torch.equal(out != 0, kept)
+        whole, same = forward(*tensors, *NOTHING, 0.2)
+        torch.testing.assert_close(out, whole * kept / (1 - p))
+        torch.testing.assert_close(lse, same)

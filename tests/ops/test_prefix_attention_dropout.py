@@ -10,7 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from peft_engine import dispatch
 from peft_engine.dropout import draw_seed, dropout_mask
 from peft_engine.ops.attention import Intervals, attention
-from peft_engine.ops.prefix_attention import prefix_attention, reference
+from peft_engine.ops.prefix_attention import (
+    PREFIX_ATTENTION,
+    PrefixAttentionCall,
+    prefix_attention,
+    reference,
+)
 
 SEED = torch.tensor([123456789012345678])
 
@@ -197,6 +202,13 @@ def test_opcheck_of_the_raw_ops(p):
     rest = None, None, None, True, 0.3, p, SEED if p else None
     torch.library.opcheck(ops.prefix_attention_forward.default, (*inputs, *rest))
     torch.library.opcheck(ops.prefix_attention_backward.default, (q, *inputs, None, None, *rest))
+
+
+def test_on_a_gpu_the_triton_kernels_take_it_and_that_of_few_queries_does_not():
+    call = PrefixAttentionCall("cuda", torch.bfloat16, 64, dropout=True)
+    refuse = {entry.name: entry.refuse for entry in PREFIX_ATTENTION._entries}
+    assert refuse["triton"](call) is None
+    assert refuse["cuda"](call) == "its kernel of few queries has no dropout"
 
 
 def test_the_door_says_what_does_not_fit():
