@@ -10,7 +10,6 @@ imports.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from bench import measure, peers
-from bench.bench_train import Peak, anonymous, import_for, small_model
+from bench.bench_train import Peak, anonymous, import_for, peak_of, small_model
 from bench.peers import OURS
 
 PEFT = "PEFT"
@@ -72,24 +71,11 @@ def methods_step(settings: measure.Settings) -> Iterator[measure.Row]:
             del contenders, model, adam
             for name in (OURS, PEFT):
                 arguments = (name, method, path, name_of_dtype, rows, length)
-                peaks = [_fresh_process(*arguments) / 2**20 for _ in range(2)]
+                peaks = [peak_of("bench_methods", *arguments) / 2**20 for _ in range(2)]
                 yield measure.row(case, name, "peak over imports", "MiB", peaks)
 
 
-def _fresh_process(name: str, *arguments: Any) -> int:
-    given = [name, *map(str, arguments), str(torch.get_num_threads())]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.bench_methods", *given],
-        cwd=measure.ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"memory of {name}: the process failed: ...{done.stderr[-250:]}")
-    return json.loads(done.stdout.splitlines()[-1])["peak"]
-
-
-def _child(contender: str, method: str, path: str, dtype: str, rows: str, length: str, threads: str) -> None:
+def _child(threads: str, contender: str, method: str, path: str, dtype: str, rows: str, length: str) -> None:
     torch.set_num_threads(int(threads))
     import_for(contender)
     before = anonymous()

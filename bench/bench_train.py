@@ -136,8 +136,13 @@ def memory(settings: measure.Settings) -> Iterator[measure.Row]:
 
 def fresh_process(contender: str, kind: str, settings: measure.Settings) -> int:
     """The peak in bytes that `child` reports from a process of its own."""
-    arguments = [contender, kind, str(int(settings.quick)), str(settings.model), str(settings.data)]
-    command = [sys.executable, "-m", "bench.bench_train", str(torch.get_num_threads()), *arguments]
+    return peak_of("bench_train", contender, kind, int(settings.quick), settings.model, settings.data)
+
+
+def peak_of(module: str, contender: str, *arguments: Any) -> int:
+    """The peak in bytes that a module of bench, run with torch's threads and these, prints as JSON."""
+    given = [str(torch.get_num_threads()), contender, *map(str, arguments)]
+    command = [sys.executable, "-m", f"bench.{module}", *given]
     done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"memory of {contender}: the process failed: ...{done.stderr[-250:]}")

@@ -28,6 +28,7 @@ from bench import (
     bench_dense,
     bench_domains,
     bench_dora_linear,
+    bench_families,
     bench_generate,
     bench_linear_cross_entropy,
     bench_lora_linear,
@@ -51,6 +52,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "prompt_embedding": bench_prompt_embedding.embedding,
     "prefix_attention": bench_prefix_attention.suite,
     "methods_step": bench_methods.methods_step,
+    "families": bench_families.families,
     "domains": bench_domains.domains,
     # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
     "train_step": bench_train.train_step,
