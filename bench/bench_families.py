@@ -106,7 +106,7 @@ def families(settings: measure.Settings) -> Iterator[measure.Row]:
             batch, adam = batch_of(family), peers.optimizer(model)
             contenders[name] = lambda model=model, adam=adam, batch=batch: step(model, adam, batch)
         case = f"{family}, {name_of_dtype}, {ROWS}x{TOKENS} tokens"
-        for name, seconds in measure.interleave(contenders, min(settings.rounds, 7)).items():
+        for name, seconds in measure.interleave(contenders, min(settings.rounds, 5)).items():
             yield measure.row(case, name, "step", "s", seconds)
         del contenders, model, adam
         for name in (OURS, PEFT):
