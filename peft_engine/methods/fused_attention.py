@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_engine import dispatch
 from peft_engine.methods import virtual_attention
 from peft_engine.methods.attention_sites import dropout_of, heads_of, names_sdpa, uses_interface
 from peft_engine.ops.attention import kept_intervals
@@ -60,7 +61,7 @@ def attend(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.T
 
     if _by_torch(query, key, value, attention_mask, **kwargs):
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    none = key.detach()[0, :, :0]
+    none = key.detach()[:1, :, :0]
     how = virtual_attention.with_prefix
     return how(sdpa, module, query, key, value, attention_mask, none, none, **kwargs), None
 
@@ -76,7 +77,9 @@ def _by_torch(query, key, value, mask, *, dropout=0.0, position_bias=None, **kwa
     learns = position_bias is not None and position_bias.requires_grad and not position_bias.is_leaf
     if mask is not None and (mask.shape[-1] != key.shape[2] or kept_intervals(mask) is None):
         return True
-    return learns or _choose("cpu", query.dtype, query.shape[3], dropout > 0.0).backend == "reference"
+    if learns or dispatch.forced() is not None:
+        return learns
+    return _choose("cpu", query.dtype, query.shape[3], dropout > 0.0).backend == "reference"
 
 
 def _choose(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Any:
