@@ -1,45 +1,44 @@
-"""Dropout by a hash of a seed, the row and the column: no mask is stored, all backends draw the same."""
+"""The fused stand-in for nn.Dropout: what `optimize` makes of the dropout layers of a model."""
+
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-_U32 = 0xFFFFFFFF
+from peft_engine.methods.sharded import class_of
+from peft_engine.ops.dropout import DROPOUT, DropoutCall, draw_seed, dropout
+from peft_engine.ops.nf4 import DTYPES
 
 
-def draw_seed(p: float, device: torch.device) -> torch.Tensor | None:
-    """A seed for a dropout of p, an int64 tensor (1,), None where p is 0.
+class FusedDropout(nn.Dropout):
+    """nn.Dropout that draws on every thread and keeps no mask: on a CPU torch draws one element at a time.
 
-    From torch's generator: checkpointing restores the generator, so the second forward drops the same.
+    Under torch.compile, on a GPU, in place and for other dtypes torch's runs.
     """
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if p > 0.0 else None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0.0:
+            return input
+        plain = input.device.type == "cpu" and input.dtype in DTYPES and not self.inplace and self.p < 1.0
+        if not plain or torch.compiler.is_compiling():
+            return F.dropout(input, self.p, True, self.inplace)
+        seed = draw_seed(self.p, input.device)
+        assert seed is not None
+        return dropout(input, self.p, seed)
 
 
-def check_dropout(who: str, name: str, x: torch.Tensor, p: float, seed: torch.Tensor | None) -> None:
-    """Raises ValueError unless p is in [0, 1) and there is a seed for it beside x, the argument `name`."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{who}: dropout_p must be in [0, 1), got {p}")
-    if p == 0.0:
-        return
-    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(
-            f"{who}: dropout needs seed, an int64 tensor of one element; draw it with torch.randint"
-        )
-    if seed.device != x.device:
-        raise ValueError(
-            f"{who}: {name} is on {x.device} and seed on {seed.device}; draw it on {name}'s device"
-        )
+def fused_class(module: Any) -> tuple[type | None, str, str]:
+    """The fused class for a dropout layer and its op; none for another module, and what never drops a thing
+    or drops it in place.
+    """
+    ours = class_of(module) in (nn.Dropout, FusedDropout) and module.p > 0.0 and not module.inplace
+    return (FusedDropout, "dropout", "") if ours else (None, "", "")
 
 
-def _mix(h: torch.Tensor) -> torch.Tensor:
-    """The 32-bit finaliser of MurmurHash3, on uint32 values held in int64."""
-    h = (h ^ (h >> 16)) * 0x85EBCA6B & _U32
-    h = (h ^ (h >> 13)) * 0xC2B2AE35 & _U32
-    return h ^ (h >> 16)
-
-
-def dropout_mask(seed: torch.Tensor, rows: int, columns: int, p: float) -> torch.Tensor:
-    """The (rows, columns) bool mask of the elements kept: hash(seed, row, column) >= p * 2^32."""
-    seed = seed.reshape(())
-    row = torch.arange(rows, device=seed.device)
-    key = _mix((seed & _U32) ^ _mix((row & _U32) ^ _mix((seed >> 32 & _U32) ^ (row >> 32))))
-    column = torch.arange(columns, device=seed.device) * 0x9E3779B9 & _U32
-    return _mix((key[:, None] + column) & _U32) >= round(p * 2**32)
+def running(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that runs a FusedDropout in training ("": torch's own code), and why no faster one."""
+    if device != "cpu":
+        return "", "on a GPU torch's own kernel runs"
+    choice = DROPOUT.choose(DropoutCall(device, dtype))
+    return choice.backend, choice.reason

@@ -23,11 +23,11 @@ from transformers.models.smollm3 import modeling_smollm3 as smollm3
 from peft_engine import dense, dispatch
 from peft_engine.activations import spare_width
 from peft_engine.dispatch import BackendError, Choice
-from peft_engine.dropout import draw_seed
 from peft_engine.methods import virtual_attention
 from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.methods.sharded import class_of
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
+from peft_engine.ops.dropout import draw_seed
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token

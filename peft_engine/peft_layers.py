@@ -18,10 +18,10 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from peft_engine.conv1d import is_conv1d
-from peft_engine.dropout import draw_seed
 from peft_engine.methods import derived, dora
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.nn import NF4Linear
+from peft_engine.ops.dropout import draw_seed
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from peft_engine import dense, native
+from peft_engine import dense, dropout, native
 from peft_engine.conv1d import as_made, by_rows, is_conv1d, is_linear
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
@@ -29,7 +29,7 @@ from peft_engine.report import LayerReport, Report
 ModelType = TypeVar("ModelType", bound=torch.nn.Module)
 
 # The modules whose classes are fused stand-ins; those of peft_engine.nn and methods are layers of ours.
-STAND_INS = ("peft_engine.layers", "peft_engine.bnb_layers", "peft_engine.peft_layers")
+STAND_INS = ("peft_engine.layers", "peft_engine.bnb_layers", "peft_engine.peft_layers", "peft_engine.dropout")
 
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
@@ -106,6 +106,8 @@ def _fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         from peft_engine import bnb_layers
 
         return bnb_layers.fused_class(module)
+    if isinstance(module, torch.nn.Dropout):
+        return dropout.fused_class(module)
     if "transformers" in sys.modules:
         from peft_engine import layers  # imports transformers
 
@@ -195,7 +197,7 @@ def _layers(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif is_linear(module):
             yield _dense_line(model, name, module)
         else:
-            own = _model_line(name, module, dtype, by_name)
+            own = _model_line(model, name, module, dtype, by_name)
             found = _virtual_tokens_line(name, module, dtype, own) or own
             if found is not None:
                 yield found
@@ -238,6 +240,11 @@ def _ran(name: str, module: torch.nn.Module, op: str, backend: str, reason: str)
     fused = backend != "reference"
     reason = reason or ("" if fused else "plain torch; this backend is pinned")
     return _line(name, module, op, backend, fused, reason)
+
+
+def _either(name: str, module: torch.nn.Module, op: str, backend: str, reason: str) -> LayerReport:
+    """A line for a layer that calls an op, or, where the backend is "", whose own code runs."""
+    return _ran(name, module, op, backend, reason) if backend else _own(name, module, op, reason)
 
 
 def _own(name: str, module: torch.nn.Module, op: str, reason: str) -> LayerReport:
@@ -376,27 +383,24 @@ def _virtual_tokens_line(
     backend, reason = found
     if own is not None and own.reason == NOT_YET:  # what is around the attention
         reason = "; ".join(filter(None, (reason, f"the rest: {NOT_YET}")))
-    if not backend:
-        return _own(name, module, "prefix_attention", reason)
-    return _ran(name, module, "prefix_attention", backend, reason)
+    return _either(name, module, "prefix_attention", backend, reason)
 
 
 def _model_line(
-    name: str, module: torch.nn.Module, dtype: torch.dtype, by_name: set[int]
+    model: torch.nn.Module, name: str, module: torch.nn.Module, dtype: torch.dtype, by_name: set[int]
 ) -> LayerReport | None:
+    device = next(model.parameters(), torch.empty(0)).device.type
+    if isinstance(module, dropout.FusedDropout):
+        return _either(name, module, "dropout", *dropout.running(device, dtype))
     if _is_stand_in(module):
         from peft_engine import layers
 
-        op, backend, why = layers.running(module, dtype)
-        return _ran(name, module, op, backend, why) if backend else _own(name, module, op, why)
+        return _either(name, module, *layers.running(module, dtype))
     fused, op, _ = _fused_class(module)
-    device = next(module.parameters(), torch.empty(0)).device.type
     found = fused_attention.describe(module, device, dtype, by_name) if fused is None else None
     if found is not None:
         backend, why = found
-        if backend:
-            return _ran(name, module, "attention", backend, why)
-        return _own(name, module, "attention", why or NOT_YET)
+        return _either(name, module, "attention", backend, why or ("" if backend else NOT_YET))
     # What holds another layer of its op leaves the computing to that: T5LayerSelfAttention to T5Attention.
     if not op or any(inner is not module and _fused_class(inner)[1] == op for inner in module.modules()):
         return None

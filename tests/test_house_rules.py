@@ -25,7 +25,7 @@ ROWS = (
     ("train",),
     ("methods", "swap", "checkpoint"),
     ("nn", "report", "conv1d"),
-    ("ops", "dense", "dropout"),
+    ("ops", "dense"),
     ("dispatch", "activations"),
     ("native", "kernels"),
 )

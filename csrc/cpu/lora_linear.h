@@ -11,7 +11,7 @@ struct Adapter {
   Type type = Type::f32;
   int64_t rank = 0;  // 0: none
   float scaling = 1.0f;
-  float dropout_p = 0.0f;
+  double dropout_p = 0.0;
   uint32_t threshold = 0;  // round(dropout_p 2^32)
   uint64_t seed = 0;
 };

@@ -6,7 +6,7 @@
 
 #include "cpu/nf4_decode.inl"
 #include "cpu/tiles.inl"
-#include "cpu/dropout.inl"
+#include "cpu/dropout_mask.inl"
 
 // A product of fewer multiplications than this is not worth waking a second thread.
 constexpr int64_t kWorthThreads = 1 << 19;

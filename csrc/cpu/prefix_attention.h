@@ -30,7 +30,7 @@ struct PrefixAttentionArgs {
   const void* bias;  // null, or (batch, heads, queries, keys) with these strides
   int64_t bias_batch, bias_head, bias_query, bias_key;
   float* lse;          // (batch, heads, queries)
-  float dropout_p;     // of what is left of the softmax; 0: none
+  double dropout_p;    // of what is left of the softmax; 0: none
   uint32_t threshold;  // round(dropout_p 2^32)
   uint64_t seed;
   const uint32_t* packed;  // a shared prefix as operands, packed_words for each key/value head

@@ -1,7 +1,7 @@
 // Attention over a prefix and real keys. Included once per instruction set; the maths is in
 // peft_engine/ops/prefix_attention.py. A row of the batch is computed in the same steps whatever stands beside it.
 #include "cpu/attention_tiles.inl"
-#include "cpu/dropout.inl"
+#include "cpu/dropout_mask.inl"
 
 // Parts of a buffer, each on a cache line of its own.
 struct Carver {

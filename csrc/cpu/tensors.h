@@ -88,7 +88,7 @@ inline Matrix matrix_of(const Tensor& weight, const std::optional<Tensor>& absma
 template <class Arguments>
 inline void set_dropout(Arguments& out, double p, const std::optional<Tensor>& seed) {
   if (p <= 0.0) return;
-  out.dropout_p = static_cast<float>(p);
+  out.dropout_p = p;
   out.threshold = static_cast<uint32_t>(std::llrint(p * 4294967296.0));
   out.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(values_of(*seed)));
 }

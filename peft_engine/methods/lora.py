@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from peft_engine import dispatch
 from peft_engine.conv1d import is_conv1d
-from peft_engine.dropout import draw_seed
 from peft_engine.methods import copies, derived, dora
 from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.nn import NF4Linear
+from peft_engine.ops.dropout import draw_seed
 from peft_engine.ops.lora_groups import lora_groups, sort_rows
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import NF4Tensor

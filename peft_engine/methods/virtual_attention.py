@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch
-from peft_engine.dropout import draw_seed
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import dropout_of, heads_of
 from peft_engine.methods.copies import thread, whose
 from peft_engine.ops.attention import Intervals, kept_intervals
+from peft_engine.ops.dropout import draw_seed
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
 
 SITE = "peft_engine_site"

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch
-from peft_engine.dropout import check_dropout, dropout_mask
+from peft_engine.ops.dropout import check_dropout, dropout_mask
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.dropout import check_dropout, dropout_mask
 from peft_engine.kernels import scratch
+from peft_engine.ops.dropout import check_dropout, dropout_mask
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu, refuse_unless_cuda
 
 

@@ -6,7 +6,7 @@
     dq = scale dS [P_k ; K]    d[P_k ; K] = scale dS^T q  where a prefix is shared, summed over the batch
 
 With dropout, m = keep / (1 - p), and out = (m P) [P_v ; V], d[P_v ; V] = (m P)^T dout, dP = m (dout [P_v ;
-V]^T); lse is that of all. keep is the hash of peft_engine/dropout.py, of the row (b Hq + h) T + t and the
+V]^T); lse is that of all. keep is the hash of peft_engine/ops/dropout.py, of the row (b Hq + h) T + t and the
 column in [P_k ; K]: the backward makes it again.
 q (B, Hq, T, D), K and V (B, Hkv, S, D), P_k and P_v (Hkv, P, D). Every query sees the whole prefix; of the
 real keys it sees one interval (causal, packed documents, padding, a sliding window), less what bias makes
@@ -21,7 +21,6 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.dropout import check_dropout
 from peft_engine.kernels import scratch
 from peft_engine.ops.attention import (
     Intervals,
@@ -35,6 +34,7 @@ from peft_engine.ops.attention import (
     intervals_from_mask,
     mask_from_intervals,
 )
+from peft_engine.ops.dropout import check_dropout
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 

@@ -12,8 +12,8 @@ from peft_engine.kernels.prefix_attention.backward import backward
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.forward import forward
 
-from peft_engine.dropout import dropout_mask
 from peft_engine.kernels.tiles import setting
+from peft_engine.ops.dropout import dropout_mask
 from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.prefix_attention import reference
 

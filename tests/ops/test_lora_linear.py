@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_engine import dispatch, native
-from peft_engine.dropout import dropout_mask
+from peft_engine.ops.dropout import dropout_mask
 from peft_engine.ops.lora_linear import lora_linear, reference
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor, nf4_quantize, reference_dequantize
 

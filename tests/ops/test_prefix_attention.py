@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from bench.bench_prefix_attention import extra_bytes
 from peft_engine import dispatch
-from peft_engine.dropout import dropout_mask
 from peft_engine.ops import prefix_attention as exported
 from peft_engine.ops.attention import Intervals, mask_from_intervals
+from peft_engine.ops.dropout import dropout_mask
 from peft_engine.ops.prefix_attention import prefix_attention, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,8 +8,8 @@ from test_prefix_attention import DTYPES, by_reference, case, check, run
 from torch.utils.checkpoint import checkpoint
 
 from peft_engine import dispatch
-from peft_engine.dropout import draw_seed, dropout_mask
 from peft_engine.ops.attention import Intervals, attention
+from peft_engine.ops.dropout import draw_seed, dropout_mask
 from peft_engine.ops.prefix_attention import (
     PREFIX_ATTENTION,
     PrefixAttentionCall,
