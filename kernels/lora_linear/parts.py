@@ -32,7 +32,7 @@ def wide_dot(a, b, acc):
 
 @triton.jit
 def mix(h):
-    """The 32-bit finaliser of MurmurHash3, as ops/lora_linear.py has it."""
+    """The 32-bit finaliser of MurmurHash3, as ops/dropout.py has it."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
     return h ^ (h >> 16)

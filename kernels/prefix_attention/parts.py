@@ -139,7 +139,7 @@ def row_keys(seed, row):
 
 @triton.jit
 def kept(key, column, threshold):
-    """The mask of peft_engine/dropout.py, of rows' keys and columns of [prefix ; keys]; any two shapes that
+    """The mask of ops/dropout.py, of rows' keys and columns of [prefix ; keys]; any two shapes that
     spread.
     """
     return mix(key + column.to(tl.uint32) * 0x9E3779B9) >= threshold.to(tl.uint32)
