@@ -111,3 +111,39 @@ def test_a_tilde_behind_the_sign_is_the_home_folder(command, model, data, monkey
     monkeypatch.setenv("HOME", str(model.parent))
     code, _, err = command("eval", f"--model=~/{model.name}", "--data", data)
     assert code == 0 and f"Loading {model}, " in err
+
+
+def test_gpt2_trains_in_nf4_goes_on_from_a_checkpoint_and_is_merged(command, data, tmp_path):
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=320, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    folder = saved(transformers.GPT2LMHeadModel(config), tmp_path / "gpt2")
+    line = (
+        "train",
+        "--model",
+        folder,
+        "--data",
+        data,
+        "--method",
+        "qlora",
+        "--epochs",
+        "2",
+        "--save-steps",
+        "1",
+    )
+    code, _, err = command(*line, "--output", tmp_path / "whole")
+    assert code == 0, err
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    states = sorted((tmp_path / "cut").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for state in states[1:]:
+        shutil.rmtree(state)
+    code, _, err = command(*line, "--output", tmp_path / "cut", "--resume")
+    assert code == 0, err
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(t, cut[key]) for key, t in whole.items())
+    code, _, err = command(
+        "merge", "--model", folder, "--adapter", tmp_path / "whole", "--output", tmp_path / "merged"
+    )
+    assert code == 0, err
+    transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
