@@ -17,22 +17,9 @@ from peft_engine.ops.attention import by_token
 
 
 def backward(
-    dout,
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    out,
-    lse,
-    first,
-    last,
-    bias,
-    causal: bool,
-    scale: float,
-    dropout_p=0.0,
-    seed=None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal: bool, scale: float,
+    dropout_p=0.0, seed=None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, dprefix_k, dprefix_v; the arguments of the raw op prefix_attention_backward."""
     dq, dk, dv = by_token(q), by_token(k), by_token(v)
     shares = torch.empty_like(prefix_k, memory_format=torch.contiguous_format)
