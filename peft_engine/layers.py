@@ -374,6 +374,8 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
     fused = _FUSED.get(kind)
     if fused is None:
         op = next((op for suffix, op in _SUFFIXES.items() if kind.__name__.endswith(suffix)), "")
+        if op == "swiglu" and not any("gate" in name for name in module._modules):
+            op = ""  # an MLP without a gate
         return None, op, f"no fused layer stands for {kind.__name__}" if op else ""
     op = _OPS[fused]
     why = ""

@@ -287,6 +287,10 @@ def test_unknown_layers_are_named_and_others_passed_over():
         pass
 
     assert layers.fused_class(OtherRMSNorm()) == (None, "rms_norm", "no fused layer stands for OtherRMSNorm")
+    assert layers.fused_class(type("PlainMLP", (torch.nn.Module,), {})()) == (None, "", "")
+    gated = type("GatedMLP", (torch.nn.Module,), {})()
+    gated.gate_proj = torch.nn.Linear(2, 2)
+    assert layers.fused_class(gated) == (None, "swiglu", "no fused layer stands for GatedMLP")
     assert layers.fused_class(torch.nn.Linear(2, 2)) == (None, "", "")
     gelu = make("Gemma", hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
     fused, op, why = layers.fused_class(gelu.model.layers[0].mlp)
