@@ -10,6 +10,7 @@ cross_entropy of LazyLogits is ours. Whatever else is done with them yields the 
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 from typing import Any
@@ -237,6 +238,7 @@ def _refuse_forward(forward: Any, head: str) -> str | None:
     return None
 
 
+@functools.cache
 def _source(forward: Any) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(forward)))

@@ -108,10 +108,8 @@ def _own(config: Any) -> str:
 
 
 def _rename(config: Any, own: str) -> None:
-    before = config._attn_implementation
-    behind = before.startswith(virtual_attention.NAME)
-    name = virtual_attention.register(own) if behind else own
-    config._attn_implementation = {"": name}  # a plain string goes to the configs inside it too
+    behind = config._attn_implementation.startswith(virtual_attention.NAME)
+    virtual_attention.set_attention(config, virtual_attention.register(own) if behind else own)
 
 
 # --- what runs ----------------------------------------------------------------------------------------------

@@ -133,6 +133,11 @@ def register(own: str) -> str:
     return name
 
 
+def set_attention(config: Any, name: str) -> None:
+    """Sets the attention of a config."""
+    config._attn_implementation = {"": name}  # a plain string goes to the configs inside it too
+
+
 def _base(own: str, module: Any) -> Any:
     if own == "sdpa":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

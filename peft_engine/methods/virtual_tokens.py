@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import Stack, parameters_of
-from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live, register
+from peft_engine.methods.virtual_attention import FORWARDS, NAME, SITE, Live, register, set_attention
 from peft_engine.methods.walks import kept
 from peft_engine.ops.prompt_embedding import extend_inputs
 
@@ -131,13 +131,9 @@ def activate(model: Any, which: str | tuple[str | None, ...] | None) -> None:
         now = config._attn_implementation
         own = now.removeprefix(NAME)
         if wanted and own == now and own in FORWARDS:
-            _set_attention(config, register(own))
+            set_attention(config, register(own))
         elif not wanted and own != now:
-            _set_attention(config, own)
-
-
-def _set_attention(config: Any, name: str) -> None:
-    config._attn_implementation = {"": name}  # a plain string goes to the configs inside it too
+            set_attention(config, own)
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -317,7 +313,7 @@ def _check_implementation(config: Any, kwargs: dict) -> None:
         )
     now = config._attn_implementation
     if now in FORWARDS:
-        _set_attention(config, register(now))
+        set_attention(config, register(now))
     elif not now.startswith(NAME):
         raise ValueError(
             f"virtual tokens: the model's attention is set to {now!r}, which cannot put keys in front; call "

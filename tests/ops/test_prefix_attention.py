@@ -130,10 +130,8 @@ def test_a_long_prefix_and_no_real_keys(isa, dtype):
     check(case(2, 4, 2, 3, 0, 9, 16, dtype))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_any_intervals_and_biases(data):
-    draw = data.draw
+def any_case(draw):
+    """Tensors, intervals and a bias, or not, and a name for them."""
     batch, queries, keys = (draw(st.integers(low, high)) for low, high in ((0, 3), (0, 40), (0, 60)))
     group, kv_heads, head_dim = (draw(st.integers(1, high)) for high in (3, 2, 40))
     dtype, own = draw(st.sampled_from(DTYPES)), draw(st.booleans())
@@ -149,7 +147,14 @@ def test_any_intervals_and_biases(data):
     if draw(st.booleans()):
         sizes = [draw(st.sampled_from((1, n))) for n in (batch, group * kv_heads, queries)]
         masks["position_bias"] = torch.randn(*sizes, keys).to(draw(st.sampled_from((dtype, torch.float32))))
-    check(tensors, f"{batch} {queries}x{keys} {prefix}", **masks)
+    return tensors, f"{batch} {queries}x{keys} {prefix}", masks
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_intervals_and_biases(data):
+    tensors, what, masks = any_case(data.draw)
+    check(tensors, what, **masks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
