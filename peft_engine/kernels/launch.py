@@ -13,7 +13,6 @@ import torch
 
 _compiled: dict[tuple[Any, ...], Any] = {}  # by what Triton specialises on
 _seen: dict[tuple[Any, ...], Any] = {}  # by the values, for tensors at multiples of 16 bytes
-_tensors: dict[int, int] = {}  # by the kernel's id: how many of its arguments are tensors
 _MOST_SEEN = 4096  # batches of many lengths leave that many behind
 _FREED = (
     "the memory of a tensor {} was freed. Under fully_shard a weight is there while its module runs, forward "
@@ -57,29 +56,30 @@ def launch(
 ):
     """Runs `kernel` on the device of its first tensor, on that device's current stream.
 
-    arguments: all that are no tl.constexpr, in the kernel's order, its tensors first; constants: the
-    tl.constexpr ones, which the kernel names last, in its order; options: num_warps, num_stages,
-    enable_fp_fusion.
+    arguments: all that are no tl.constexpr, in the kernel's order; constants: the tl.constexpr ones, which
+    the kernel names last, in its order; options: num_warps, num_stages, enable_fp_fusion.
     """
-    tensors = _tensors.get(id(kernel)) or _count_tensors(kernel, arguments)
-    device, numbers = arguments[0].device, arguments[tensors:]
+    device, bits = None, 0
+    key: list[Any] = [id(kernel), *constants.values(), *options.values()]
+    raw: list[Any] = []
+    for a in arguments:
+        if isinstance(a, torch.Tensor):
+            device = device or a.device
+            at = a.data_ptr() or _none(kernel.__name__, a)
+            bits |= at
+            key.append(a.dtype)
+            raw.append(at)  # an address as it is: for a tensor Triton asks the driver whether it is the GPU's
+        else:
+            key.append(type(a))  # 1 and 1.0 are one to a dict
+            key.append(a)
+            raw.append(a)
+    assert device is not None
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, arguments, constants, **options)
-    bits = 0
-    raw: list[Any] = []  # an address as it is: for a tensor Triton asks the driver whether it is the GPU's
-    dtypes = []
-    for a in arguments[:tensors]:
-        at = a.data_ptr() or _none(kernel.__name__, a)
-        bits |= at
-        raw.append(at)
-        dtypes.append(a.dtype)
-    compiled = seen = None
-    if bits % 16 == 0:
-        fixed = *constants.values(), *options.values()
-        # with their types, as 1 and 1.0 are one to a dict
-        seen = id(kernel), device.index, numbers, (*map(type, numbers),), (*dtypes,), fixed
-        compiled = _seen.get(seen)
+    key.append(device)
+    seen = None if bits % 16 else tuple(key)
+    compiled = None if seen is None else _seen.get(seen)
     if compiled is None:
         special = _specialised(kernel, device, arguments, constants, options)
         compiled = _compiled.get(special)
@@ -97,18 +97,8 @@ def launch(
             if len(_seen) >= _MOST_SEEN:
                 _seen.clear()
             _seen[seen] = compiled
-    compiled[(*grid, 1, 1)[:3]](*raw, *numbers, *constants.values())
+    compiled[(*grid, 1, 1)[:3]](*raw, *constants.values())
     return None
-
-
-def _count_tensors(kernel: Any, arguments: tuple[Any, ...]) -> int:
-    """How many of a kernel's arguments are tensors; TypeError where a number stands in front of one."""
-    are = [isinstance(a, torch.Tensor) for a in arguments]
-    count = sum(are)
-    if not all(are[:count]) or not count:
-        raise TypeError(f"launch: {kernel.__name__} must name its tensors first, got {are}")
-    _tensors[id(kernel)] = count
-    return count
 
 
 def _specialised(kernel, device, arguments, constants, options) -> tuple[Any, ...]:

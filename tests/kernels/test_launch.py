@@ -112,11 +112,6 @@ def test_what_a_kernel_says_not_to_specialise_on_is_not_compiled_anew(kernel):
     assert len(kernel.compiled) == 2
 
 
-def test_a_number_in_front_of_a_tensor_is_refused(kernel):
-    with pytest.raises(TypeError, match=r"launch: kernel must name its tensors first, got \[False, True\]"):
-        launch(kernel, (2,), (32, X), {"BLOCK": 16}, num_warps=4)
-
-
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64)])
 def test_all_lengths_share_the_compiled_kernels_of_prefix_attention(heads, kv_heads, head_dim, monkeypatch):
     """By this launcher's key as by Triton's own."""
