@@ -1,5 +1,4 @@
-// Activations of the bottleneck adapter and their derivatives, kWidth values at a time. Included once per instruction
-// set, after vector.inl.
+// Activations and their derivatives, kWidth values at a time. Included once per instruction set, after vector.inl.
 
 struct Relu {
   static Floats value(Floats v) { return v < 0.0f ? all(0.0f) : v; }
@@ -58,17 +57,3 @@ struct Gelu {
   static Floats value(Floats v) { return v * below(v); }
   static Floats slope(Floats v) { return below(v) + v * 0.39894228040143268f * exponential(v * v * -0.5f); }
 };
-
-// Calls body(tag) with the tag of an activation.
-template <class Body>
-inline void with_activation(Activation activation, const Body& body) {
-  if (activation == Activation::relu) {
-    body(Relu{});
-  } else if (activation == Activation::gelu) {
-    body(Gelu{});
-  } else if (activation == Activation::silu) {
-    body(Silu{});
-  } else {
-    body(Tanh{});
-  }
-}

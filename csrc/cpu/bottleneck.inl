@@ -13,6 +13,20 @@
 #include "cpu/panels.inl"
 #include "cpu/activation.inl"
 
+// Calls body(tag) with the tag of an activation.
+template <class Body>
+inline void with_activation(Activation activation, const Body& body) {
+  if (activation == Activation::relu) {
+    body(Relu{});
+  } else if (activation == Activation::gelu) {
+    body(Gelu{});
+  } else if (activation == Activation::silu) {
+    body(Silu{});
+  } else {
+    body(Tanh{});
+  }
+}
+
 constexpr int64_t kBlock = 4;  // steps of a contraction that are laid out at a time: 16 KiB for two tiles of columns
 
 // Tiles of 16 rows that share a pass over a weight. It depends on the rows alone: the norm's gradients are summed by

@@ -19,12 +19,27 @@ def place(chunks, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(gate, up, y, columns, chunks, stride_g, stride_u, stride_y, BLOCK: tl.constexpr):
-    """y = gate sigmoid(gate) up."""
+def part(g, ACTIVATION: tl.constexpr):
+    """s of act(g) = g s."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(g)
+    elif ACTIVATION == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * g * (1.0 + 0.044715 * g * g))
+    else:
+        tl.static_assert(ACTIVATION == "gelu")
+        s = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+    return s
+
+
+@triton.jit
+def forward_kernel(
+    gate, up, y, columns, chunks, stride_g, stride_u, stride_y, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """y = gate s up."""
     row, n, there = place(chunks, columns, BLOCK)
     g = tl.load(gate + row * stride_g + n, there, other=0).to(tl.float32)
     u = tl.load(up + row * stride_u + n, there, other=0).to(tl.float32)
-    out = g * tl.sigmoid(g) * u
+    out = g * part(g, ACTIVATION) * u
     tl.store(y + row * stride_y + n, out.to(y.dtype.element_ty), there)
 
 
@@ -38,7 +53,7 @@ def sizes(*tensors: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
     return rows, columns, tuple(t.stride(0) for t in tensors)
 
 
-def forward(gate: torch.Tensor, up: torch.Tensor, spare: int = 0) -> torch.Tensor:
+def forward(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu", spare: int = 0) -> torch.Tensor:
     """y (rows, N) of gate and up, whose last dimension is dense; the raw op swiglu_forward.
 
     spare: columns of room behind the rows of y.
@@ -48,7 +63,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, spare: int = 0) -> torch.Tenso
         rows, columns, strides = sizes(gate, up, y)
         chunks = cdiv(columns, BLOCK)
         launch(
-            forward_kernel, (rows * chunks,), (gate, up, y, columns, chunks, *strides), {"BLOCK": BLOCK},
-            num_warps=WARPS,
+            forward_kernel, (rows * chunks,), (gate, up, y, columns, chunks, *strides),
+            {"ACTIVATION": activation, "BLOCK": BLOCK}, num_warps=WARPS,
         )  # fmt: skip
     return y

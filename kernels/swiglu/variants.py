@@ -19,14 +19,24 @@ def variants() -> Iterator[Variant]:
     yield from _named(torch.bfloat16, 8192, 14336, gap=14336)
     yield from _named(torch.bfloat16, 1 << 19, 1 << 13, gap=0, rest=", 2^32")
     yield from _named(torch.bfloat16, 7, 1031, gap=5, wide=False)
+    for activation in ("gelu_tanh", "gelu"):
+        yield from _named(torch.bfloat16, 8192, 14336, gap=0, activation=activation)
 
 
 def _named(
-    dtype: torch.dtype, rows: int, columns: int, *, gap: int, rest: str = "", wide: bool = True
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    *,
+    gap: int,
+    rest: str = "",
+    wide: bool = True,
+    activation: str = "silu",
 ) -> Iterator[Variant]:
     gate = torch.empty(rows, columns + gap, dtype=dtype, device="meta")[:, :columns]
     name = f"{NAMES[dtype]}, {columns} columns{', rows apart' if gap else ''}{rest}"
+    name += "" if activation == "silu" else f", {activation}"
     archs = ARCHS if dtype == torch.bfloat16 and columns == 14336 else FEW_ARCHS
-    for call in (lambda: forward(gate, gate), lambda: backward(gate, gate, gate)):
+    for call in (lambda: forward(gate, gate, activation), lambda: backward(gate, gate, gate, activation)):
         for variant in launched(call):
             yield dataclasses.replace(variant, name=name, archs=archs, wants=WIDE if wide else ())

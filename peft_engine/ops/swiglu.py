@@ -1,11 +1,14 @@
-"""SwiGLU's product (Shazeer 2020, arXiv 2002.05202).
+"""The product of a gated MLP: SwiGLU and GEGLU (Shazeer 2020, arXiv 2002.05202).
 
-    y = gate s up,  s = sigmoid(gate)
-    dgate = dy up s (1 + gate (1 - s))        dup = dy gate s
+    y = gate s up           s = sigmoid(gate) for silu; for gelu the normal distribution's P(X < gate), and
+                            for gelu_tanh sigmoid(2 sqrt(2/pi) (gate + 0.044715 gate^3)), near to that
+    dgate = dy up (s + gate s')        dup = dy gate s
 
 Everything in float32, rounded once. Saved for the backward: gate and up.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +27,24 @@ class SwigluCall(NamedTuple):
 
 SWIGLU = dispatch.Op("swiglu")
 
-
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}
 NO_ROOM = (0, 0, 0)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, *, spare: tuple[int, int, int] = NO_ROOM) -> torch.Tensor:
-    """silu(gate) * up, of their common shape and dtype (float32, bfloat16 or float16).
+def swiglu(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str = "silu",
+    *,
+    spare: tuple[int, int, int] = NO_ROOM,
+) -> torch.Tensor:
+    """act(gate) * up, of their common shape and dtype (float32, bfloat16 or float16).
 
+    activation: silu (SwiGLU), gelu_tanh (GEGLU as Gemma and T5 v1.1 have it) or gelu, by erf.
     Both may be strided; halves of one wider last dimension (Phi-3's gate_up) are read in place.
     spare: the columns of room that the GPU's kernels leave behind the rows of the result, and of the
     gradients of gate and of up, for the adapters of the layers that are given these (activations.py).
@@ -43,59 +57,68 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, spare: tuple[int, int, int] 
         )
     if dtype not in DTYPES:
         raise TypeError(f"swiglu: gate must be float32, bfloat16 or float16, got {dtype}")
-    return SWIGLU.choose(SwigluCall(device.type, dtype), gate, up).run(gate, up, spare)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"swiglu: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return SWIGLU.choose(SwigluCall(device.type, dtype), gate, up).run(gate, up, activation, spare)
 
 
-def reference(gate: torch.Tensor, up: torch.Tensor, spare: tuple[int, int, int] = NO_ROOM) -> torch.Tensor:
+def reference(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str = "silu",
+    spare: tuple[int, int, int] = NO_ROOM,
+) -> torch.Tensor:
     """swiglu in plain torch."""
-    return F.silu(gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
-native.library.define("swiglu_forward(Tensor gate, Tensor up) -> Tensor")
-native.library.define("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)")
+native.library.define("swiglu_forward(Tensor gate, Tensor up, str activation) -> Tensor")
+native.library.define(
+    "swiglu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)"
+)
 
 
 @torch.library.register_fake("peft_engine::swiglu_forward")
-def _(gate, up):
+def _(gate, up, activation):
     return gate.new_empty(gate.shape)
 
 
 @torch.library.register_fake("peft_engine::swiglu_backward")
-def _(dy, gate, up):
+def _(dy, gate, up, activation):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
 @torch.library.impl(native.library, "swiglu_forward", "CUDA")
-def _forward_on_gpu(gate, up, spare=0):
+def _forward_on_gpu(*arguments):
     from peft_engine.kernels.swiglu.forward import forward
 
-    return forward(gate, up, spare)
+    return forward(*arguments)
 
 
 @torch.library.impl(native.library, "swiglu_backward", "CUDA")
-def _backward_on_gpu(dy, gate, up, spare=(0, 0)):
+def _backward_on_gpu(*arguments):
     from peft_engine.kernels.swiglu.backward import backward
 
-    return backward(dy, gate, up, spare)
+    return backward(*arguments)
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate, up, spare):
+    def forward(ctx: Any, gate, up, activation, spare):
         ctx.save_for_backward(gate, up)
-        ctx.spare = spare[1:]
+        ctx.settings = activation, spare[1:]
         if dispatch.direct(gate):
-            return _forward_on_gpu(gate, up, spare[0])
-        return torch.ops.peft_engine.swiglu_forward(gate, up)
+            return _forward_on_gpu(gate, up, activation, spare[0])
+        return torch.ops.peft_engine.swiglu_forward(gate, up, activation)
 
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, dy):
-        gate, up = ctx.saved_tensors
-        if dispatch.direct(gate):
-            return *_backward_on_gpu(dy.contiguous(), gate, up, ctx.spare), None
-        return *torch.ops.peft_engine.swiglu_backward(dy.contiguous(), gate, up), None
+        tensors, (activation, spare) = (dy.contiguous(), *ctx.saved_tensors), ctx.settings
+        if dispatch.direct(dy):
+            return *_backward_on_gpu(*tensors, activation, spare), None, None
+        return *torch.ops.peft_engine.swiglu_backward(*tensors, activation), None, None
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
@@ -104,15 +127,15 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _kernels(gate, up, spare) -> torch.Tensor:
+def _kernels(gate, up, activation, spare) -> torch.Tensor:
     shape = gate.shape
     if len(shape) != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = (_rows(t if shape else t[None]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Swiglu.apply(gate, up, spare).view(shape)
+        return _Swiglu.apply(gate, up, activation, spare).view(shape)
     if dispatch.direct(gate):
-        return _forward_on_gpu(gate, up, spare[0]).view(shape)
-    return torch.ops.peft_engine.swiglu_forward.default(gate, up).view(shape)
+        return _forward_on_gpu(gate, up, activation, spare[0]).view(shape)
+    return torch.ops.peft_engine.swiglu_forward.default(gate, up, activation).view(shape)
 
 
 SWIGLU.register("triton", _kernels, refuse_unless_cuda)
