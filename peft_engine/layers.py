@@ -1,30 +1,36 @@
-"""Fused layers of transformers' decoder models: RMSNorm, the SwiGLU MLP, and attention with rotary.
+"""Fused layers of transformers' models: RMSNorm, the gated MLP, and attention with rotary.
 
-Each is a subclass of the layer it stands for and adds no attribute, so that an instance becomes one by
-setting its class. The projections inside (q_proj, gate_proj, ...) may be any, adapted and quantised ones too.
+A form below stands for every class whose code is that of the one beside it in _FORMS (same_code.py), whatever
+its name and family. The fused class is a subclass of the one it stands for and adds no attribute, so that an
+instance becomes one by setting its class. The projections inside (q_proj, gate_proj, ...) may be any, adapted
+and quantised ones too.
 """
 
 # mypy: disable-error-code="misc"
 # (the mixins come first in the order of resolution in order to override what the models declare)
 
+import functools
+import importlib
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.models.gemma import modeling_gemma as gemma
-from transformers.models.granite import modeling_granite as granite
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.phi3 import modeling_phi3 as phi3
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.smollm3 import modeling_smollm3 as smollm3
+from transformers import activations
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.longt5.modeling_longt5 import LongT5DenseGatedActDense
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3MLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
-from peft_engine import dense, dispatch
-from peft_engine.activations import spare_width
+from peft_engine import dispatch
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.methods import virtual_attention
-from peft_engine.methods.lora import LoraLinear, LoraNF4Linear
 from peft_engine.methods.sharded import class_of
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.dropout import draw_seed
@@ -32,50 +38,8 @@ from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
 from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import NO_ROOM, SWIGLU, SwigluCall, swiglu
-
-# --- the projections inside ---------------------------------------------------------------------------------
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
-
-
-def _project(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """module(x); a dense layer's product by the library that is the fastest (dense.py)."""
-    if not is_dense(module):
-        return module(x)
-    if type(module) is LoraLinear:
-        return module.forward(x, dense.linear)
-    return dense.linear(x, module.weight, module.bias)
-
-
-def library(module: Any) -> str:
-    """Whose product runs in a dense linear layer that a fused layer calls, as dense.library says."""
-    frozen = is_dense(module) and not any(
-        p.requires_grad for p in (module.weight, module.bias) if p is not None
-    )
-    return dense.library(module.weight) if frozen else "torch"
-
-
-def is_dense(module: Any) -> bool:
-    """Whether a call of the module is its forward alone, and that of a dense linear layer."""
-    if type(module) not in (torch.nn.Linear, LoraLinear) or "forward" in module.__dict__:
-        return False
-    return not any(module.__dict__[hooks] for hooks in _HOOKS) and not any(_GLOBAL_HOOKS)
-
-
-def _spare(module: Any, dtype: torch.dtype) -> int:
-    """The spare columns that a linear layer's one adapter uses behind rows of a dtype."""
-    adapters = module._modules.get("lora_A")
-    if adapters is None:
-        return 0
-    if isinstance(module, (LoraLinear, LoraNF4Linear)):
-        name = module.active_adapter
-        a = adapters._parameters.get(name) if isinstance(name, str) else None
-    else:  # PEFT's, whose adapters are linear layers by name
-        names = [name for name in module.active_adapters if name in adapters]
-        a = adapters[names[0]].weight if len(names) == 1 else None
-    return 0 if a is None else spare_width(a.shape[0], a.dtype, dtype)
-
+from peft_engine.projections import project, spare_of
+from peft_engine.same_code import same_method
 
 # --- RMSNorm ------------------------------------------------------------------------------------------------
 
@@ -93,36 +57,27 @@ class _RMSNorm:
         return rms_norm(hidden_states, weight, self.variance_epsilon)
 
 
-class LlamaRMSNorm(_RMSNorm, llama.LlamaRMSNorm):
-    """Llama's RMSNorm in one pass."""
+class _RMSNormOfInput(_RMSNorm):
+    """As OLMo 2 has it: the result has the input's dtype whatever the weight's."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        same = self.weight.dtype == hidden_states.dtype
+        return rms_norm(hidden_states, self.weight if same else self.weight.float(), self.variance_epsilon)
 
 
-class MistralRMSNorm(_RMSNorm, mistral.MistralRMSNorm):
-    """Mistral's RMSNorm in one pass."""
+class _RMSNormOfWeight(_RMSNorm):
+    """As T5 has it: the result has the weight's dtype, if that is half precision, whatever the input's."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        y = super().forward(hidden_states)
+        return y if self.weight.dtype == torch.float32 else y.to(self.weight.dtype)
 
 
-class Qwen2RMSNorm(_RMSNorm, qwen2.Qwen2RMSNorm):
-    """Qwen2's RMSNorm in one pass."""
+class _RMSNormOfOnes:
+    """As Gemma has it: the weight is what is added to 1."""
 
-
-class Qwen3RMSNorm(_RMSNorm, qwen3.Qwen3RMSNorm):
-    """Qwen3's RMSNorm in one pass, over the hidden dimension or a head's."""
-
-
-class Phi3RMSNorm(_RMSNorm, phi3.Phi3RMSNorm):
-    """Phi-3's RMSNorm in one pass."""
-
-
-class SmolLM3RMSNorm(_RMSNorm, smollm3.SmolLM3RMSNorm):
-    """SmolLM3's RMSNorm in one pass."""
-
-
-class GraniteRMSNorm(_RMSNorm, granite.GraniteRMSNorm):
-    """Granite's RMSNorm in one pass."""
-
-
-class GemmaRMSNorm(gemma.GemmaRMSNorm):
-    """Gemma's RMSNorm, which multiplies by 1 + weight, in one pass."""
+    weight: torch.Tensor
+    eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight if self.weight.dtype == x.dtype else self.weight.float()
@@ -132,56 +87,86 @@ class GemmaRMSNorm(gemma.GemmaRMSNorm):
 # --- MLP ----------------------------------------------------------------------------------------------------
 
 
+_ACTIVATIONS: dict[type, str] = {
+    torch.nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+}
+
+
+def _activation(act: Any) -> str:
+    """A module's activation as swiglu names it; "" for one that it has not."""
+    kind = type(act)
+    if kind is torch.nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return _ACTIVATIONS.get(kind) or _ACTIVATIONS.get(kind.__bases__[-1], "")  # a fused one's last base
+
+
+def _gated(gate_proj: Any, up_proj: Any, down_proj: Any, x: torch.Tensor, activation: str) -> torch.Tensor:
+    """What a gated MLP gives down_proj."""
+    gate, up = project(gate_proj, x), project(up_proj, x)
+    spare = NO_ROOM
+    if dispatch.direct(gate):  # elsewhere none is left
+        down, of_gate, of_up = (spare_of(m, gate.dtype) for m in (down_proj, gate_proj, up_proj))
+        spare = down, of_gate, of_up
+    return swiglu(gate, up, activation, spare=spare)
+
+
 class _MLP:
+    """down(act(gate(x)) * up(x)) with the gated product in one pass."""
+
     _modules: dict[str, Any]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = self._modules
-        gate_proj, up_proj, down_proj = modules["gate_proj"], modules["up_proj"], modules["down_proj"]
-        gate, up = _project(gate_proj, x), _project(up_proj, x)
-        spare = NO_ROOM
-        if dispatch.direct(gate):  # elsewhere none is left
-            down, of_gate, of_up = (_spare(m, gate.dtype) for m in (down_proj, gate_proj, up_proj))
-            spare = down, of_gate, of_up
-        return _project(down_proj, swiglu(gate, up, spare=spare))
+        activation = _activation(self.act_fn)  # type: ignore[attr-defined]
+        if not activation:  # set after the layer was fused
+            return super().forward(x)  # type: ignore[misc]
+        down_proj = modules["down_proj"]
+        between = _gated(modules["gate_proj"], modules["up_proj"], down_proj, x, activation)
+        return project(down_proj, between)
 
 
-class LlamaMLP(_MLP, llama.LlamaMLP):
-    """Llama's MLP with silu(gate) * up in one pass."""
+class _T5MLP:
+    """As T5 v1.1 has it: dropout before the last layer, which may be kept in float32."""
 
-
-class MistralMLP(_MLP, mistral.MistralMLP):
-    """Mistral's MLP with silu(gate) * up in one pass."""
-
-
-class Qwen2MLP(_MLP, qwen2.Qwen2MLP):
-    """Qwen2's MLP with silu(gate) * up in one pass."""
-
-
-class Qwen3MLP(_MLP, qwen3.Qwen3MLP):
-    """Qwen3's MLP with silu(gate) * up in one pass."""
-
-
-class SmolLM3MLP(_MLP, smollm3.SmolLM3MLP):
-    """SmolLM3's MLP with silu(gate) * up in one pass."""
-
-
-class GraniteMLP(_MLP, granite.GraniteMLP):
-    """Granite's MLP with silu(gate) * up in one pass."""
-
-
-class GemmaMLP(_MLP, gemma.GemmaMLP):
-    """Gemma's MLP with silu(gate) * up in one pass, where it is set to silu."""
-
-
-class Phi3MLP(phi3.Phi3MLP):
-    """Phi-3's MLP, whose gate and up are halves of one product, with silu(gate) * up in one pass."""
+    _modules: dict[str, Any]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = _project(self.gate_up_proj, hidden_states).chunk(2, dim=-1)
+        modules = self._modules
+        activation = _activation(modules["act"])
+        if not activation:
+            return super().forward(hidden_states)  # type: ignore[misc]
+        wo = modules["wo"]
+        between = modules["dropout"](_gated(modules["wi_0"], modules["wi_1"], wo, hidden_states, activation))
+        kept = wo.weight.dtype if isinstance(wo.weight, torch.Tensor) else between.dtype
+        return project(wo, between if kept == torch.int8 else between.to(kept))
+
+
+class _PackedMLP:
+    """As Phi-3 has it: gate and up are halves of one product."""
+
+    _modules: dict[str, Any]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        modules = self._modules
+        activation = _activation(self.activation_fn)  # type: ignore[attr-defined]
+        if not activation:
+            return super().forward(hidden_states)  # type: ignore[misc]
+        gate, up = project(modules["gate_up_proj"], hidden_states).chunk(2, dim=-1)
         # The gradients of the halves are joined in new memory: room behind them would be lost.
-        down = _spare(self.down_proj, gate.dtype) if dispatch.direct(gate) else 0
-        return _project(self.down_proj, swiglu(gate, up, spare=(down, 0, 0)))
+        down = spare_of(modules["down_proj"], gate.dtype) if dispatch.direct(gate) else 0
+        return project(modules["down_proj"], swiglu(gate, up, activation, spare=(down, 0, 0)))
+
+
+class _TanhGELU:
+    """GELU's approximation by tanh, which the model writes in eight passes, in torch's one."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(input, approximate="tanh")
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -229,58 +214,33 @@ class _Attention:
         else:
             out, _ = _attend(self, q, k, v, attention_mask, **how)
         out = out.reshape(*hidden_states.shape[:-1], -1)
-        return _project(self._modules["o_proj"], out), None
+        return project(self._modules["o_proj"], out), None
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of x (B, T, H), each (B, T, heads, head_dim)."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         modules = self._modules  # a look-up of its own: Module.__getattr__ costs as much as a view
         return (
-            _project(modules["q_proj"], x).view(shape),
-            _project(modules["k_proj"], x).view(shape),
-            _project(modules["v_proj"], x).view(shape),
+            project(modules["q_proj"], x).view(shape),
+            project(modules["k_proj"], x).view(shape),
+            project(modules["v_proj"], x).view(shape),
         )
 
 
-class LlamaAttention(_Attention, llama.LlamaAttention):
-    """Llama's attention with fused rotary, and documents of a packed row taken one by one."""
-
-
-class MistralAttention(_Attention, mistral.MistralAttention):
-    """Mistral's attention, as LlamaAttention; a sliding window is an interval of keys."""
-
-
-class Qwen2Attention(_Attention, qwen2.Qwen2Attention):
-    """Qwen2's attention, as LlamaAttention."""
-
-
-class Qwen3Attention(_Attention, qwen3.Qwen3Attention):
-    """Qwen3's attention, as LlamaAttention, with its norms of q and k."""
+class _NormedAttention(_Attention):
+    """As Qwen3 has it: q and k go through norms of their own, a head at a time."""
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape = (*x.shape[:-1], -1, self.head_dim)
-        q, k = _project(self.q_proj, x).view(shape), _project(self.k_proj, x).view(shape)
-        return self.q_norm(q), self.k_norm(k), _project(self.v_proj, x).view(shape)
+        q, k, v = super()._heads(x)
+        return self._modules["q_norm"](q), self._modules["k_norm"](k), v
 
 
-class SmolLM3Attention(_Attention, smollm3.SmolLM3Attention):
-    """SmolLM3's attention, as LlamaAttention; some of its layers have no rotary."""
-
-
-class GemmaAttention(_Attention, gemma.GemmaAttention):
-    """Gemma's attention, as LlamaAttention."""
-
-
-class GraniteAttention(_Attention, granite.GraniteAttention):
-    """Granite's attention, as LlamaAttention, with its own scale."""
-
-
-class Phi3Attention(_Attention, phi3.Phi3Attention):
-    """Phi-3's attention, whose q, k and v are parts of one product, read in place; partial rotary."""
+class _PackedAttention(_Attention):
+    """As Phi-3 has it: q, k and v are parts of one product, read in place."""
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = _project(self.qkv_proj, x).unflatten(-1, (-1, self.head_dim))
-        kv: int = self.num_key_value_heads  # type: ignore[assignment]
+        heads = project(self._modules["qkv_proj"], x).unflatten(-1, (-1, self.head_dim))
+        kv: int = self.num_key_value_heads  # type: ignore[attr-defined]
         return heads.split((heads.shape[-2] - 2 * kv, kv, kv), dim=-2)
 
 
@@ -289,7 +249,7 @@ def _own_attention(module: Any) -> str:
     implementation = module.config._attn_implementation.removeprefix(virtual_attention.NAME)
     if implementation != "sdpa":
         return f"attention is set to {implementation}; the fused one stands for sdpa"
-    if not module.is_causal:
+    if not getattr(module, "is_causal", True):
         return "it is bidirectional"
     return ""
 
@@ -335,34 +295,51 @@ def _runs_plainly(q: torch.Tensor) -> bool:
 
 # --- which class --------------------------------------------------------------------------------------------
 
-_NORMS = (
-    LlamaRMSNorm,
-    MistralRMSNorm,
-    Qwen2RMSNorm,
-    Qwen3RMSNorm,
-    Phi3RMSNorm,
-    SmolLM3RMSNorm,
-    GraniteRMSNorm,
-    GemmaRMSNorm,
+# The op, what is fused, and a class that computes what it stands for.
+_FORMS: tuple[tuple[str, type, type], ...] = (
+    ("rms_norm", _RMSNorm, LlamaRMSNorm),
+    ("rms_norm", _RMSNormOfInput, Olmo2RMSNorm),
+    ("rms_norm", _RMSNormOfOnes, GemmaRMSNorm),
+    ("rms_norm", _RMSNormOfWeight, T5LayerNorm),
+    ("swiglu", _MLP, LlamaMLP),
+    ("swiglu", _PackedMLP, Phi3MLP),
+    ("swiglu", _T5MLP, T5DenseGatedActDense),
+    ("swiglu", _T5MLP, LongT5DenseGatedActDense),
+    ("gelu", _TanhGELU, activations.NewGELUActivation),
+    ("gelu", _TanhGELU, activations.FastGELUActivation),
+    ("attention", _Attention, LlamaAttention),
+    ("attention", _Attention, MistralAttention),
+    ("attention", _Attention, Qwen2Attention),
+    ("attention", _Attention, SmolLM3Attention),
+    ("attention", _NormedAttention, Qwen3Attention),
+    ("attention", _NormedAttention, Gemma3Attention),
+    ("attention", _PackedAttention, Phi3Attention),
 )
-_MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP, GraniteMLP, GemmaMLP, Phi3MLP)
-_ATTENTIONS = (
-    LlamaAttention,
-    MistralAttention,
-    Qwen2Attention,
-    Qwen3Attention,
-    SmolLM3Attention,
-    GemmaAttention,
-    GraniteAttention,
-    Phi3Attention,
-)
-_OPS = {
-    cls: op
-    for op, classes in (("rms_norm", _NORMS), ("swiglu", _MLPS), ("attention", _ATTENTIONS))
-    for cls in classes
-}
-_FUSED = {cls.__bases__[-1]: cls for cls in _OPS} | {cls: cls for cls in _OPS}
+_ACTS = ("act_fn", "activation_fn", "act")  # what forms call their activation
+_NOT_RUN = frozenset(("eager_attention_forward",))  # what is set to eager keeps its own code
 _SUFFIXES = {"RMSNorm": "rms_norm", "MLP": "swiglu", "Attention": "attention"}
+
+
+@functools.cache
+def _fused(kind: type) -> tuple[type, str] | None:
+    """The fused class for a class of transformers (or itself), and the op; None where there is none."""
+    if kind.__module__ == __name__:
+        return _fused(kind.__bases__[-1])
+    for op, form, like in _FORMS:
+        if same_method("forward", kind, like, _NOT_RUN):
+            # A pickle finds the class again by this name: __getattr__ below.
+            name = f"{kind.__module__}.{kind.__qualname__}".replace(".", "/")
+            about = {"__module__": __name__, "__qualname__": name, "__doc__": form.__doc__}
+            return type(kind.__name__, (form, kind), about), op
+    return None
+
+
+def __getattr__(name: str) -> type:
+    where, _, kind = name.rpartition("/")
+    found = _fused(getattr(importlib.import_module(where.replace("/", ".")), kind)) if where else None
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found[0]
 
 
 def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
@@ -371,24 +348,21 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
     ("", "") beside None for a module that no op here stands for.
     """
     kind = class_of(module)
-    fused = _FUSED.get(kind)
-    if fused is None:
+    found = _fused(kind)
+    if found is None:
         op = next((op for suffix, op in _SUFFIXES.items() if kind.__name__.endswith(suffix)), "")
         if op == "swiglu" and not any("gate" in name for name in module._modules):
             op = ""  # an MLP without a gate
         return None, op, f"no fused layer stands for {kind.__name__}" if op else ""
-    op = _OPS[fused]
+    fused, op = found
     why = ""
     other = {p.dtype for p in module.parameters() if p.is_floating_point()}.difference(DTYPES)
     if other:
         why = f"no kernel takes {other.pop()}"
     elif op == "swiglu":
-        act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-        if not isinstance(act, torch.nn.SiLU) and getattr(module.config, "hidden_act", "") not in (
-            "silu",
-            "swish",
-        ):
-            why = f"its activation is {type(act).__name__}; the fused product is that of SiLU"
+        act = next(getattr(module, name) for name in _ACTS if hasattr(module, name))
+        if not _activation(act):
+            why = f"its activation is {type(act).__name__}; the fused products are those of SiLU and GELU"
     elif op == "attention":
         why = _own_attention(module)
     return (None, op, why) if why else (fused, op, "")
@@ -402,6 +376,8 @@ def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[
     _, op, why = fused_class(module)
     if why:
         return op, "", why
+    if op == "gelu":
+        return op, "torch", ""
     tensors = [t for t in module.parameters() if t.is_floating_point()]
     device = next(module.parameters()).device.type
     dtype = dtype or (tensors[0].dtype if tensors else torch.float32)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from peft_engine import dense, dropout, native
+from peft_engine import dense, dropout, native, projections
 from peft_engine.conv1d import as_made, by_rows, is_conv1d, is_linear
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import attach_head, describe_head, detach_head
@@ -294,9 +294,7 @@ def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> L
         return _own(name, module, "linear", f"no kernel for {type(module).__name__}")
     whose, weight = "torch", module.weight
     if _is_stand_in(model.get_submodule(name.rpartition(".")[0])):  # a fused layer calls it
-        from peft_engine import layers
-
-        whose = layers.library(module)
+        whose = projections.library(module)
     if whose == "peft-engine":
         return _line(name, module, "linear", "cpu", True, "")
     if weight.device.type == "cpu" and dense.is_slow(weight.dtype):
@@ -392,11 +390,13 @@ def _model_line(
     device = next(model.parameters(), torch.empty(0)).device.type
     if isinstance(module, dropout.FusedDropout):
         return _either(name, module, "dropout", *dropout.running(device, dtype))
+    fused, op, _ = _fused_class(module)
+    if op == "gelu" and _fused_class(model.get_submodule(name.rpartition(".")[0]))[1] == "swiglu":
+        return None  # its line speaks for the activation too
     if _is_stand_in(module):
         from peft_engine import layers
 
         return _either(name, module, *layers.running(module, dtype))
-    fused, op, _ = _fused_class(module)
     found = fused_attention.describe(module, device, dtype, by_name) if fused is None else None
     if found is not None:
         backend, why = found
