@@ -1,9 +1,9 @@
-"""A training step of models that no fused class stands for, beside PEFT: suite `families`.
+"""A training step of models other than Llama's relatives, beside PEFT: suite `families`.
 
     python -m bench.runner families
 
-GPT-2, BERT, T5 and BART in their base sizes (T5 small), random weights, the dropout that their configs have;
-LoRA r=16 on every linear layer, the base dense, AdamW; 4 rows of 256 tokens, one of them half padding, 64
+GPT-2, BERT, T5 and BART in their base sizes (T5 small), and Gemma 3 of 270 million weights with its 262,144
+tokens; random weights, the dropout that their configs have; LoRA r=16 on every linear layer, the base dense, AdamW; 4 rows of 256 tokens, one of them half padding, 64
 labels a row behind an encoder. Memory as in `methods_step`.
 """
 
@@ -25,6 +25,14 @@ from bench.peers import ALPHA, OURS, RANK
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", "GPT2Config", {}),
     "BERT": ("BertForSequenceClassification", "BertConfig", {}),
+    "Gemma 3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+            "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "sliding_window": 512,
+        },
+    ),
     "T5 small": ("T5ForConditionalGeneration", "T5Config", {"decoder_start_token_id": 0}),
     "BART": (
         "BartForConditionalGeneration",
@@ -36,6 +44,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+DECODERS = ("GPT-2", "Gemma 3")
 TINY = {
     "n_layer": 1, "num_hidden_layers": 1, "num_layers": 1, "num_decoder_layers": 1, "encoder_layers": 1,
     "decoder_layers": 1, "vocab_size": 512,
@@ -67,7 +76,7 @@ def model_of(contender: str, family: str, dtype: torch.dtype, quick: bool) -> An
 
 
 def _lora(family: str) -> dict[str, Any]:
-    task = {"GPT-2": "CAUSAL_LM", "BERT": "SEQ_CLS"}.get(family, "SEQ_2_SEQ_LM")
+    task = {"BERT": "SEQ_CLS"}.get(family, "CAUSAL_LM" if family in DECODERS else "SEQ_2_SEQ_LM")
     return {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": task}
 
 
@@ -79,7 +88,7 @@ def batch_of(family: str) -> dict[str, torch.Tensor]:
     mask[1, TOKENS // 2 :] = 0
     if family == "BERT":
         labels = torch.randint(0, 2, (ROWS,), generator=generator)
-    elif family == "GPT-2":
+    elif family in DECODERS:
         labels = ids.masked_fill(mask == 0, -100)
     else:
         labels = ids[:, :LABELS].contiguous()
