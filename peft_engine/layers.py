@@ -102,7 +102,7 @@ def _activation(act: Any) -> str:
     kind = type(act)
     if kind is torch.nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    return _ACTIVATIONS.get(kind) or _ACTIVATIONS.get(kind.__bases__[-1], "")  # a fused one's last base
+    return _ACTIVATIONS.get(kind.__bases__[-1] if kind.__module__ == __name__ else kind, "")
 
 
 def _gated(gate_proj: Any, up_proj: Any, down_proj: Any, x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -146,6 +146,16 @@ def test_an_mlp_with_another_activation_keeps_its_own_code_and_says_so(act):
     assert torch.equal(mlp(x), want(x))
 
 
+def test_an_activation_that_inherits_from_a_known_one_is_not_taken_for_it():
+    class Doubled(activations.NewGELUActivation):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    mlp = T5DenseGatedActDense(transformers.T5Config(**T5))
+    mlp.act = Doubled()
+    assert layers.fused_class(mlp)[0] is None and layers.fused_class(mlp.act)[0] is None
+
+
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
 def test_gelu_by_tanh_is_within_twice_the_own_error(name):
     plain, fused = activations.ACT2FN[name], activations.ACT2FN[name]
