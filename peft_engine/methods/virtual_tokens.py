@@ -170,7 +170,7 @@ def before_stack(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     lengths, groups = _fill(module, tokens, rows, decoding)
     shift: Any = 0
     if tokens.embeddings is not None:
-        _check_room(tokens, max(lengths.values()), seen, queries)
+        _check_room(tokens, max(lengths.values()), seen, queries, kwargs.get("position_ids"))
         shift = _shift(lengths, groups, rows, inputs.device)
     tokens.shifts[copies.thread()] = shift
     if tokens.embeddings == "":
@@ -292,10 +292,13 @@ def _shift(lengths: dict, groups: dict, rows: int, device: torch.device) -> Any:
     return each.to(device)
 
 
-def _check_room(tokens: VirtualTokens, most: int, seen: Any, queries: int) -> None:
+def _check_room(tokens: VirtualTokens, most: int, seen: Any, queries: int, given: Any) -> None:
     if tokens.limit is None or torch.compiler.is_compiling():
         return
-    if most + int(seen) + queries > tokens.limit:
+    over = most + int(seen) + queries > tokens.limit
+    if over and given is not None:  # documents packed in one row: each has positions of its own
+        over = most + int(given.max()) >= tokens.limit
+    if over:
         raise ValueError(
             f"virtual tokens: {most} of them and {int(seen) + queries} tokens exceed the {tokens.limit} "
             "positions the model knows; shorten the input, or train fewer virtual tokens"

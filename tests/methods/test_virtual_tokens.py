@@ -140,7 +140,7 @@ def test_an_nf4_base_trains(kind, family):
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_packed_in_a_row_each_see_the_virtual_tokens_and_not_each_other(kind, family):
     model = adapted(kind, family)
-    lengths, vocabulary = (4, 7, 1), families.VOCABULARY
+    lengths, vocabulary = (4, 50, 1, 20), families.VOCABULARY  # in all more than the 64 positions of GPT-2
     documents = [torch.randint(3, vocabulary, (1, n)) for n in lengths]
     apart = torch.cat([model(input_ids=d).logits for d in documents], dim=1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
