@@ -31,7 +31,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     opened: Any = gzip.open if path.name.endswith(".gz") else open
     last = f"{path}, line 0"
     try:
-        with opened(path, "rt", encoding="utf-8", newline=newline) as file:
+        # -sig: a byte order mark before a quoted column of a CSV file would make its quotes part of the name
+        with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             for last, fields in read(path, file):
                 yield last, fields
     except UnicodeDecodeError as error:
@@ -45,7 +46,9 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        fields = _parsed(where, line.removeprefix("\ufeff"), "one object a line")
+        fields = _parsed(
+            where, line.removeprefix("\ufeff"), "one object a line"
+        )  # files put together have it
         if not isinstance(fields, dict):
             raise DataError(
                 f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"
@@ -82,7 +85,6 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     limit = csv.field_size_limit(MOST_IN_A_FIELD)
     try:
         if reader.fieldnames:
-            reader.fieldnames = [name.removeprefix("\ufeff") for name in reader.fieldnames]
             twice = {name for name in reader.fieldnames if name and reader.fieldnames.count(name) > 1}
             if twice:
                 raise DataError(

@@ -47,6 +47,15 @@ def test_jsonl_csv_and_gz_give_the_same_rows(tmp_path):
         assert [row.fields for row in read_rows(path)] == rows
 
 
+def test_a_byte_order_mark_is_no_part_of_a_quoted_column_or_of_the_first_row(tmp_path):
+    quoted = '\ufeff"adapter","prompt"\r\n"movies","a"\r\n'
+    (tmp_path / "a.csv").write_text(quoted, encoding="utf-8", newline="")
+    assert read_prompts(tmp_path / "a.csv").adapters == ["movies"]
+    assert [row.fields for row in _read(tmp_path, '\ufeff{"text": "a"}', '\ufeff{"text": "b"}')] == [
+        {"text": "a"}, {"text": "b"},
+    ]  # fmt: skip
+
+
 def test_other_columns_and_blank_lines_are_left_alone(tmp_path):
     rows = _read(tmp_path, '{"id": 7, "text": "a"}', "", '{"id": 8, "text": "b"}')
     assert [row.fields for row in rows] == [{"text": "a"}, {"text": "b"}]
