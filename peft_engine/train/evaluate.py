@@ -33,6 +33,7 @@ from peft_engine.train.data import (
 )
 from peft_engine.train.generate import Sampling, generate, positions
 from peft_engine.train.labels import FORWARD_TOKENS, Way, label_scores, scoring_way
+from peft_engine.train.models import check_vocabulary
 from peft_engine.train.packing import Say, collator
 
 MOST_LABELS = 50
@@ -118,6 +119,7 @@ def _classify(
                 "answer can tell them apart; write them otherwise"
             )
     prompts = [encode(tokenizer, row.fields["prompt"]) for row in rows]
+    check_vocabulary(model.config, tokenizer, [*prompts, *candidates])
     longest = max(map(len, candidates))
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
@@ -179,6 +181,7 @@ def _generate(
         documents = encoder_decoder.documents(rows, tokenizer, limit)
     else:
         documents = tokenize(rows, tokenizer, limit, split_text=split_text, learn_end=False)
+    check_vocabulary(model.config, tokenizer, (ids for d in documents for ids in (d.input_ids, d.labels)))
     questions = [] if rows[0].kind == "text" else _questions(model, rows, tokenizer, limit)  # errors first
     loss, tokens = perplexity_loss(model, documents, batch_size, collator(model, say))
     found: dict[str, Any] = {"perplexity": math.exp(min(loss, 700.0))}

@@ -19,7 +19,7 @@ from peft_engine.train.data import (
     padded_rows,
     read_prompts,
 )
-from peft_engine.train.models import virtual_tokens
+from peft_engine.train.models import check_vocabulary, virtual_tokens
 
 COLDEST = 1e-4  # logits divided by less than about 1e-36 overflow, and at this the likeliest is all but sure
 
@@ -191,6 +191,7 @@ def encoded(
                 f"{at}a prompt of {len(rows[-1])} tokens and {room} new ones exceed the model's {limit}; "
                 "shorten it, or lower --max-new-tokens"
             )
+    check_vocabulary(model.config, tokenizer, rows)
     return rows
 
 

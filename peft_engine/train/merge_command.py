@@ -123,6 +123,7 @@ def _documents(tokenizer: Any, rows: list[Any] | None, model: Any) -> list[list[
     """Tokens to predict: of the rows, the first TOKENS of each, or of the sample; as many as HELD allows."""
     from peft_engine.train import encoder_decoder
     from peft_engine.train.data import length_limit, tokenize
+    from peft_engine.train.models import check_vocabulary
 
     limit = min(TOKENS, length_limit(model.config, None, 0))
     if rows is None:
@@ -131,6 +132,7 @@ def _documents(tokenizer: Any, rows: list[Any] | None, model: Any) -> list[list[
         found = [[*d.input_ids, *d.labels] for d in encoder_decoder.documents(rows, tokenizer, 2**31)]
     else:
         found = [document.input_ids for document in tokenize(rows, tokenizer, 2**31, learn_end=False)]
+    check_vocabulary(model.config, tokenizer, found)
     room = HELD // (model.config.get_text_config().vocab_size * model.dtype.itemsize)
     documents = []
     for ids in found:

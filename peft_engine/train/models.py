@@ -20,6 +20,7 @@ from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
 from peft_engine.train import encoder_decoder
 from peft_engine.train.console import say
+from peft_engine.train.data import DataError
 from peft_engine.train.packing import why_no_decoder
 
 RECORD = "run.json"
@@ -50,6 +51,18 @@ def load_tokenizer(name: str) -> Any:
             f"--model {name}: the folder holds no tokenizer; save it there: tokenizer.save_pretrained(...)"
         )
     return tokenizer
+
+
+def check_vocabulary(config: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
+    """DataError for a token that the model has no embedding of: one that its tokenizer alone was given."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    top = max((max(ids, default=0) for ids in rows), default=0)
+    if size is not None and top >= size:
+        raise DataError(
+            f"the token {tokenizer.convert_ids_to_tokens(top)!r} has the number {top}, and the model knows "
+            f"{size} tokens, from 0: it was added to the tokenizer alone; call resize_token_embeddings and "
+            "save the model again, or leave the token out of the texts"
+        )
 
 
 def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from peft_engine.train import encoder_decoder, progress
 from peft_engine.train import method_options as of_method
 from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
 from peft_engine.train.memory import cannot_fit
-from peft_engine.train.models import RECORD, load_base, load_config, load_tokenizer, run_record
+from peft_engine.train.models import (
+    RECORD,
+    check_vocabulary,
+    load_base,
+    load_config,
+    load_tokenizer,
+    run_record,
+)
 from peft_engine.train.output import STAGING, check_output, checkpoints, last_checkpoint, sole_run, step_of
 from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
@@ -99,8 +107,11 @@ def tokenized(settings: RunSettings, *files: list[Row]) -> list[list[Document]]:
     limit = length_limit(config, settings.max_length, taken)
     split = settings.max_length is not None
     if encoder_decoder.is_one(config):
-        return [encoder_decoder.documents(rows, tokenizer, limit) for rows in files]
-    return [tokenize(rows, tokenizer, limit, split_text=split) for rows in files]
+        found = [encoder_decoder.documents(rows, tokenizer, limit) for rows in files]
+    else:
+        found = [tokenize(rows, tokenizer, limit, split_text=split) for rows in files]
+    check_vocabulary(config, tokenizer, (ids for d in chain(*found) for ids in (d.input_ids, d.labels)))
+    return found
 
 
 def _checkpoint(settings: RunSettings) -> Path | None:

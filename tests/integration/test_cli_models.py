@@ -107,6 +107,27 @@ def test_an_adapter_without_a_record_says_itself_which_base_it_is_for(
     assert "dense" in command(*line, "--quantize", "none")[2]
 
 
+def test_a_token_that_the_tokenizer_alone_was_given_is_refused_by_name(command, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "added")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.add_tokens(["<yes>"])
+    tokenizer.save_pretrained(folder)
+    plain = write_jsonl(tmp_path / "plain.jsonl", reviews())
+    with_it = write_jsonl(tmp_path / "with.jsonl", [{"prompt": "a", "completion": " <yes>"}] * 2)
+    line = ("--model", folder, "--data")
+    train = ("train", *line, plain, "--max-steps", 1, "--output", tmp_path / "adapter")
+    assert command(*train)[0] == 0  # it may be there, unused
+    for words in (
+        ("train", *line, with_it, "--output", tmp_path / "out"),
+        ("eval", *line, with_it, "--task", "classify"),
+        ("eval", *line, with_it, "--task", "generate"),
+        ("merge", *line, with_it, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"),
+        ("generate", "--model", folder, "--prompt", "a <yes>", "--max-new-tokens", 2),
+    ):
+        code, _, err = command(*words)
+        assert code == 1 and "error: the token '<yes>' has the number" in err, err
+
+
 def test_a_tilde_behind_the_sign_is_the_home_folder(command, model, data, monkeypatch):
     monkeypatch.setenv("HOME", str(model.parent))
     code, _, err = command("eval", f"--model=~/{model.name}", "--data", data)
