@@ -6,8 +6,11 @@ import fcntl
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from peft_engine.adapter_files import read_header
 
 LOCK, STAGING = ".lock", ".saving"
 CHECKPOINT = "checkpoint-"
@@ -56,12 +59,15 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    files = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_config.json")
+    """Whether each file is there to its end: a copy may have cut one, and the checkpoint before be whole."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        for file in ("trainer_state.json", "adapter_config.json"):
+            json.loads((checkpoint / file).read_text("utf-8"))
+        weights = [read_header(file) for file in checkpoint.glob("adapter*.safetensors")]
     except (OSError, ValueError):
         return False
-    return all((checkpoint / file).is_file() for file in files)
+    states = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # torch.save's, whose index is at the end
+    return bool(weights) and all(zipfile.is_zipfile(checkpoint / file) for file in states)
 
 
 @contextlib.contextmanager

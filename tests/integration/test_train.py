@@ -119,14 +119,17 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(model, do
         )
     checkpoint = last_checkpoint(tmp_path / "killed")
     assert checkpoint is not None and checkpoint.name == "checkpoint-3"
-    for file in ("optimizer.pt", "rng_state.pth"):  # without them the run would go on as another one
-        (checkpoint / file).rename(tmp_path / file)
-        assert last_checkpoint(tmp_path / "killed") is None
-        (tmp_path / file).rename(checkpoint / file)
-    state = (checkpoint / "trainer_state.json").read_text()
-    (checkpoint / "trainer_state.json").write_text(state[: len(state) // 2])
-    assert last_checkpoint(tmp_path / "killed") is None
-    (checkpoint / "trainer_state.json").write_text(state)
+    # without one, or with one that is cut short, the run would go on as another one, or not at all
+    for file in (
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_config.json",
+        "adapter_model.safetensors",
+    ):  # fmt: skip
+        data = (checkpoint / file).read_bytes()
+        (checkpoint / file).unlink()
+        assert last_checkpoint(tmp_path / "killed") is None, file
+        (checkpoint / file).write_bytes(data[: len(data) // 2])
+        assert last_checkpoint(tmp_path / "killed") is None, file
+        (checkpoint / file).write_bytes(data)
     torch.manual_seed(99)
     again = model(dropout=0.1, quantized=quantized, adapter=checkpoint)
     resumed = train(
