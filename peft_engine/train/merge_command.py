@@ -183,6 +183,8 @@ def _drift(before: Iterable[Any], after: Iterable[Any]) -> dict[str, Any]:
 
 def _write(model: Any, tokenizer: Any, output: Path) -> int:
     """The model and its tokenizer, in a folder that appears when it is whole; the bytes written."""
+    from safetensors import SafetensorError
+
     from peft_engine.adapter_files import staging
 
     output = output.resolve()
@@ -200,6 +202,11 @@ def _write(model: Any, tokenizer: Any, output: Path) -> int:
                 os.rename(file, output / file.name)
         else:
             os.rename(new, output)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
+        raise OSError(
+            f"merge: --output {output}: writing failed: {error}; nothing of it is kept; free some space, or "
+            "give another folder"
+        ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return size

@@ -50,6 +50,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     try:
         new.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(new, path)
+    except OSError as error:  # of a full disk it names no file
+        raise OSError(error.errno, f"{path}: {error.strerror}") from error
     finally:
         new.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from texts import reviews, write_jsonl
 
 import peft_engine as pe
@@ -128,15 +129,17 @@ def test_what_is_there_is_not_replaced(command, model, adapter, tmp_path):
     assert code == 0 and (empty / "config.json").exists(), err
 
 
-def test_a_merge_that_fails_leaves_nothing(command, model, adapter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])  # the tokenizer's, and the weights'
+def test_a_merge_that_fails_leaves_nothing(command, model, adapter, tmp_path, monkeypatch, kind):
     folder = adapter()
 
     def full(*arguments, **more):
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
     code, _, err = command("merge", "--model", model, "--adapter", folder, "--output", tmp_path / "merged")
-    assert code == 1 and "No space left" in err
+    says = f"error: merge: --output {tmp_path / 'merged'}: writing failed: No space left on device; nothing"
+    assert code == 1 and says in err, err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
 
 

@@ -134,3 +134,12 @@ def test_numbers_that_are_not_finite_are_null_in_the_record(tmp_path):
 def test_the_command_that_a_run_names_has_the_folders_that_are_the_current_one():
     settings = RunSettings(model="m", data=Path(), output=Path())
     assert {"--data=.", "--output=."} < set(command_line(settings, "estimate"))
+
+
+def test_a_record_that_the_disk_refuses_is_named(tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"compare\.json: No space left on device"):
+        write_json(tmp_path / "compare.json", {})
