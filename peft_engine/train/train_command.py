@@ -109,8 +109,10 @@ def train(
         if json_:
             show(record)
         else:
+            before = record["resumed_from_step"]  # tokens and seconds are of the steps after them
             show(
-                f"Trained {record['steps']} steps, {record['tokens']:,} tokens in "
+                f"Trained {record['steps'] - before} steps{f' after the first {before}' if before else ''}, "
+                f"{record['tokens']:,} tokens in "
                 f"{record['train_seconds']:.1f} s "
                 f"({record['tokens_per_second']:,.0f} tokens/s); loss {record['losses'][0]:.4f} -> "
                 f"{record['losses'][-1]:.4f}; peak memory {record['peak_rss_bytes'] / 2**20:,.0f} MiB"

@@ -100,6 +100,13 @@ def test_save_steps_may_change_at_a_resume(train, tmp_path):
     assert kept == ["checkpoint-6", "checkpoint-7"]
 
 
+def test_steps_and_tokens_are_told_of_the_same_part_of_a_run(command, train, model, data, tmp_path):
+    train("--save-steps", 4, steps=4)
+    line = ("train", "--model", model, "--data", data, "--output", tmp_path / "out", "--rank", 4)
+    more = ("--learning-rate", 0.01, "--batch-size", 4, "--max-steps", 6, "--resume")
+    assert command(*line, *more)[1].startswith("Trained 2 steps after the first 4, ")
+
+
 def test_the_best_state_before_a_resume_counts_while_it_is_there_and_of_the_same_data(train, tmp_path, data):
     out, other = tmp_path / "out", write_jsonl(tmp_path / "other.jsonl", reviews())
     of = ("--scheduler", "constant", "--learning-rate", 0.02, "--eval-steps", 1)
