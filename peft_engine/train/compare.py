@@ -139,7 +139,11 @@ def command_line(settings: RunSettings, command: str, *without: str) -> list[str
 
 def compare(settings: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs the comparison and returns what compare.json holds: the base's row, and one for each method."""
+    from peft_engine.train.data import read_rows  # torch comes with it
+
     output = settings.output
+    for path in (settings.data, settings.eval_data):
+        read_rows(path)  # a row that cannot be used is told before the base is measured, and once
     _check_output(settings)
     output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {

@@ -91,6 +91,17 @@ def test_compare_tells_of_a_method_that_fails_and_goes_on(compare, tmp_path, mon
     assert f"lora failed: {lora['error']}" in drawn and "failed" in drawn.splitlines()[4]
 
 
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
+def test_a_row_that_cannot_be_used_ends_it_before_anything_is_measured(
+    compare, tmp_path, monkeypatch, option
+):
+    monkeypatch.setattr("peft_engine.train.compare.run_command", lambda *_: pytest.fail("a process was run"))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a"}])
+    code, out, err = compare(option, bad)
+    assert code == 1 and out == "" and err.startswith(f"peft-engine: error: {bad}, line 1: expected"), err
+    assert not (tmp_path / "all").exists()
+
+
 def test_the_measuring_cuts_texts_where_the_training_does(compare, monkeypatch):
     lines = []
     monkeypatch.setattr("peft_engine.train.compare.run_command", lambda line, *_: lines.append(line) or 1 / 0)
