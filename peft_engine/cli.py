@@ -204,7 +204,7 @@ def generate(
             texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
         where = [place for place in prompts.where for _ in range(len(texts) // len(prompts.where))]
         if not of_row and len(texts) == 1 and not json_:
-            with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling)) as pieces:
+            with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling, where)) as pieces:
                 for piece in pieces:
                     show(piece, end="")
             show("")

@@ -138,7 +138,9 @@ def generate(
         ]
 
 
-def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Generator[str, None, None]:
+def stream(
+    model: Any, tokenizer: Any, prompt: str, sampling: Sampling, where: Sequence[str] = ()
+) -> Generator[str, None, None]:
     """The answer to one prompt, piece by piece as it is made; an error of the model is raised here.
 
     To close it (contextlib.closing) is to wait for the token that is being made: no thread is left in torch,
@@ -147,7 +149,7 @@ def stream(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> Gener
     from transformers import TextIteratorStreamer
 
     torch.manual_seed(sampling.seed)
-    rows = encoded(model, tokenizer, [prompt], sampling.max_new_tokens)
+    rows = encoded(model, tokenizer, [prompt], sampling.max_new_tokens, where)
     inputs = _padded(model, tokenizer, rows)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []

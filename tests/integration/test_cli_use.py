@@ -298,6 +298,9 @@ def test_every_prompt_of_a_file_is_checked_before_the_first_is_answered(
     for adapters in ((), ("--adapter", adapter), ("--adapter", adapter) * 2):
         code, out, err = command(*line, *adapters)
         assert code == 1 and out == "" and f"{rows}, line 3: " in err and says in err
+    alone = write_jsonl(tmp_path / "alone.jsonl", [{"prompt": prompt}])  # streamed
+    code, out, err = command("generate", "--model", model, "--prompt-file", alone, "--max-new-tokens", 2)
+    assert code == 1 and out == "" and f"{alone}, line 1: " in err and says in err
 
 
 # --- what the command says of a model and of the machine ----------------------------------------------------
