@@ -192,6 +192,8 @@ def _tell_memory(settings: RunSettings, say: Callable[[str], None]) -> None:
     try:
         why = cannot_fit(settings, load_config(settings.model))
     except Exception as error:  # a model's own code, which may do anything on a device without memory
+        if str(error).startswith("attach: "):
+            return  # the model itself is refused the same in a moment
         say(f"Memory: could not be counted beforehand: {' '.join(str(error).split())[:200]}")
         return
     if why is not None:
