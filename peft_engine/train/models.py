@@ -24,6 +24,7 @@ from peft_engine.train.data import DataError
 from peft_engine.train.packing import why_no_decoder
 
 RECORD = "run.json"
+ANY_BASE = "load that base, or pass any_base=True to try it on this one"  # load_adapter's mend, from Python
 
 
 class ModelError(ValueError):
@@ -80,7 +81,7 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
     stored = getattr(config, "quantization_config", None) is not None
     if stored and quantize == "none":
         raise ModelError(
-            f"--quantize none: {name} is stored quantised; leave the option out, or give the dense model"
+            f"--quantize none: {name} is stored quantised; take --quantize nf4, or give the dense model"
         )
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     with _explained(name, "weights"):
@@ -138,7 +139,10 @@ def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
     """Puts each folder's adapter on the model, the first one active; returns their names."""
     names = []
     for i, folder in enumerate(folders):
-        names.append(load_adapter(model, folder, None if len(folders) == 1 else f"adapter{i}"))
+        try:
+            names.append(load_adapter(model, folder, None if len(folders) == 1 else f"adapter{i}"))
+        except ValueError as error:
+            raise ModelError(str(error).replace(ANY_BASE, "give that base as --model")) from error
     if names:
         active(model, names[0])
     return names

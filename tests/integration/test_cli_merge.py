@@ -71,6 +71,9 @@ def test_a_4_bit_base_becomes_dense_unless_told_otherwise(command, model, adapte
     drift = json.loads(out)["drift"]
     assert (error < 1e-3) is not requantize  # what 4 bit cost is there, and is told
     assert (drift["kl"] < 1e-6) is not requantize and drift["kl"] >= 0
+    more = ("--model", tmp_path / "merged", "--data", data, "--method", "lora", "--max-steps", 1)
+    code, _, err = command("train", *more, "--output", tmp_path / "out")
+    assert code == requantize and ("take --quantize nf4" in err) is requantize
 
 
 def test_the_drift_is_that_of_the_distributions():
@@ -152,6 +155,7 @@ def test_another_base_and_an_adapter_that_is_no_change_of_a_weight_are_refused(c
     pe.save_adapter(changed, other)
     code, _, err = command("merge", "--model", model, "--adapter", other, "--output", tmp_path / "m")
     assert code == 1 and "the weights of this model differ from the base it was trained on" in err
+    assert err.endswith(": give that base as --model\n")  # and no argument of a function
     prefix = load(model)
     pe.attach(prefix, pe.PrefixTuningConfig(num_virtual_tokens=3))
     for tensor in tensors(prefix, "default").values():
