@@ -25,6 +25,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from peft_engine.checkpoint import save_adapter
 from peft_engine.methods import adapters_without_gradient
+from peft_engine.methods.attach import attached
 from peft_engine.train.console import say as console_say
 from peft_engine.train.data import Collate, Document, labelled_in, pack, tokens_in
 from peft_engine.train.evaluate import perplexity_loss
@@ -223,7 +224,7 @@ class _AdapterTrainer(transformers.Trainer):
         done, came = self.state.global_step, self.signal()
         if came and done < self.state.max_steps:
             kept = last_checkpoint(self.output)
-            left = f"{kept} is saved: run again with --resume to go on" if kept else "nothing is saved yet"
+            left = f"{kept} is saved: {self.again()}" if kept else "nothing is saved yet"
             raise TrainError(f"train: ended by {came} after step {done} of {self.state.max_steps}; {left}")
 
     # --- the step -------------------------------------------------------------------------------------------
@@ -341,8 +342,14 @@ class _AdapterTrainer(transformers.Trainer):
                 f"the checkpoint before it, {kept}, is whole" if kept else "there is no checkpoint before it"
             )
             mend = "free some space" if _is_full(error) else "mend that"
-            again = "run again with --resume" if kept else "run again"
+            again = self.again() if kept else "run again"
             raise TrainError(f"train: saving {what} failed: {error}; {left}; {mend} and {again}") from error
+
+    def again(self) -> str:
+        """What to do to go on from a checkpoint."""
+        if getattr(attached(self.adapted).get(self.name), "prefix_projection", False):
+            return "run again from the beginning, as it holds the prefix without the MLP that makes it"
+        return "run again with --resume to go on"
 
 
 def _is_full(error: Exception) -> bool:

@@ -93,6 +93,13 @@ def test_resuming_a_run_that_was_at_its_end_trains_no_further(train, tmp_path):
     assert same(out, tmp_path / "before")
 
 
+def test_a_run_that_cannot_be_resumed_is_not_told_to_be(command, model, data, tmp_path):
+    line = ("train", "--model", model, "--data", data, "--output", tmp_path / "out", "--max-steps", 4)
+    with signals(signal.SIGINT, at=2):
+        code, _, err = command(*line, "--method", "prefix", "--prefix-projection")
+    assert code == 1 and "run again from the beginning" in err and "--resume" not in err, err
+
+
 def test_save_steps_may_change_at_a_resume(train, tmp_path):
     train("--save-steps", 2, steps=4)
     train("--resume", "--save-steps", 1, steps=7)
