@@ -90,7 +90,7 @@ def read_prompts(path: str | Path) -> Prompts:
         _check_given(where, fields, ("prompt",))
         if not isinstance(fields.get("prompt"), str):
             raise DataError(f"{where}: expected a prompt, a string; got the columns {_names(fields)}")
-        _check_text(where, "prompt", fields["prompt"])
+        check_text(where, "prompt", fields["prompt"])
         adapter = fields.get("adapter")
         if adapter is not None and not isinstance(adapter, str):
             raise DataError(
@@ -129,7 +129,7 @@ def _row(where: str, fields: Mapping[str, Any], expected: str | None) -> Row:
         for column in KINDS[kind]:
             if not isinstance(fields[column], str):
                 raise DataError(f"{where}: {column} must be a string, got {type(fields[column]).__name__}")
-            _check_text(where, column, fields[column])
+            check_text(where, column, fields[column])
         if not fields[KINDS[kind][-1]].strip():
             raise DataError(
                 f"{where}: {KINDS[kind][-1]} is empty; there is nothing to learn from it, leave the row out"
@@ -147,7 +147,7 @@ def _check_given(where: str, fields: Mapping[str, Any], columns: Sequence[str]) 
         )
 
 
-def _check_text(where: str, column: str, text: str) -> None:
+def check_text(where: str, column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -168,7 +168,7 @@ def _check_messages(where: str, messages: Any) -> None:
                 f"{where}: each message must be an object with a role and a content, both strings"
             )
         for part in ("role", "content"):
-            _check_text(where, part, message[part])
+            check_text(where, part, message[part])
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise DataError(
             f"{where}: no message of the assistant; there is nothing to learn from it, leave the row out"

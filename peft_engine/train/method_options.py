@@ -175,6 +175,8 @@ def _virtual(values: dict[str, Any]) -> None:
     require(init in (None, *INITS), "init", f"one of {', '.join(INITS)}", init)
     if text is not None:
         require(bool(text.strip()), "init_text", "some text", text)
+        halves = any("\ud800" <= character <= "\udfff" for character in text)
+        require(not halves, "init_text", "characters of the terminal's encoding", text)
         require(init in (None, "text"), "init_text", "--init text beside it", f"--init {init}")
         values["init"] = "text"
     require(init != "text" or text is not None, "init", "--init-text beside --init text", "none")

@@ -277,6 +277,7 @@ def test_a_template_that_writes_the_first_token_gives_it_once_as_in_training(loa
         (("--prompt", "a", "--seed", -1), 2, "--seed: expected a number from 0 up to 2^32, got -1"),
         (("--prompt", "a", "--seed", 2**64), 2, "--seed: expected"),
         (("--prompt", ""), 1, "has no tokens"),
+        (("--prompt", "a\udce9"), 1, "--prompt: the text holds '\\udce9'"),  # a byte that is no UTF-8
         (("--prompt", "a", "--max-new-tokens", 500), 1, "exceed the model's 128"),
         (("--prompt", "a", "--adapter", "none"), 1, "none"),
         (("--prompt-file", "none.txt"), 1, "none.txt"),
