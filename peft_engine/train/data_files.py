@@ -22,7 +22,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises DataError that names the file and the line.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
         raise DataError(f"{path}: {what}; give a .jsonl or .csv file (or a .gz of one)")
     name = path.name.removesuffix(".gz")
     if not name.endswith(SUFFIXES):

@@ -109,6 +109,8 @@ def test_a_bad_row_is_refused_with_its_line(tmp_path, lines, says):
 def test_a_missing_file_an_unknown_ending_and_bytes_that_are_no_text_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="/dev/null: is no file"):
+        read_rows("/dev/null")
     with pytest.raises(DataError, match="is a folder"):
         read_rows(tmp_path)
     (tmp_path / "a.parquet").touch()
