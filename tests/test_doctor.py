@@ -89,6 +89,13 @@ def test_a_library_older_than_the_package_is_told(problems, monkeypatch):
     )
 
 
+@pytest.mark.skipif(native.load_error() is not None, reason=f"no library: {native.load_error()}")
+def test_an_op_that_no_cpu_kernel_is_written_for_is_not_missed(problems):
+    from peft_engine.ops import lora_groups  # noqa: F401  (declares it)
+
+    assert not any("another version" in p["problem"] for p in problems())
+
+
 EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
     "optional-dependencies"
 ]
