@@ -153,6 +153,8 @@ class NF4Linear(torch.nn.Linear):
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # What hooks added for the layer's children (copies.py): torch looks for that in state_dict.
+        state_dict.update({k: v for k, v in rest.items() if k not in state_dict and k != key})
         if strict:
             unexpected_keys += [k for k in stored if k.removeprefix(key) not in STORED]
         if not stored:

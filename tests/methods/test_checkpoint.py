@@ -381,12 +381,14 @@ def test_a_model_with_copies_saves_the_base_under_its_own_names(llama, tmp_path,
 
 
 @pytest.mark.parametrize("active", ("default", None))
-def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active):
+@pytest.mark.parametrize("nf4", (False, True))
+def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active, nf4):
     config = LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["lm_head"])
-    model = shake(attach(llama(attention_bias=True, tie_word_embeddings=False), config))
+    settings = {"nf4": nf4, "attention_bias": True, "tie_word_embeddings": False}
+    model = shake(attach(llama(**settings), config))
     pe.active(model, active)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    twin = attach(llama(seed=1, attention_bias=True, tie_word_embeddings=False), config)
+    twin = attach(llama(seed=1, **settings), config)
     pe.active(twin, active)
     assert twin.load_state_dict(state) == ([], [])
     ids = torch.tensor([[5, 6, 7]])
@@ -396,7 +398,7 @@ def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active):
     # the base's weights alone: the adapter keeps its own
     pe.active(twin, "default")
     mine = twin.lm_head.weight.detach().clone()
-    plain = llama(seed=2, attention_bias=True, tie_word_embeddings=False)
+    plain = llama(seed=2, **settings)
     twin.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(twin.lm_head.weight, mine)
     pe.active(twin, None)
