@@ -96,6 +96,7 @@ def put(
             held = module._modules[CHILD] = nn.ModuleDict({BASE: nn.ParameterDict()})
             module.register_state_dict_post_hook(_saved)
             module.register_load_state_dict_pre_hook(_loading)
+            module.register_load_state_dict_post_hook(_loaded)
         base = base_of(module, leaf)
         held[BASE][leaf] = base
         if name not in held:
@@ -116,7 +117,8 @@ def take(model: nn.Module, name: str) -> None:
         if not kept:
             del module._modules[CHILD]
             hooks: Any
-            for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            loads = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
+            for hooks in (module._state_dict_hooks, *loads):
                 for key in [k for k, hook in hooks.items() if _is_mine(hook)]:
                     del hooks[key]
             continue
@@ -137,18 +139,29 @@ def _loading(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) 
     own.
     """
     held: Any = module._modules[CHILD]
+    held.__dict__["in_place"] = in_place = {}
     for leaf in held[BASE]:
+        now = module._parameters[leaf]
+        for name in held:
+            if leaf in held[name] and held[name][leaf] is now:
+                in_place[leaf] = name
         if prefix + leaf not in state:
             continue
         state[f"{prefix}{CHILD}.{BASE}.{leaf}"] = state[prefix + leaf]
-        now = module._parameters[leaf]
-        for name in held:
-            if name != BASE and leaf in held[name] and held[name][leaf] is now:
-                state[prefix + leaf] = state.get(f"{prefix}{CHILD}.{name}.{leaf}", now)
+        name = in_place.get(leaf, BASE)
+        if name != BASE:
+            state[prefix + leaf] = state.get(f"{prefix}{CHILD}.{name}.{leaf}", now)
+
+
+def _loaded(module: nn.Module, keys: Any) -> None:
+    """After it: load_state_dict(assign=True) has made two Parameters of the one that is held and in place."""
+    held: Any = module._modules[CHILD]
+    for leaf, name in held.__dict__.pop("in_place", {}).items():
+        module._parameters[leaf] = held[name][leaf]
 
 
 def _is_mine(hook: Any) -> bool:
-    return getattr(hook, "hook", hook) in (_saved, _loading)
+    return getattr(hook, "hook", hook) in (_saved, _loading, _loaded)
 
 
 def owners(model: nn.Module) -> list[nn.Module]:

@@ -382,7 +382,8 @@ def test_a_model_with_copies_saves_the_base_under_its_own_names(llama, tmp_path,
 
 @pytest.mark.parametrize("active", ("default", None))
 @pytest.mark.parametrize("nf4", (False, True))
-def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active, nf4):
+@pytest.mark.parametrize("assign", (False, True))
+def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active, nf4, assign):
     config = LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["lm_head"])
     settings = {"nf4": nf4, "attention_bias": True, "tie_word_embeddings": False}
     model = shake(attach(llama(**settings), config))
@@ -390,7 +391,8 @@ def test_a_state_dict_with_copies_goes_back_where_it_came_from(llama, active, nf
     state = {key: value.clone() for key, value in model.state_dict().items()}
     twin = attach(llama(seed=1, **settings), config)
     pe.active(twin, active)
-    assert twin.load_state_dict(state) == ([], [])
+    assert twin.load_state_dict(state, assign=assign) == ([], [])
+    assert (twin.lm_head.weight is tensors(twin, "default")["lm_head.weight"]) is (active is not None)
     ids = torch.tensor([[5, 6, 7]])
     for which in ("default", None):
         pe.active(model, which), pe.active(twin, which)
@@ -410,3 +412,4 @@ def test_a_model_without_its_copies_has_no_hook_left(llama):
     attach(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     pe.detach(model)
     assert not model.lm_head._state_dict_hooks and not model.lm_head._load_state_dict_pre_hooks
+    assert not model.lm_head._load_state_dict_post_hooks
