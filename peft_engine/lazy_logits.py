@@ -52,15 +52,21 @@ class Source:
         return Source(self.hidden, self.weight, bias, self.dtype)
 
     def wants_graph(self) -> bool:
-        """Whether autograd would record the product now."""
-        tensors = (self.hidden, self.weight, self.bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        """Whether autograd would record the product now: never of what inference mode has made."""
+        tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+        if not torch.is_grad_enabled() or any(t.is_inference() for t in tensors):
+            return False
+        return any(t.requires_grad for t in tensors)
+
+    def grad_mode(self) -> Any:
+        """A context in which autograd is on where it may record the product."""
+        return torch.set_grad_enabled(self.wants_graph())
 
     def value(self) -> torch.Tensor:
         """The logits, formed at the first call; known to autograd where it is on."""
         value = self._value
         if value is None or _version_of(value) != self._formed_at or self._lacks_graph(value):
-            with torch.autocast(self.hidden.device.type, enabled=False):
+            with self.grad_mode(), torch.autocast(self.hidden.device.type, enabled=False):
                 value = self._value = dense.linear(*self.inputs())
             self._formed_at = _version_of(value)
         return value
@@ -273,7 +279,8 @@ def lazy_cross_entropy(
     hidden, weight, bias = source.inputs()
     hidden = hidden.reshape(-1, hidden.shape[-1])
     labels = labels.to(hidden.device).reshape(-1)
-    with torch.autocast(hidden.device.type, enabled=False):  # they have the dtype that autocast asks for
+    # They have the dtype that autocast asks for.
+    with source.grad_mode(), torch.autocast(hidden.device.type, enabled=False):
         return linear_cross_entropy(
             hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction
         )
@@ -317,7 +324,8 @@ def _plus_bias(*args: Any, **kwargs: Any) -> LazyLogits | None:
     if not 0 < bias.dim() <= logits.dim() or not bias.shape[-1] == bias.numel() == logits.shape[-1]:
         return None
     source = source.plus(bias.reshape(-1))
-    result = _Deferred.apply(source.hidden, source.weight, source.bias, source)
+    with source.grad_mode():
+        result = _Deferred.apply(source.hidden, source.weight, source.bias, source)
     return result.to(torch.promote_types(logits.dtype, bias.dtype)).view(logits.shape)
 
 

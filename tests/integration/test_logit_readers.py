@@ -76,6 +76,25 @@ def test_every_reader_sees_the_true_logits(head_pair, reader):
     assert torch.equal(got, want)
 
 
+AFTER = {
+    **{name: READERS[name] for name in ("argmax", "one position", "numpy", "cpu", "shared bias", "view")},
+    "loss": lambda t: torch.nn.functional.cross_entropy(
+        t.view(-1, VOCABULARY), torch.arange(t[..., 0].numel())
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", AFTER)
+def test_logits_of_inference_mode_are_read_after_it(head_pair, reader):
+    found, inputs = [], batch()
+    for model in head_pair():
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+        found.append(AFTER[reader](logits))
+    assert not found[1].requires_grad
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_over_detached_logits_trains_nothing(head_pair):
     _, fused = head_pair()
     inputs = batch()
