@@ -59,14 +59,14 @@ def attend(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.T
     """Attention without virtual tokens, called as transformers' interface calls its functions."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    if _by_torch(query, key, value, attention_mask, **kwargs):
+    if _by_torch(module, query, key, value, attention_mask, **kwargs):
         return sdpa(module, query, key, value, attention_mask, **kwargs)
     none = key.detach()[:1, :, :0]
     how = virtual_attention.with_prefix
     return how(sdpa, module, query, key, value, attention_mask, none, none, **kwargs), None
 
 
-def _by_torch(query, key, value, mask, *, dropout=0.0, position_bias=None, **kwargs) -> bool:
+def _by_torch(module, query, key, value, mask, *, dropout=0.0, position_bias=None, **kwargs) -> bool:
     """Whether a call is one that no kernel takes, or that torch's runs as fast (layers._attend)."""
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return True
@@ -74,12 +74,19 @@ def _by_torch(query, key, value, mask, *, dropout=0.0, position_bias=None, **kwa
         return True
     if any(kwargs.get(name) is not None for name in virtual_attention.SPECIAL) or key.shape != value.shape:
         return True
-    learns = position_bias is not None and position_bias.requires_grad and not position_bias.is_leaf
+    learns = position_bias is not None and _learns(module, position_bias)
     if mask is not None and (mask.shape[-1] != key.shape[2] or kept_intervals(mask) is None):
         return True
     if learns or dispatch.forced() is not None:
         return learns
     return _choose("cpu", query.dtype, query.shape[3], dropout > 0.0).backend == "reference"
+
+
+def _learns(module: Any, bias: torch.Tensor) -> bool:
+    """Whether a position bias is trained; so it is where a checkpoint's first forward records nothing."""
+    table = getattr(module, "relative_attention_bias", None)
+    own = table is not None and module.training and table.weight.requires_grad
+    return own or virtual_attention.bias_learns(bias)
 
 
 def _choose(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Any:

@@ -147,6 +147,18 @@ def _base(own: str, module: Any) -> Any:
     return vars(sys.modules[kind.__module__])["eager_attention_forward"]
 
 
+def bias_learns(bias: torch.Tensor) -> bool:
+    """Whether somebody reads the gradient of a position bias that requires one.
+
+    Nobody reads that of the zeros which T5's layers without a bias make in a checkpoint. The older ones
+    (use_reentrant) hand every bias on without its graph: there its values tell, in the forward as when it is
+    run again, which must draw the same dropout.
+    """
+    if not bias.requires_grad or (torch.is_grad_enabled() and not bias.is_leaf):
+        return bias.requires_grad
+    return not torch.compiler.is_compiling() and bool(bias.any())
+
+
 def why_by_cat(call: PrefixAttentionCall, kwargs: dict) -> str:
     """Why attention behind virtual tokens runs by concatenation, or nothing."""
     special = [name for name in SPECIAL if kwargs.get(name) is not None]
@@ -183,8 +195,8 @@ def with_prefix(
     if intervals is not None and intervals.first.shape[0] != query.shape[0]:  # one mask for all rows
         shape = query.shape[0], query.shape[2]
         intervals = Intervals(*(t.expand(shape).contiguous() for t in intervals))
-    if position_bias is not None and position_bias.is_leaf:
-        position_bias = position_bias.detach()  # T5's bias inside a checkpoint: a leaf that nobody reads
+    if position_bias is not None and not bias_learns(position_bias):
+        position_bias = position_bias.detach()
     out = prefix_attention(
         query, key, value, prefix_k, prefix_v, is_causal=causal, scale=scaling,
         attn_mask=mask if intervals is None else None, position_bias=position_bias, intervals=intervals,

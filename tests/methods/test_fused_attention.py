@@ -129,6 +129,39 @@ def test_dropout_of_the_weights_is_the_ops_and_drawn_again_for_a_checkpoint(fami
     torch.testing.assert_close(repeated, grads)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_older_checkpoint_goes_the_forwards_way_again(trained, prefix, monkeypatch):
+    """It hands T5's bias on without its graph; on another way other weights would be dropped."""
+    model, batch = adapted("t5").train(), families.inputs("t5")
+    if prefix:
+        pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=3), "prefix")
+        pe.active(model, "default+prefix")
+    for path, parameter in model.named_parameters():
+        if "relative_attention_bias" in path:
+            parameter.requires_grad_(trained)
+
+    def step():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {path: p.grad.clone() for path, p in model.named_parameters() if p.requires_grad}
+
+    wanted = step()
+    pe.optimize(model)
+    ways, decide = [], fused_attention._by_torch
+
+    def noting(module, *args, **kwargs):
+        ways.append((module, decide(module, *args, **kwargs)))
+        return ways[-1][1]
+
+    monkeypatch.setattr(fused_attention, "_by_torch", noting)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    torch.testing.assert_close(step(), wanted, rtol=1e-4, atol=1e-5)
+    half = len(ways) // 2
+    assert dict(ways[:half]) == dict(ways[half:]) and (prefix or half == 6)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bart"])
 def test_generate_writes_the_same(family, beams):
