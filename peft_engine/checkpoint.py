@@ -263,6 +263,8 @@ def _match(
         path = paths.get(plain)
         if path is None and header[key] == heads.get(plain):
             repeated[plain] = key
+        elif path is None and _written_again(plain, paths):
+            continue
         elif path is None:
             extra.append(key)
         elif path in found:
@@ -288,6 +290,20 @@ def _match(
     if problems:
         raise ValueError(f"{where}; tensors {'; '.join(problems)}")
     return found, repeated
+
+
+def _written_again(plain: str, paths: dict[str, str]) -> bool:
+    """Whether a key is a bias of modules_to_save by its name in PEFT's wrapper, the copy's or the original's:
+    with bias="all" PEFT writes both beside the copy's own key.
+    """
+    for wrapper in (".modules_to_save.", ".original_module."):
+        outer, _, inner = plain.partition(wrapper)
+        # Deeper inside, the adapter's name stands in front.
+        if inner.endswith("bias") and not paths.keys().isdisjoint(
+            (f"{outer}.{inner}", f"{outer}.{inner.partition('.')[2]}")
+        ):
+            return True
+    return False
 
 
 def _embeddings(model: nn.Module) -> dict[str, tuple[int, ...]]:

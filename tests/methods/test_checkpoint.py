@@ -28,6 +28,8 @@ SETTINGS = [
     dict(target_modules=["q_proj", "v_proj"], bias="all"),
     dict(target_modules="all-linear", bias="lora_only"),
     dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+    dict(target_modules=["q_proj"], bias="all", modules_to_save=["o_proj"]),
+    dict(target_modules=["up_proj"], bias="all", modules_to_save=["self_attn"]),
     dict(target_modules=["lm_head", "q_proj"]),
     dict(
         target_modules=r".*\.(q|up)_proj",
