@@ -3,8 +3,9 @@
     python -m bench.runner families
 
 GPT-2, BERT, T5 and BART in their base sizes (T5 small), and Gemma 3 of 270 million weights with its 262,144
-tokens; random weights, the dropout that their configs have; LoRA r=16 on every linear layer, the base dense, AdamW; 4 rows of 256 tokens, one of them half padding, 64
-labels a row behind an encoder. Memory as in `methods_step`.
+tokens; random weights, the dropout that their configs have; LoRA r=16 on every linear layer, the base dense,
+AdamW; 4 rows of 256 tokens, one of them half padding, 64 labels a row behind an encoder. Memory as in
+`methods_step`.
 """
 
 import json
