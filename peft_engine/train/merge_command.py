@@ -100,6 +100,8 @@ def _merge(
             merge_(model, adapter_name, requantize=requantize, untie=untie, watch=bar.update)
         except ValueError as error:
             raise ValueError(str(error).replace("untie=True", "--untie")) from error
+    merged = getattr(model.config, models.MERGED, None) or []
+    setattr(model.config, models.MERGED, [*merged, models.merged_as(adapter)])
     drift = _drift(before, _predictions(model, documents))
     say(
         f"Drift on {drift['tokens']} tokens: KL {drift['kl']:.2g} on average, the largest change of a "

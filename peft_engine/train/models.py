@@ -5,6 +5,7 @@ ModelError that names the option to change.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import textwrap
@@ -24,6 +25,7 @@ from peft_engine.train.data import DataError
 from peft_engine.train.packing import why_no_decoder
 
 RECORD = "run.json"
+MERGED = "peft_engine_merged"  # in config.json: the adapters that the weights contain, by `merged_as`
 ANY_BASE = "load that base, or pass any_base=True to try it on this one"  # load_adapter's mend, from Python
 
 
@@ -138,7 +140,13 @@ def load(
 def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
     """Puts each folder's adapter on the model, the first one active; returns their names."""
     names = []
+    merged = getattr(model.config, MERGED, None) or ()
     for i, folder in enumerate(folders):
+        if merged and merged_as(folder) in merged:
+            raise ModelError(
+                f"--adapter {folder}: it was merged into the weights of {model.config.name_or_path} already; "
+                "leave it out, or give the model that it was merged into as --model"
+            )
         try:
             names.append(load_adapter(model, folder, None if len(folders) == 1 else f"adapter{i}"))
         except ValueError as error:
@@ -146,6 +154,12 @@ def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
     if names:
         active(model, names[0])
     return names
+
+
+def merged_as(folder: Path) -> str:
+    """What a LoRA adapter is called in the config of a model that contains it: its weights' SHA-256."""
+    weights = folder / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
 
 
 def virtual_tokens(model: Any) -> int:

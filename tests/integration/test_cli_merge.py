@@ -55,6 +55,20 @@ def test_the_merged_folder_is_a_model_that_computes_the_same(command, model, ada
     assert [entry.name for entry in out_folder.parent.iterdir()] == ["merged"]
 
 
+def test_what_a_model_contains_is_not_put_on_it_again(command, model, adapter, tmp_path):
+    first = adapter()
+    merged, again = tmp_path / "merged", tmp_path / "again"
+    assert command("merge", "--model", model, "--adapter", first, "--output", merged)[0] == 0
+    for line in (("merge", "--output", again), ("generate", "--prompt", "a")):
+        code, _, err = command(*line, "--model", merged, "--adapter", first)
+        assert code == 1 and "was merged into the weights of" in err and "leave it out" in err
+    second = pe.attach(load(merged), pe.LoraConfig(r=2, init_lora_weights=False))
+    other = pe.save_adapter(second, tmp_path / "other")
+    code, _, err = command("merge", "--model", merged, "--adapter", other, "--output", again)
+    assert code == 0, err
+    assert len(json.loads((again / "config.json").read_text())["peft_engine_merged"]) == 2
+
+
 @pytest.mark.parametrize("requantize", [False, True])
 def test_a_4_bit_base_becomes_dense_unless_told_otherwise(command, model, adapter, tmp_path, requantize):
     folder = adapter(pe.load_quantized(model))
