@@ -239,6 +239,15 @@ class LargestTensor(TorchDispatchMode):
 
 
 @needs_cpu
+def test_a_large_weight_has_a_quarter_of_its_bytes_beside_it_and_a_small_one_no_more_than_before():
+    for vocabulary, rows in ((1 << 18, 128), (1 << 16, 128), (49152, 128)):
+        weight = torch.empty(vocabulary, 640, device="meta")
+        chunks = CHUNKS["cpu"].beside(weight)
+        assert chunks.nbytes == max(CHUNKS["cpu"].nbytes, weight.nbytes // 4)
+        assert chunks.step(896, vocabulary * 4, chunks.rows) == rows
+    assert CHUNKS["cpu"].beside(weight) == CHUNKS["cpu"]
+
+
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_chunks_stay_within_their_bytes_and_cover_all_rows(chunks):
     for rows, vocabulary, size in [
