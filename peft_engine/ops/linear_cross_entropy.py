@@ -167,8 +167,8 @@ class Chunks(NamedTuple):
 
 
 # Each chunk reads W once. On two cores of a Sapphire Rapids, bf16, vocabulary 49152, hidden 576, the two
-# products take 500 us a row in chunks of 32 rows, 450 at 64, 270 at 128, 240 with all 512 at once. On two
-# of a Zen 4, vocabulary 262144, hidden 640, 896 rows: in float32 5.7 s in chunks of 32 rows, 4.5 at 64, 3.9 at
+# products take 500 us a row in chunks of 32 rows, 450 at 64, 270 at 128, 240 with all 512 at once. On
+# two of a Zen 4, vocabulary 262144, hidden 640, 896 rows: in float32 5.7 s in chunks of 32, 4.5 at 64, 3.9 at
 # 128, 3.6 at 224; in bfloat16 2.4 at 64, 2.0 at 128, 1.8 at 224. So a large weight has more beside it. On a
 # GPU 1024 rows: dx is a product of few results and a long contraction, and with tiles of 128 by 256 those of
 # 256 rows by 4096 are 32, on an H200's 132 multiprocessors. Reasoned, not measured on a GPU.
