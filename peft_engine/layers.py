@@ -203,8 +203,7 @@ class _Attention:
                 **kwargs,
             )
         q, k, v = self._heads(hidden_states)
-        if self.__dict__.get("use_rope", True):
-            q, k = _rotated(q, k, *position_embeddings)  # type: ignore[misc]
+        q, k = self._turned(q, k, position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -225,6 +224,19 @@ class _Attention:
             project(modules["k_proj"], x).view(shape),
             project(modules["v_proj"], x).view(shape),
         )
+
+    def _turned(self, q: torch.Tensor, k: torch.Tensor, angles: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k turned by the cosines and sines of their positions."""
+        return _rotated(q, k, *angles)
+
+
+class _SmolLM3Attention(_Attention):
+    """As SmolLM3 has it: some layers have no rotary."""
+
+    use_rope: int
+
+    def _turned(self, q: torch.Tensor, k: torch.Tensor, angles: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return super()._turned(q, k, angles) if self.use_rope else (q, k)
 
 
 class _NormedAttention(_Attention):
@@ -310,7 +322,7 @@ _FORMS: tuple[tuple[str, type, type], ...] = (
     ("attention", _Attention, LlamaAttention),
     ("attention", _Attention, MistralAttention),
     ("attention", _Attention, Qwen2Attention),
-    ("attention", _Attention, SmolLM3Attention),
+    ("attention", _SmolLM3Attention, SmolLM3Attention),
     ("attention", _NormedAttention, Qwen3Attention),
     ("attention", _NormedAttention, Gemma3Attention),
     ("attention", _PackedAttention, Phi3Attention),
