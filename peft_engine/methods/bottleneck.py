@@ -136,8 +136,8 @@ def _check_site(model: nn.Module, site: Site, config: BottleneckConfig, who: str
     if config.original_ln_before and not config.is_parallel:
         raise ValueError(
             f"{who}: original_ln_before=True needs to know what {site.path} is added to, and "
-            f"{type(model).__name__} is of no family known here; take original_ln_before=False "
-            "(BottleneckConfig.houlsby)"
+            f"{type(model).__name__} is of no family known here; take original_ln_before=False, as "
+            "the placement houlsby has it"
         )
     if config.is_parallel and site.path.endswith("fc2"):
         raise ValueError(

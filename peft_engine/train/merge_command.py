@@ -94,7 +94,8 @@ def _merge(
     documents = _documents(tokenizer, rows, model)
     before = list(_predictions(model, documents))
     layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]
-    say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
+    if layers:
+        say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
     with progress.bar("Merging", 2 * len(layers)) as bar:  # each is checked first
         try:
             merge_(model, adapter_name, requantize=requantize, untie=untie, watch=bar.update)

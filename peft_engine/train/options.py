@@ -47,7 +47,9 @@ WeightDecay = Annotated[float, typer.Option()]
 MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm.")]
 TrainDtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Seed = Annotated[int, typer.Option()]
-MaxLength = Annotated[int | None, typer.Option(help="Most tokens of a row; longer texts are cut in pieces.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Most tokens of a row; longer texts are cut in pieces.")
+]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")]
 
 # --- of a method: train and compare -------------------------------------------------------------------------
