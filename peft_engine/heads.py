@@ -181,7 +181,7 @@ def _transformers_model(model: nn.Module) -> Any:
 
 # --- which models -------------------------------------------------------------------------------------------
 
-# Config fields with which a model changes its logits between the head and the loss, and when they do.
+# Config fields with which a model caps its logits between the head and the loss.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 # A buffer that models add to their logits, one value for each entry of the vocabulary: LazyLogits take it in.
 _BIAS = "self.final_logits_bias"
@@ -203,13 +203,12 @@ def _refuse(model: Any, head: nn.Module, name: str) -> str | None:
     if _calls_loss_function(forward) and model.loss_function not in (ForCausalLMLoss, causal_lm_loss):
         loss = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
         return f"the model's loss is {loss}, not the causal language model's"
-    for field in _SOFTCAPS:
-        if getattr(model.config.get_text_config(), field, None) is not None:
-            return f"the model caps its logits ({field}) before the loss"
-    return _refuse_forward(forward, name)
+    config = model.config.get_text_config()
+    capped = any(getattr(config, field, None) is not None for field in _SOFTCAPS)
+    return _refuse_forward(forward, name, capped)
 
 
-def _refuse_forward(forward: Any, head: str) -> str | None:
+def _refuse_forward(forward: Any, head: str, capped: bool) -> str | None:
     """Why this forward does not hand what the head returns to a loss known here; read from its source."""
     tree = _source(forward)
     if tree is None:
@@ -232,7 +231,8 @@ def _refuse_forward(forward: Any, head: str) -> str | None:
         value = _without_bias(node.value) if isinstance(node, ast.Assign) else None
         biased = value is not None and value is not node.value
         again = biased and isinstance(value, ast.Name) and value.id == given.id
-        if again or _softcaps(tree, node) or (value is not None and _from_head(value, head)):
+        caps = _softcaps(tree, node) and (not capped or _is_step_of_softcap(node.value, given.id))
+        if again or caps or (value is not None and _from_head(value, head)):
             continue
         return f"the loss is not of what the head itself returns: {ast.unparse(node)}"
     return None
@@ -285,13 +285,22 @@ def _from_head(value: ast.expr, head: str) -> bool:
 
 
 def _softcaps(tree: ast.AST, node: ast.AST) -> bool:
-    """node stands under an `if` on a softcap, which _refuse has seen to be off."""
+    """node stands under an `if` on a softcap."""
     return any(
         isinstance(test, ast.If)
         and any(field in ast.unparse(test.test) for field in _SOFTCAPS)
         and any(inner is node for statement in test.body for inner in ast.walk(statement))
         for test in ast.walk(tree)
     )
+
+
+def _is_step_of_softcap(value: ast.expr | None, logits: str) -> bool:
+    """cap * tanh(logits / cap) or a part of it, which LazyLogits follow."""
+    if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Div, ast.Mult)):
+        return _is_step_of_softcap(value.left, logits)
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("tanh") and len(value.args) == 1:
+        return _is_step_of_softcap(value.args[0], logits)
+    return isinstance(value, ast.Name) and value.id == logits
 
 
 def _path(node: ast.expr) -> str:

@@ -19,12 +19,21 @@ from peft_engine.ops.nf4 import DTYPES
 
 
 class Source:
-    """hidden (..., K), weight (N, K), bias (N,) or None, and the dtype of their product."""
+    """hidden (..., K), weight (N, K), bias (N,) or None, and the dtype of their product; and how far the
+    model has come with softcap * tanh(logits / softcap): 0 none of it, 1 the division, 2 the tanh, 3 all.
+    """
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        softcap: float = 1.0,
+        stage: int = 0,
     ):
         self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
+        self.softcap, self.stage = softcap, stage
         self._versions = self._version()
         self._value: torch.Tensor | None = None
         self._formed_at = 0
@@ -51,6 +60,11 @@ class Source:
         self._refuse_changed()  # what is seen from now on is the new source's
         return Source(self.hidden, self.weight, bias, self.dtype)
 
+    def capped(self, softcap: float, stage: int) -> "Source":
+        """The source of these logits a stage further."""
+        self._refuse_changed()
+        return Source(self.hidden, self.weight, self.bias, self.dtype, softcap, stage)
+
     def wants_graph(self) -> bool:
         """Whether autograd would record the product now: never of what inference mode has made."""
         tensors = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
@@ -67,7 +81,7 @@ class Source:
         value = self._value
         if value is None or _version_of(value) != self._formed_at or self._lacks_graph(value):
             with self.grad_mode(), torch.autocast(self.hidden.device.type, enabled=False):
-                value = self._value = dense.linear(*self.inputs())
+                value = self._value = _at_stage(dense.linear(*self.inputs()), self.softcap, self.stage)
             self._formed_at = _version_of(value)
         return value
 
@@ -77,6 +91,15 @@ class Source:
 
     def _lacks_graph(self, value: torch.Tensor) -> bool:
         return self.wants_graph() and not value.requires_grad
+
+
+def _at_stage(logits: torch.Tensor, softcap: float, stage: int) -> torch.Tensor:
+    """What a stage of a Source makes of the product."""
+    if stage > 0:
+        logits = logits / softcap
+    if stage > 1:
+        logits = torch.tanh(logits)
+    return logits * softcap if stage > 2 else logits
 
 
 class Memory:
@@ -184,8 +207,8 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, source: Source):
-        ctx.save_for_backward(hidden, weight)
-        ctx.dtype = source.dtype
+        ctx.save_for_backward(hidden, weight, bias if source.stage else None)
+        ctx.dtype, ctx.softcap, ctx.stage = source.dtype, source.softcap, source.stage
         ctx.bias_dtype = None if bias is None else bias.dtype
         shape = (*hidden.shape[:-1], weight.shape[0])
         return LazyLogits(Memory(source, source.dtype, copy=False), shape)
@@ -193,7 +216,12 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, grad):
-        hidden, weight = ctx.saved_tensors
+        hidden, weight, bias = ctx.saved_tensors
+        if ctx.stage:  # the product's gradient, of that of what the stage makes of it
+            bias = None if bias is None else bias.to(ctx.dtype)
+            logits = dense.product(hidden.to(ctx.dtype), weight.to(ctx.dtype), bias).requires_grad_()
+            with torch.enable_grad():
+                grad = torch.autograd.grad(_at_stage(logits, ctx.softcap, ctx.stage), logits, grad)[0]
         rows = grad.reshape(-1, grad.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
@@ -274,7 +302,7 @@ def lazy_cross_entropy(
     and for logits written to or cut off by a detach.
     """
     source = logits.live if isinstance(logits, LazyLogits) else None
-    if source is None:
+    if source is None or source.stage in (1, 2):
         return None
     hidden, weight, bias = source.inputs()
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -282,8 +310,9 @@ def lazy_cross_entropy(
     # They have the dtype that autocast asks for.
     with source.grad_mode(), torch.autocast(hidden.device.type, enabled=False):
         return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction
-        )
+            hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction,
+            softcap=source.softcap if source.stage else None,
+        )  # fmt: skip
 
 
 def _cross_entropy(
@@ -311,23 +340,58 @@ def _cross_entropy(
     return loss.to(input.dtype)
 
 
-def _plus_bias(*args: Any, **kwargs: Any) -> LazyLogits | None:
+def _plus_bias(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """logits + bias, for a bias (1, N) or (N,) that all rows share; None for every other sum."""
     if len(args) != 2 or kwargs or not isinstance(args[0], LazyLogits):
         return None
     logits, bias = args
     source = logits.live
-    if source is None or source.bias is not None or logits.dtype != source.dtype:
+    if source is None or source.bias is not None or source.stage or logits.dtype != source.dtype:
         return None
     if not isinstance(bias, torch.Tensor) or bias.device != logits.device or bias.dtype not in DTYPES:
         return None
     if not 0 < bias.dim() <= logits.dim() or not bias.shape[-1] == bias.numel() == logits.shape[-1]:
         return None
-    source = source.plus(bias.reshape(-1))
-    with source.grad_mode():
-        result = _Deferred.apply(source.hidden, source.weight, source.bias, source)
+    result = _deferred(source.plus(bias.reshape(-1)))
     return result.to(torch.promote_types(logits.dtype, bias.dtype)).view(logits.shape)
 
 
+def _deferred(source: Source) -> LazyLogits:
+    with source.grad_mode():
+        return _Deferred.apply(source.hidden, source.weight, source.bias, source)
+
+
+def _divided(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """logits / softcap, a softcap's first step; None for every other quotient."""
+    return _step(1, *args) if len(args) == 2 and not kwargs else None
+
+
+def _tanh(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """tanh(logits / softcap)."""
+    return _step(2, *args, None) if len(args) == 1 and not kwargs else None
+
+
+def _multiplied(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """softcap * tanh(logits / softcap)."""
+    return _step(3, *args) if len(args) == 2 and not kwargs else None
+
+
+def _step(stage: int, logits: Any, number: Any) -> torch.Tensor | None:
+    source = logits.live if isinstance(logits, LazyLogits) else None
+    if source is None or source.stage != stage - 1 or logits.dtype != source.dtype or source.formed:
+        return None
+    if stage == 1 and (type(number) not in (int, float) or not 0 < number < float("inf")):
+        return None
+    if stage == 3 and number != source.softcap:
+        return None
+    return _deferred(source.capped(number if stage == 1 else source.softcap, stage)).view(logits.shape)
+
+
 # Called in place of torch's; where they give None, the logits are formed for torch's.
-_STAND_INS = {F.cross_entropy: _cross_entropy, **dict.fromkeys((_T.__add__, _T.add, torch.add), _plus_bias)}
+_STAND_INS = {
+    F.cross_entropy: _cross_entropy,
+    **dict.fromkeys((_T.__add__, _T.add, torch.add), _plus_bias),
+    **dict.fromkeys((_T.__truediv__, _T.div, torch.div), _divided),
+    **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
+    **dict.fromkeys((_T.__mul__, _T.mul, torch.mul), _multiplied),
+}

@@ -1,8 +1,10 @@
 """Cross entropy of a linear layer's outputs, without ever holding all of them (the idea: Wijmans et al. 2024,
 "Cut your losses", arXiv 2411.09009; here chunked by rows around library products).
 
-    l_i = W x_i + b        loss_i = log sum_j exp(l_ij) - l_i,label(i)        for rows i with a label
-    dl_i = (softmax(l_i) - onehot(label(i))) g_i        dx = dl W        dW = dl^T x        db = sum_i dl_i
+    l_i = W x_i + b, with a softcap c: c tanh((W x_i + b) / c)
+    loss_i = log sum_j exp(l_ij) - l_i,label(i)        for rows i with a label
+    dl_i = (softmax(l_i) - onehot(label(i))) g_i, with a softcap times 1 - (l_i / c)^2
+    dx = dl W        dW = dl^T x        db = sum_i dl_i
 
 x (..., K), W (N, K), labels (...). Rows without a label are never computed. When x asks for a gradient, dx is
 written in the forward, while a chunk's logits are there; all that is saved is that gradient, of x's shape.
@@ -38,13 +40,14 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """F.cross_entropy(F.linear(x, weight, bias).float(), labels), of float32.
 
     x (..., K) float32, bfloat16 or float16; weight (N, K) and bias (N,) of x's dtype; labels (...), integers,
     already shifted: labels[i] belongs to x[i]. Rows whose label is ignore_index count for nothing.
     reduction: "mean" over the labelled rows (nan when there is none, as torch), "sum", or "none", of the
-    shape of labels.
+    shape of labels. softcap: above 0, logits go through softcap * tanh(logits / softcap) first, in x's dtype.
     Gradients flow to x, weight and bias.
     Raises ValueError or TypeError that says which argument does not fit, IndexError for a label that is no
     entry of the vocabulary.
@@ -53,13 +56,13 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, labels, bias, reduction)
+    _check(x, weight, labels, bias, reduction, softcap)
     labels = labels.long()  # before ignore_index is looked for: -100 in uint8 is 156
     run = LINEAR_CROSS_ENTROPY.choose(LinearCrossEntropyCall(x.device.type, x.dtype), x, weight, bias).run
-    return run(x, weight, labels, bias, ignore_index, reduction)
+    return run(x, weight, labels, bias, ignore_index, reduction, softcap)
 
 
-def _check(x, weight, labels, bias, reduction) -> None:
+def _check(x, weight, labels, bias, reduction, softcap) -> None:
     who = "linear_cross_entropy"
     if x.dtype not in DTYPES:
         raise TypeError(f"{who}: x must be float32, bfloat16 or float16, got {x.dtype}")
@@ -83,14 +86,20 @@ def _check(x, weight, labels, bias, reduction) -> None:
             raise ValueError(f"{who}: x is on {x.device} and {name} on {tensor.device}; move one of them")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{who}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{who}: softcap must be a number above 0, or None, got {softcap}")
 
 
 # --- reference ----------------------------------------------------------------------------------------------
 
 
-def reference(x, weight, labels, bias=None, ignore_index=-100, reduction="mean") -> torch.Tensor:
+def reference(
+    x, weight, labels, bias=None, ignore_index=-100, reduction="mean", softcap=None
+) -> torch.Tensor:
     """The definition in plain torch, as transformers computes it: logits in x's dtype, then float32."""
     logits = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     if logits.dtype != torch.float64:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
@@ -104,7 +113,8 @@ def reference(x, weight, labels, bias=None, ignore_index=-100, reduction="mean")
 # back empty.
 native.library.define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, int ignore_index,"
-    " Tensor? scale, bool mean, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor, Tensor)"
+    " float? softcap, Tensor? scale, bool mean, bool need_dx, bool need_dw, bool need_db)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 # The row passes in csrc/cpu/linear_cross_entropy.cpp and kernels/linear_cross_entropy/; never traced, so they
 # need no fake.
@@ -119,7 +129,7 @@ native.library.define(
 
 
 @torch.library.register_fake("peft_engine::linear_cross_entropy")
-def _(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need_db):
+def _(x, weight, bias, labels, ignore_index, softcap, scale, mean, need_dx, need_dw, need_db):
     return (
         x.new_empty(labels.shape, dtype=torch.float32),
         x.new_empty(x.shape if need_dx else (0,)),
@@ -220,7 +230,7 @@ def _labelled(x, labels, ignore_index: int, vocabulary: int, scale, mean: bool) 
     return _Labelled(x, index, picked, scale[index])
 
 
-def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw, need_db):
+def _kernel(x, weight, bias, labels, ignore_index, softcap, scale, mean, need_dx, need_dw, need_db):
     """Loss of every row (labels' shape, 0 where ignored), dx, dW and db; see the schema above."""
     vocabulary, k = weight.shape
     flat_x, flat_labels = x.reshape(labels.numel(), k), labels.reshape(-1)
@@ -231,15 +241,15 @@ def _kernel(x, weight, bias, labels, ignore_index, scale, mean, need_dx, need_dw
     rows = _labelled(flat_x, flat_labels, ignore_index, vocabulary, scale, mean)
     if len(rows.at):
         stats = loss.new_empty(len(rows.at), 2)
-        _by_rows(rows, weight, bias, stats, loss, dx if need_dx else None)
+        _by_rows(rows, weight, bias, softcap, stats, loss, dx if need_dx else None)
         if need_dw or need_db:
-            _by_columns(rows, weight, bias, stats, dw if need_dw else None, db)
+            _by_columns(rows, weight, bias, softcap, stats, dw if need_dw else None, db)
         if rows.kept is not None:
             loss = loss.masked_fill(~rows.kept, 0.0)
     return loss.view(labels.shape), dx.view(x.shape) if need_dx else dx, dw, db
 
 
-def _by_rows(rows: _Labelled, weight, bias, stats, loss, dx) -> None:
+def _by_rows(rows: _Labelled, weight, bias, softcap, stats, loss, dx) -> None:
     """Loss and dx, a chunk of rows at a time."""
     chunks, count = CHUNKS[weight.device.type].beside(weight), len(rows.at)
     step = chunks.step(count, weight.shape[0] * weight.element_size(), chunks.rows)
@@ -248,13 +258,15 @@ def _by_rows(rows: _Labelled, weight, bias, stats, loss, dx) -> None:
         chunk = slice(start, min(start + step, count))
         where = rows.at[chunk]
         part = _logits(rows.x[where], weight, bias, room)
+        capped = None if softcap is None else _cap(part, softcap)
         chunk_loss = stats.new_empty(len(part))
         run = _rows_on_gpu if dispatch.direct(part) else torch.ops.peft_engine.cross_entropy_rows
         run(part, rows.labels[chunk], rows.scale[chunk], chunk_loss, stats[chunk], dx is not None)
         loss[where] = chunk_loss
         if dx is not None:
+            _uncap(part, capped)
             dx[where] = dense.product_back(part, weight)
-        del part  # before the next chunk's is there
+        del part, capped  # before the next chunk's is there
 
 
 def _room(rows: int, weight) -> torch.Tensor | None:
@@ -275,7 +287,20 @@ def _logits(x, weight, bias, room: torch.Tensor | None) -> torch.Tensor:
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _by_columns(rows: _Labelled, weight, bias, stats, dw, db) -> None:
+def _cap(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """softcap * tanh(logits / softcap) in place of logits; the tanh."""
+    t = torch.tanh(logits / softcap)
+    torch.mul(t, softcap, out=logits)
+    return t
+
+
+def _uncap(grad: torch.Tensor, t: torch.Tensor | None) -> None:
+    """The gradient of logits in place of that of the capped ones; t: what _cap gave."""
+    if t is not None:
+        grad.mul_(torch.addcmul(t.new_ones(()), t, t, value=-1.0, out=t))
+
+
+def _by_columns(rows: _Labelled, weight, bias, softcap, stats, dw, db) -> None:
     """dW and db, a range of the vocabulary at a time over all labelled rows: each entry is one sum.
 
     Summing over chunks of rows instead would need dW in float32, twice W; this costs the logits once more.
@@ -286,13 +311,15 @@ def _by_columns(rows: _Labelled, weight, bias, stats, dw, db) -> None:
     for start in range(0, vocabulary, step):
         columns = slice(start, min(start + step, vocabulary))
         part = dense.product(x, weight[columns], None if bias is None else bias[columns])
+        capped = None if softcap is None else _cap(part, softcap)
         run = _columns_on_gpu if dispatch.direct(part) else torch.ops.peft_engine.cross_entropy_columns
         run(part, rows.labels, rows.scale, stats, start)
+        _uncap(part, capped)
         if dw is not None:
             torch.mm(part.t(), x, out=dw[columns])
         if len(db):
             db[columns] = part.sum(0, dtype=torch.float32).to(db.dtype)
-        del part
+        del part, capped
 
 
 native.library.impl("linear_cross_entropy", _kernel, "CPU")
@@ -309,7 +336,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, labels, ignore_index, reduction, need_dx, need_dw, need_db):
+    def forward(
+        ctx: Any, x, weight, bias, labels, ignore_index, reduction, softcap, need_dx, need_dw, need_db
+    ):
         half = x.dtype == torch.float16
         now = reduction != "none" and not half
         loss, dx, dw, db = torch.ops.peft_engine.linear_cross_entropy(
@@ -318,6 +347,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             bias,
             labels,
             ignore_index,
+            softcap,
             None,
             reduction == "mean" and not half,
             need_dx,
@@ -330,7 +360,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx, dw, db, labels,
             x if later else None, weight if later else None, bias if later else None, count if half else None,
         )  # fmt: skip
-        ctx.settings = ignore_index, need_dx, need_dw, need_db
+        ctx.settings = ignore_index, softcap, need_dx, need_dw, need_db
         if reduction == "none":
             return loss
         # In float64, which costs nothing here: elsewhere no rounding can add up over rows.
@@ -343,14 +373,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @dispatch.first_order
     def backward(ctx: Any, grad):
         dx, dw, db, labels, x, weight, bias, count = ctx.saved_tensors
-        ignore_index, need_dx, need_dw, need_db = ctx.settings
+        ignore_index, softcap, need_dx, need_dw, need_db = ctx.settings
         if count is not None:
             grad = grad / count.clamp(min=1)
         by_row = grad.expand(labels.shape)
         if x is not None:
             _, _, dw, db = torch.ops.peft_engine.linear_cross_entropy(
-                x, weight, bias, labels, ignore_index, by_row.contiguous(), False, False, need_dw, need_db
-            )
+                x, weight, bias, labels, ignore_index, softcap, by_row.contiguous(), False, False, need_dw,
+                need_db,
+            )  # fmt: skip
         elif need_dw or need_db:
             dw, db = dw * grad, db * grad
         # By one number * makes no copy; by a row of float32, and on the CPU even into out=, it makes one of a
@@ -363,19 +394,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx if need_dx else None,
             dw if need_dw else None,
             db if need_db else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 7,
         )
 
 
-def _kernels(x, weight, labels, bias, ignore_index, reduction) -> torch.Tensor:
+def _kernels(x, weight, labels, bias, ignore_index, reduction, softcap) -> torch.Tensor:
     training = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        x, weight, bias, labels, ignore_index, reduction,
+        x, weight, bias, labels, ignore_index, reduction, softcap,
         training and x.requires_grad,
         training and weight.requires_grad,
         training and bias is not None and bias.requires_grad,

@@ -92,14 +92,16 @@ def test_the_logits_of_every_chunk_lie_in_one_memory_with_rows_at_16_bytes(as_on
     found, rows = [], op._rows_on_gpu
     monkeypatch.setattr(op, "_rows_on_gpu", lambda part, *rest: (found.append(part), rows(part, *rest)))
     x, weight = torch.randn(11, 16).bfloat16().requires_grad_(), torch.randn(37, 16).bfloat16()
-    for bias in (None, torch.randn(37).bfloat16()):
+    for bias, softcap in ((None, None), (torch.randn(37).bfloat16(), None), (None, 2.0)):
         found.clear()
         labels = torch.arange(11)
-        loss = op.linear_cross_entropy(x, weight, labels, bias=bias)
+        loss = op.linear_cross_entropy(x, weight, labels, bias=bias, softcap=softcap)
         (got,) = torch.autograd.grad(loss, x)
         exact = x.detach().double().requires_grad_()
         wide = None if bias is None else bias.double()
-        want = F.cross_entropy(F.linear(exact, weight.double(), wide), labels)
+        logits = F.linear(exact, weight.double(), wide)
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        want = F.cross_entropy(logits, labels)
         torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(got.double(), torch.autograd.grad(want, exact)[0], rtol=3e-2, atol=3e-3)
         assert [len(part) for part in found] == [4, 4, 3]

@@ -1,5 +1,6 @@
 """linear_cross_entropy: the maths, backends and instruction sets by the rule of twice the error, memory."""
 
+import functools
 import importlib
 import math
 
@@ -111,6 +112,28 @@ def test_every_instruction_set_is_as_good_as_the_reference(
     isa, nan_in_fresh_memory, dtype, reduction, rows, vocabulary, hidden
 ):
     assert_as_good_as_the_reference(*problem(rows, vocabulary, hidden, dtype), reduction)
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "hidden"), [(300, 1003, 32), (7, 48, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("softcap", [0.7, 30.0])
+def test_capped_logits_are_as_good_as_the_reference(
+    backend, softcap, dtype, reduction, rows, vocabulary, hidden
+):
+    given = problem(rows, vocabulary, hidden, dtype)
+    plain, ours = (functools.partial(f, softcap=softcap) for f in (reference, linear_cross_entropy))
+    exact = run(plain, *given, reduction, torch.float64)
+    usual, got = (run(function, *given, reduction) for function in (plain, ours))
+    for name, truth, r, g in zip(("loss", "dx", "dW", "db"), exact, usual, got, strict=True):
+        assert_twice_as_good(g, r, truth, what=name)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_softcap_that_is_none_is_refused(softcap):
+    x, weight, labels, _ = problem(3, 17, 8, torch.float32)
+    with pytest.raises(ValueError, match="softcap must be a number above 0"):
+        linear_cross_entropy(x, weight, labels, softcap=softcap)
 
 
 @needs_cpu
@@ -274,7 +297,7 @@ def test_logits_are_never_held_as_a_whole_not_even_for_the_gradient_of_the_weigh
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     traced = LargestTensor()
     with traced, torch.no_grad():
-        _kernel(leaves[0], leaves[1], leaves[2], labels, -100, None, True, True, True, True)
+        _kernel(leaves[0], leaves[1], leaves[2], labels, -100, None, None, True, True, True, True)
     assert traced.elements * 2 <= CHUNKS["cpu"].nbytes
     assert traced.elements < rows * vocabulary / 15
 
