@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import activations
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.longt5.modeling_longt5 import LongT5DenseGatedActDense
 from transformers.models.mistral.modeling_mistral import MistralAttention
@@ -61,8 +62,7 @@ class _RMSNormOfInput(_RMSNorm):
     """As OLMo 2 has it: the result has the input's dtype whatever the weight's."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        same = self.weight.dtype == hidden_states.dtype
-        return rms_norm(hidden_states, self.weight if same else self.weight.float(), self.variance_epsilon)
+        return rms_norm(hidden_states, _beside(hidden_states, self.weight), self.variance_epsilon)
 
 
 class _RMSNormOfWeight(_RMSNorm):
@@ -80,8 +80,19 @@ class _RMSNormOfOnes:
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight if self.weight.dtype == x.dtype else self.weight.float()
-        return rms_norm(x, weight, self.eps, offset=1.0)
+        return rms_norm(x, _beside(x, self.weight), self.eps, offset=1.0)
+
+
+class _RMSNormWithScale(_RMSNormOfOnes):
+    """As Gemma 4 has it, where it has a weight, by which it multiplies."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, _beside(hidden_states, self.weight), self.eps)
+
+
+def _beside(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a norm that gives x's dtype: of that dtype or float32."""
+    return weight if weight.dtype == x.dtype else weight.float()
 
 
 # --- MLP ----------------------------------------------------------------------------------------------------
@@ -181,9 +192,7 @@ class _Attention:
     layer_idx: int
     head_dim: int
     scaling: float
-    num_key_value_groups: int
     attention_dropout: float
-    is_causal: bool
     training: bool
 
     def forward(
@@ -312,6 +321,7 @@ _FORMS: tuple[tuple[str, type, type], ...] = (
     ("rms_norm", _RMSNorm, LlamaRMSNorm),
     ("rms_norm", _RMSNormOfInput, Olmo2RMSNorm),
     ("rms_norm", _RMSNormOfOnes, GemmaRMSNorm),
+    ("rms_norm", _RMSNormWithScale, Gemma4RMSNorm),
     ("rms_norm", _RMSNormOfWeight, T5LayerNorm),
     ("swiglu", _MLP, LlamaMLP),
     ("swiglu", _PackedMLP, Phi3MLP),
@@ -371,6 +381,8 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
     other = {p.dtype for p in module.parameters() if p.is_floating_point()}.difference(DTYPES)
     if other:
         why = f"no kernel takes {other.pop()}"
+    elif op == "rms_norm" and not getattr(module, "with_scale", True):
+        why = "it has no weight"
     elif op == "swiglu":
         act = next(getattr(module, name) for name in _ACTS if hasattr(module, name))
         if not _activation(act):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from accuracy import assert_twice_as_good
 from transformers import activations
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
@@ -36,8 +37,9 @@ FAMILIES = {
     "cwm": (LLAMA | {"sliding_window": 6}, ALL),
     "dots1": (LLAMA | EXPERTS | GROUPS | {"n_shared_experts": 1}, ALL),
     "exaone4": (LLAMA, MLPS),
-    "gemma2": (LLAMA | {"sliding_window": 6}, MLPS),
+    "gemma2": (LLAMA | {"sliding_window": 6, "final_logit_softcapping": 3.0}, MLPS),
     "gemma3_text": (LLAMA | {"sliding_window": 6}, ALL),
+    "gemma4_text": (LLAMA | {"final_logit_softcapping": 3.0}, MLPS),
     "glm4": (LLAMA, MLPS),  # pairs of neighbours are turned
     "granitemoe": (LLAMA | EXPERTS, {"rms_norm", "attention"}),
     "helium": (LLAMA, {"swiglu"}),
@@ -99,7 +101,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @native_only
-@pytest.mark.parametrize("kind", [T5LayerNorm, MT5LayerNorm, Olmo2RMSNorm])
+@pytest.mark.parametrize("kind", [T5LayerNorm, MT5LayerNorm, Olmo2RMSNorm, Gemma4RMSNorm])
 @pytest.mark.parametrize("weight", DTYPES)
 @pytest.mark.parametrize("given", DTYPES)
 def test_a_norm_gives_the_dtype_of_the_own_one_whatever_those_of_input_and_weight(kind, weight, given):
@@ -110,7 +112,9 @@ def test_a_norm_gives_the_dtype_of_the_own_one_whatever_those_of_input_and_weigh
     x = torch.randn(3, 40).to(given)
     want, got = plain(x), fused(x)
     assert got.dtype == want.dtype and type(fused) is not kind
-    assert_twice_as_good(got, want, copy.deepcopy(plain).double()(x.double()))
+    wide, eps = x.double(), getattr(plain, "variance_epsilon", None) or plain.eps
+    exact = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * plain.weight.double()
+    assert_twice_as_good(got, want, exact)
 
 
 @native_only
