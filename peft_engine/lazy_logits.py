@@ -380,11 +380,13 @@ def _step(stage: int, logits: Any, number: Any) -> torch.Tensor | None:
     source = logits.live if isinstance(logits, LazyLogits) else None
     if source is None or source.stage != stage - 1 or logits.dtype != source.dtype or source.formed:
         return None
-    if stage == 1 and (type(number) not in (int, float) or not 0 < number < float("inf")):
+    if stage == 2:
+        number = source.softcap
+    elif type(number) not in (int, float) or not 0 < number < float("inf"):
         return None
     if stage == 3 and number != source.softcap:
         return None
-    return _deferred(source.capped(number if stage == 1 else source.softcap, stage)).view(logits.shape)
+    return _deferred(source.capped(number, stage)).view(logits.shape)
 
 
 # Called in place of torch's; where they give None, the logits are formed for torch's.

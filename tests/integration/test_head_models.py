@@ -97,6 +97,7 @@ def test_steps_that_are_no_softcap_form_the_logits():
         lambda z: torch.tanh(z / 2.0),
         lambda z: torch.tanh(z / 2.0) * 3.0,
         lambda z: z / torch.tensor(2.0),
+        lambda z: torch.tanh(z / 2.0) * torch.full((VOCABULARY,), 2.0),
         lambda z: z / -2.0,
         lambda z: torch.tanh(z / 2.0) * 2.0 + 1.0,
     ):
