@@ -39,7 +39,12 @@ FAMILIES = {
     "exaone4": (LLAMA, MLPS),
     "gemma2": (LLAMA | {"sliding_window": 6, "final_logit_softcapping": 3.0}, MLPS),
     "gemma3_text": (LLAMA | {"sliding_window": 6}, ALL),
-    "gemma4_text": (LLAMA | {"final_logit_softcapping": 3.0}, MLPS),
+    "gemma4_text": (
+        LLAMA | {
+            "final_logit_softcapping": 3.0, "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8
+        },
+        MLPS,
+    ),
     "glm4": (LLAMA, MLPS),  # pairs of neighbours are turned
     "granitemoe": (LLAMA | EXPERTS, {"rms_norm", "attention"}),
     "helium": (LLAMA, {"swiglu"}),
