@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <tuple>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,7 +13,7 @@
 #include "cpu/rows.h"
 
 namespace pe {
-enum class Gate : int { silu, gelu_tanh, gelu };
+enum class Gate : int { silu, gelu_tanh, gelu };  // in the order of ACTIVATIONS in peft_engine/ops/swiglu.py
 }
 
 #define PE_KERNELS "cpu/swiglu.inl"
@@ -24,31 +23,26 @@ namespace {
 
 using torch::stable::Tensor;
 
-pe::Gate gate_of(const std::string& name) {
-  if (name == "silu") return pe::Gate::silu;
-  return name == "gelu_tanh" ? pe::Gate::gelu_tanh : pe::Gate::gelu;
-}
-
-Tensor swiglu_forward(Tensor gate, Tensor up, std::string activation) {
+Tensor swiglu_forward(Tensor gate, Tensor up, int64_t activation) {
   const int64_t rows = gate.size(0), n = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
   Tensor y = pe::like(gate, {rows, n});
   const void *pg = pe::values_of(gate), *pu = pe::values_of(up);
   void* py = y.mutable_data_ptr();
   const pe::Type type = pe::type_of(gate);
-  const pe::Gate which = gate_of(activation);
+  const auto which = static_cast<pe::Gate>(activation);
   pe::for_rows(rows, n, [&](int64_t first, int64_t last) {
     PE_CALL(swiglu_rows)(pg, pu, py, type, which, n, gate_stride, up_stride, first, last);
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up, std::string activation) {
+std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up, int64_t activation) {
   const int64_t rows = gate.size(0), n = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
   Tensor dgate = pe::like(gate, {rows, n}), dup = pe::like(up, {rows, n});
   const void *pd = pe::values_of(dy), *pg = pe::values_of(gate), *pu = pe::values_of(up);
   void *og = dgate.mutable_data_ptr(), *ou = dup.mutable_data_ptr();
   const pe::Type type = pe::type_of(gate);
-  const pe::Gate which = gate_of(activation);
+  const auto which = static_cast<pe::Gate>(activation);
   pe::for_rows(rows, n, [&](int64_t first, int64_t last) {
     PE_CALL(swiglu_backward_rows)(pd, pg, pu, og, ou, type, which, n, gate_stride, up_stride, first, last);
   });
