@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from bench import measure
 from peft_engine import native
 from peft_engine.ops import bottleneck
+from peft_engine.ops.bottleneck import ACTIVATIONS
 
 WIDTH = 64
 Contenders = dict[str, Callable[[], object]]
@@ -45,7 +46,8 @@ def products(tensors: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], obje
 def kernels(tensors: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], object]:
     """The op's two calls of its kernels without autograd: like for like with the products alone."""
     x, down, up, down_bias, up_bias = (t.detach() for t in tensors)
-    settings = (down, down_bias, up, up_bias, None, None, "relu", 1.0)
+    relu = list(ACTIVATIONS).index("relu")
+    settings = (down, down_bias, up, up_bias, None, None, relu, 1.0)
     wanted = [True] * 5 + [False] * 2
 
     def call() -> object:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import peft_engine as pe
 import peft_engine.ops
@@ -181,3 +182,12 @@ def test_nothing_is_patched_and_nothing_is_generated():
                     assert parts[0] not in {"transformers", "peft", "torch", "bnb"} or len(parts) == 1, (
                         f"{path}: {ast.unparse(node)}"
                     )
+
+
+def test_no_raw_op_takes_a_string():
+    """torch's stable ABI leaks each that it hands to C++ (torch 2.13): 32 bytes between large blocks."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("peft_engine::")]
+    assert len(names) > 20
+    for name in names:
+        schema = getattr(torch.ops.peft_engine, name.partition("::")[2]).default._schema
+        assert not [a.name for a in schema.arguments if str(a.type) in ("str", "Optional[str]")], name

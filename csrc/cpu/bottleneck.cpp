@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -27,16 +26,14 @@ using Maybe = std::optional<Tensor>;
 
 const void* data_of(const Maybe& t) { return t ? pe::values_of(*t) : nullptr; }
 
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(name == "tanh", "bottleneck: activation must be relu, gelu, silu or tanh, got ", name);
-  return Activation::tanh;
+// A number, since torch's stable ABI leaks the strings that it hands over (peft_engine/ops/swiglu.py).
+Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number < 4, "bottleneck: activation must be 0 to 3, got ", number);
+  return static_cast<Activation>(number);
 }
 
 BottleneckAdapter adapter_of(const Tensor& down, const Maybe& down_bias, const Tensor& up, const Maybe& up_bias,
-                             const Maybe& norm, const Maybe& norm_bias, const std::string& activation, double scaling) {
+                             const Maybe& norm, const Maybe& norm_bias, int64_t activation, double scaling) {
   BottleneckAdapter a{};
   a.down = pe::values_of(down);
   a.down_bias = data_of(down_bias);
@@ -55,7 +52,7 @@ BottleneckAdapter adapter_of(const Tensor& down, const Maybe& down_bias, const T
 
 std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& x, Maybe residual, const Tensor& down, Maybe down_bias,
                                               const Tensor& up, Maybe up_bias, Maybe norm, Maybe norm_bias,
-                                              std::string activation, double scaling, double eps) {
+                                              int64_t activation, double scaling, double eps) {
   BottleneckForward f{};
   f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
   std::vector<int64_t> shape;
@@ -87,8 +84,8 @@ Tensor gradient(bool wanted, const Tensor* source, const Tensor& dy, void** data
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients backward_op(const Tensor& dy, const Tensor& x, const Tensor& middle, const Tensor& stats, const Tensor& down,
-                      Maybe down_bias, const Tensor& up, Maybe up_bias, Maybe norm, Maybe norm_bias,
-                      std::string activation, double scaling, bool residual_is_x, std::vector<bool> wanted) {
+                      Maybe down_bias, const Tensor& up, Maybe up_bias, Maybe norm, Maybe norm_bias, int64_t activation,
+                      double scaling, bool residual_is_x, std::vector<bool> wanted) {
   STD_TORCH_CHECK(wanted.size() == 7, "bottleneck_backward: wanted must have 7 entries, got ", wanted.size());
   BottleneckBackward f{};
   f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);

@@ -5,7 +5,7 @@
 
 namespace pe {
 
-enum class Activation : int { relu, gelu, silu, tanh };
+enum class Activation : int { relu, gelu, silu, tanh };  // as ACTIVATIONS in peft_engine/ops/bottleneck.py
 
 struct BottleneckAdapter {
   const void* down;       // (width, features)

@@ -22,6 +22,7 @@ from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 # The functions by name; gelu is the exact one, by erf.
 ACTIVATIONS: dict[str, Any] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+_NAMES = tuple(ACTIVATIONS)  # the raw ops take their numbers
 ALIASES = {"swish": "silu"}
 # On the CPU, up to these a kernel of their own runs, which sums in another order: kFewRows in
 # csrc/cpu/bottleneck_few.inl. us of one and two rows on two threads of a Zen 4, by it / by tiles: 576
@@ -205,7 +206,7 @@ def reference(
 
 PARAMETERS = (
     "Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, Tensor? norm_weight,"
-    " Tensor? norm_bias, str activation, float scaling"
+    " Tensor? norm_bias, int activation, float scaling"
 )
 # middle (M, R) is m, in the weights' dtype; stats float32 (M, 2) mean and rstd of each row, (0, 2) without
 # norm.
@@ -245,10 +246,11 @@ def _(
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-def _forward_on_gpu(*arguments):
+def _forward_on_gpu(x, residual, *rest):
     from peft_engine.kernels.bottleneck.forward import forward
 
-    return forward(*arguments)
+    *parameters, activation, scaling, eps = rest
+    return forward(x, residual, *parameters, _NAMES[activation], scaling, eps)
 
 
 @torch.library.impl(native.library, "bottleneck_forward", "CUDA")
@@ -261,7 +263,8 @@ def _(*arguments):
 def _backward_on_gpu(*arguments):
     from peft_engine.kernels.bottleneck.backward import backward
 
-    return backward(*arguments)
+    *tensors, activation, scaling, residual_is_x, wanted = arguments
+    return backward(*tensors, _NAMES[activation], scaling, residual_is_x, wanted)
 
 
 def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -320,7 +323,7 @@ def _kernels(
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     parameters = (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     tensors = [None if t is None else t.contiguous() for t in parameters]
-    args = (*tensors, activation, scaling, eps)
+    args = (*tensors, _NAMES.index(activation), scaling, eps)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *tensors)):
         return _Bottleneck.apply(x, residual, *args)
     if not dispatch.on_gpu(x):  # takes x as it is: a view each way costs a decoded token's layer 2 us

@@ -118,10 +118,10 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, dy):
-        tensors, (activation, spare) = (dy.contiguous(), *ctx.saved_tensors), ctx.settings
+        (gate, up), (activation, spare), dy = ctx.saved_tensors, ctx.settings, dy.contiguous()
         if dispatch.direct(dy):
-            return *_backward_on_gpu(*tensors, activation, spare), None, None
-        return *torch.ops.peft_engine.swiglu_backward(*tensors, activation), None, None
+            return *_backward_on_gpu(dy, gate, up, activation, spare), None, None
+        return *torch.ops.peft_engine.swiglu_backward(dy, gate, up, activation), None, None
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
