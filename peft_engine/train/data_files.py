@@ -46,9 +46,8 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         if not line.strip():
             continue
-        fields = _parsed(
-            where, line.removeprefix("\ufeff"), "one object a line"
-        )  # files put together have it
+        # Files put together have a byte order mark within.
+        fields = _parsed(where, line.removeprefix("\ufeff"), "one object a line")
         if not isinstance(fields, dict):
             raise DataError(
                 f"{where}: expected a JSON object, got {type(fields).__name__}; one object a line"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from peft_engine.checkpoint import load_adapter, trained_on
-from peft_engine.methods import active
+from peft_engine.methods import active, lora_layers
 from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
 from peft_engine.train import encoder_decoder
@@ -158,7 +158,7 @@ def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
 
 def merged_as(folder: Path) -> str:
     """What a LoRA adapter is called in the config of a model that contains it: its weights' SHA-256."""
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / lora_layers.WEIGHTS
     return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
 
 
