@@ -110,6 +110,8 @@ def test_whoever_knows_an_op_name_knows_its_files(op):
     kernels.append(ROOT / "kernels" / op / "__init__.py")
     if op == "attention":  # prefix_attention's, without a prefix
         kernels.append(ROOT / "csrc" / "cpu" / "prefix_attention.cpp")
+    if op == "experts":  # of each expert lora_linear's, and swiglu's
+        kernels.append(ROOT / "csrc" / "cpu" / "lora_linear.cpp")
     # Where plain torch is at the floor, it is all there is.
     plain = op in dispatch.OPS and dispatch.OPS[op].backends() == ("reference",)
     assert plain or any(path.exists() for path in kernels), (
