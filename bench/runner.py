@@ -33,6 +33,7 @@ from bench import (
     bench_linear_cross_entropy,
     bench_lora_linear,
     bench_methods,
+    bench_mixture,
     bench_nf4,
     bench_prefix_attention,
     bench_prompt_embedding,
@@ -53,6 +54,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "prefix_attention": bench_prefix_attention.suite,
     "methods_step": bench_methods.methods_step,
     "families": bench_families.families,
+    "mixture": bench_mixture.mixture,
     "domains": bench_domains.domains,
     # bitsandbytes' training mode before anything that evaluates: its eval repacks weights for good.
     "train_step": bench_train.train_step,

@@ -26,6 +26,7 @@ from peft_engine.methods.registry import METHODS, Method, method_of
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 OURS = "peft_engine"  # the key of our entry in the safetensors metadata
+INNER = ("base_layer", "lora_A", "lora_B")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 CONFIG_LIMIT = 1 << 20  # bytes
 
@@ -51,7 +52,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     parts = {**method.stored(base, name), **copied}
     held = {path: sharded.whole(t.detach()) for path, t in parts.items()}
     _refuse_worthless(base, method, held, name)
-    stored = {_plain(method.key(base, path, name)): t.cpu().contiguous() for path, t in held.items()}
+    keys = method.keys(base, held, name)
+    stored = {_plain(keys[path]): t.cpu().contiguous() for path, t in held.items()}
     fields = {"base_model_name_or_path": _base_name(base), **method.to_file(base, config, name)}
     ours = {"name": name, "base": _base_kind(base), "base_sample": _base_sample(base)}
     data = in_order(safetensors.torch.save(stored, {"format": "pt", OURS: json.dumps(ours)}))
@@ -140,7 +142,7 @@ def load_adapter(
         raise ValueError(f"{where}: {bases}: {error}") from None
     for path in plan.copied:
         wanted[path] = tuple(copies.base_of(*copies.owner(base, path)).shape)
-    paths = {method.key(base, path, saved_as): path for path in wanted}
+    paths = {key: path for path, key in method.keys(base, wanted, saved_as).items()}
     keys, repeated = _match(base, method, header, wanted, paths, f"{where}: {bases}")
     if not any_base:
         _check_base(base, ours, f"{where}: {bases}")
@@ -222,7 +224,13 @@ def _our_entry(metadata: Any, where: str) -> dict[str, Any]:
 
 def _canonical(key: str, root: str, model: nn.Module | None = None) -> str:
     """A key without what wrappers put before and between its parts; root: what its method puts in front."""
-    parts = [part for part in key.split(".") if part not in (*WRAPPERS, "base_layer")]
+    parts = [part for part in key.split(".") if part not in WRAPPERS]
+    bare: list[str] = []
+    for part in reversed(parts):
+        # Around experts each of PEFT's wrappers has an A and a B: there the word tells one's from another's.
+        if part != "base_layer" or (bare and bare[-1] in INNER):
+            bare.append(part)
+    parts = bare[::-1]
     front, wrapped, at = root.split("."), model is None or not hasattr(model, "module"), 0
     while True:  # a stranger's key may have any number of them
         if parts[at : at + len(front)] == front:

@@ -108,7 +108,7 @@ _ACTIVATIONS: dict[type, str] = {
 }
 
 
-def _activation(act: Any) -> str:
+def activation_of(act: Any) -> str:
     """A module's activation as swiglu names it; "" for one that it has not."""
     kind = type(act)
     if kind is torch.nn.GELU:
@@ -133,7 +133,7 @@ class _MLP:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = self._modules
-        activation = _activation(self.act_fn)  # type: ignore[attr-defined]
+        activation = activation_of(self.act_fn)  # type: ignore[attr-defined]
         if not activation:  # set after the layer was fused
             return super().forward(x)  # type: ignore[misc]
         down_proj = modules["down_proj"]
@@ -148,7 +148,7 @@ class _T5MLP:
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         modules = self._modules
-        activation = _activation(modules["act"])
+        activation = activation_of(modules["act"])
         if not activation:
             return super().forward(hidden_states)  # type: ignore[misc]
         wo = modules["wo"]
@@ -164,7 +164,7 @@ class _PackedMLP:
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         modules = self._modules
-        activation = _activation(self.activation_fn)  # type: ignore[attr-defined]
+        activation = activation_of(self.activation_fn)  # type: ignore[attr-defined]
         if not activation:
             return super().forward(hidden_states)  # type: ignore[misc]
         gate, up = project(modules["gate_up_proj"], hidden_states).chunk(2, dim=-1)
@@ -385,7 +385,7 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         why = "it has no weight"
     elif op == "swiglu":
         act = next(getattr(module, name) for name in _ACTS if hasattr(module, name))
-        if not _activation(act):
+        if not activation_of(act):
             why = f"its activation is {type(act).__name__}; the fused products are those of SiLU and GELU"
     elif op == "attention":
         why = _own_attention(module)

@@ -20,9 +20,19 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_engine.conv1d import is_conv1d
-from peft_engine.nn import STORED, become_nf4
+from peft_engine.methods import experts
+from peft_engine.nn import STORED
 from peft_engine.ops.nf4 import NF4Tensor
-from peft_engine.quantize import check_weight, is_dense, quantized, select_linears, write_config
+from peft_engine.quantize import (
+    check_weight,
+    hold,
+    is_dense,
+    keep_packed,
+    parameter,
+    quantized,
+    select_linears,
+    write_config,
+)
 
 METHOD = "peft_engine_nf4"
 HUB_ARGUMENTS = (
@@ -202,10 +212,11 @@ class _Settings(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class _Quantizer(HfQuantizer):
-    """Quantises the linears of a model while transformers loads it.
+    """Quantises the linears and experts of a model while transformers loads it.
 
     A layer stays a plain nn.Linear that holds packed bytes until all is read, because transformers builds
-    anew every buffer that is not in the file; its scales wait in `ready`.
+    anew every buffer that is not in the file; its scales wait in `ready`, by the name that select_linears
+    gives it.
     """
 
     quantization_config: _Settings
@@ -215,18 +226,21 @@ class _Quantizer(HfQuantizer):
         self.pre_quantized = quantization_config.stored
         self.ready: dict[str, NF4Tensor] = {}
         self.chosen: set[str] = set()
+        self.parents: set[str] = set()  # what a model calls its experts
 
     def __deepcopy__(self, memo: dict) -> "_Quantizer":
         return self  # transformers copies the converters for each weight; all must fill the one `ready`
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         settings = self.quantization_config
+        self.parents = {path.split(".")[-2] for path in experts.weights(model)}
         if not settings.stored:
-            self.chosen = set(select_linears(model, settings.skip_modules, "load_quantized")[0])
+            names, _ = select_linears(model, settings.skip_modules, "load_quantized", settings.blocksize)
+            self.chosen = set(names)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        name, _, end = param_name.rpartition(".")
-        return end == "weight" and name in (self.ready if self.quantization_config.stored else self.chosen)
+        name = _name(model, param_name)
+        return name in (self.ready if self.quantization_config.stored else self.chosen)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -234,7 +248,10 @@ class _Quantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.quantization_config.stored:
             return []
-        return [WeightConverter([f"weight{end}" for end in STORED], "weight", [_Read(self)])]
+        read = [WeightConverter([f"weight{end}" for end in STORED], "weight", [_Read(self)])]
+        for name in sorted(f".{parent}.{leaf}" for parent in self.parents for leaf in experts.LEAVES):
+            read.append(WeightConverter([f"{name}{end}$" for end in STORED], name, [_Read(self)]))
+        return read
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -242,12 +259,12 @@ class _Quantizer(HfQuantizer):
         if not self.ready:
             raise ValueError("load_quantized: the checkpoint holds no weight in NF4")
         for name, q in self.ready.items():
-            linear = model.get_submodule(name)
-            become_nf4(linear, dataclasses.replace(q, packed=linear.weight))
+            hold(model, name, dataclasses.replace(q, packed=model.get_parameter(parameter(model, name))))
         _unmark(self, model)
         dense = [name for name, module in model.named_modules() if is_dense(module)]
         first = next(iter(self.ready.values()))
         write_config(model, dense, first.dtype, first.nested_absmax is not None)
+        keep_packed(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -256,6 +273,14 @@ class _Quantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _name(model: Any, param_name: str) -> str:
+    """What select_linears calls a parameter; "" for what is no weight."""
+    if experts.owner(model, param_name) is not None:
+        return param_name
+    name, _, end = param_name.rpartition(".")
+    return name if end == "weight" else ""
 
 
 def _unmark(quantizer: _Quantizer, model: Any) -> None:
@@ -286,14 +311,13 @@ class _Quantize(ConversionOps):
         settings, out = self.hf_quantizer.quantization_config, {}
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            name = key.removesuffix(".weight")
+            name = _name(model, key)
             try:
                 expected = model.get_parameter_or_buffer(key).shape
                 if weight.shape != expected:
                     raise ValueError(_shape_error(key, expected, weight.shape))
                 check_weight(weight, name, "load_quantized")
-                layer = model.get_submodule(name)
-                q = quantized(layer, weight, settings.blocksize, settings.double_quant)
+                q = quantized(model, name, weight, settings.blocksize, settings.double_quant)
             except (ValueError, TypeError) as error:
                 raise _Stop(error) from None
             self.hf_quantizer.ready[name] = q
@@ -310,19 +334,23 @@ class _Read(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
-        stored = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        target = kwargs["target_patterns"][0]  # "weight", or of experts the end of their name
+        stored = {
+            key.removesuffix("$").replace(target, "weight", 1): value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
         weight = stored.get("weight")
         old = model.get_parameter_or_buffer(full_layer_name)
         if weight is not None and len(stored) == 1 and weight.is_floating_point():
-            return {"weight": weight.to(old.dtype)}
+            return {target: weight.to(old.dtype)}
         try:
             q = NF4Tensor.from_bnb_state_dict(stored)
         except ValueError as error:
             raise _Stop(ValueError(f"load_quantized: {full_layer_name}: {error}")) from None
-        name = full_layer_name.removesuffix(".weight")
-        turned = is_conv1d(type(model.get_submodule(name)))
+        name = _name(model, full_layer_name)
+        turned = name != full_layer_name and is_conv1d(type(model.get_submodule(name)))
         expected = tuple(reversed(old.shape)) if turned else tuple(old.shape)
         if q.shape != expected:
             raise _Stop(ValueError(_shape_error(full_layer_name, expected, q.shape)))
         self.hf_quantizer.ready[name] = q
-        return {"weight": q.packed}
+        return {target: q.packed}

@@ -8,15 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft_engine.conv1d import is_linear
+from peft_engine.conv1d import is_conv1d, is_linear
 from peft_engine.heads import unwrap
-from peft_engine.methods import copies, derived, lora_layers, sharded
+from peft_engine.methods import copies, derived, experts, lora_layers, sharded
 from peft_engine.methods.attach import attached, detach, require, tensors
+from peft_engine.methods.experts import ExpertWeights, apart
 from peft_engine.methods.lora import layer_class
 from peft_engine.methods.lora_config import LoraConfig
-from peft_engine.nn import NF4Linear, dense_class
+from peft_engine.nn import NF4Linear, NF4Weight, dense_class
 from peft_engine.ops.dora_linear import TINY
-from peft_engine.ops.nf4 import SCALES, nf4_quantize
+from peft_engine.ops.nf4 import nf4_quantize
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 
@@ -84,11 +85,16 @@ def merge_(
 
 
 def merged_weight(layer: Any, name: str) -> torch.Tensor:
-    """W + s B A of one layer, float32 (out_features, in_features); of DoRA that with m as its rows' norms."""
+    """W + s B A of one layer, float32 (out_features, in_features); of DoRA that with m as its rows' norms.
+
+    Of experts (E, out_features, in_features).
+    """
     with torch.no_grad():
-        nf4 = isinstance(layer, NF4Linear)
+        nf4 = isinstance(layer, NF4Weight)
         weight = layer.dequantize(torch.float32) if nf4 else layer.base_weight.float()
         a, b = layer.lora_A[name].float(), layer.lora_B[name].float()
+        if weight.dim() == 3:  # of experts
+            return torch.baddbmm(weight, b, a, alpha=layer.lora[name].scaling)
         merged = torch.addmm(weight, b, a, alpha=layer.lora[name].scaling)
         if layer.lora[name].dora:
             norm = torch.linalg.vector_norm(merged, dim=1).clamp_min(TINY)
@@ -97,14 +103,14 @@ def merged_weight(layer: Any, name: str) -> torch.Tensor:
 
 
 def _dtype(layer: Any) -> torch.dtype:
-    return layer.weight_dtype if isinstance(layer, NF4Linear) else layer.weight.dtype
+    return layer.weight_dtype if isinstance(layer, NF4Weight) else layer.weight.dtype
 
 
 def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
     """Puts the merged weight into a layer that still has the adapter; `own`: in a Parameter of its own."""
     weight, dtype = merged_weight(layer, name), _dtype(layer)
     derived.forget(layer)  # what is made of W, for the adapters that stay
-    if not isinstance(layer, NF4Linear):
+    if not isinstance(layer, NF4Weight):
         if own:
             layer.weight = _parameter(layer, weight.to(dtype), layer.weight.requires_grad)
         else:
@@ -112,23 +118,22 @@ def _fold(layer: Any, name: str, requantize: bool, own: bool) -> None:
     elif requantize:
         old = layer.nf4
         new = nf4_quantize(weight, blocksize=old.blocksize, double_quant=old.nested_absmax is not None)
-        layer._hold(dataclasses.replace(new, dtype=dtype))
+        new = dataclasses.replace(new, dtype=dtype)
+        layer._hold(apart(new) if isinstance(layer, ExpertWeights) else new)
     else:
-        for buffer in SCALES:
-            del layer._buffers[buffer]
-            layer._non_persistent_buffers_set.discard(buffer)
-        for attribute in ("blocksize", "weight_dtype", "compute_dtype", "_nf4"):
-            layer.__dict__.pop(attribute, None)
-        dense = layer_class(dense_class(layer))
+        layer._release()
+        plain = dense_class(layer) if isinstance(layer, NF4Linear) else ExpertWeights
+        dense = layer_class(plain)
         setattr(layer, "__class__", dense)  # noqa: B010 (mypy takes the plain form for a narrowing)
-        if not isinstance(layer, nn.Linear):
+        if is_conv1d(plain):
             del layer.in_features, layer.out_features
         layer.weight = _parameter(layer, weight.to(dtype), False)
 
 
 def _parameter(layer: Any, weight: torch.Tensor, learns: bool) -> nn.Parameter:
     """W as the layer holds it."""
-    return nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.t(), requires_grad=learns)
+    by_rows = isinstance(layer, (nn.Linear, ExpertWeights))
+    return nn.Parameter(weight if by_rows else weight.t(), requires_grad=learns)
 
 
 def _set_base(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
@@ -169,11 +174,12 @@ def _config_quantized(model: nn.Module) -> None:
     described = getattr(config, "quantization_config", None)
     if not isinstance(described, dict) or config is None:
         return
-    linears = [(path, m) for path, m in model.named_modules() if is_linear(m)]
-    if not any(isinstance(m, NF4Linear) for _, m in linears):
+    if not any(isinstance(m, NF4Weight) for m in model.modules()):
         del config.quantization_config
         return
-    dense = [path for path, m in linears if not isinstance(m, NF4Linear)]
+    linears = [path for path, m in model.named_modules() if is_linear(m) and not isinstance(m, NF4Weight)]
+    held = {path for path, m in model.named_modules() if isinstance(m, NF4Weight)}
+    dense = [*linears, *(path for path in experts.weights(model) if path not in held)]
     described["llm_int8_skip_modules"] = sorted({*(described.get("llm_int8_skip_modules") or ()), *dense})
 
 

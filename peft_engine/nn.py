@@ -1,4 +1,4 @@
-"""Modules: NF4Linear, a linear layer whose frozen weight is held in NF4.
+"""Modules: NF4Linear, a linear layer whose frozen weight is held in NF4, and what others that hold one share.
 
 Its tensors are bitsandbytes': `weight` holds the packed bytes, and the state dict has the keys of Linear4bit
 (`weight.absmax`, `weight.quant_state.bitsandbytes__nf4`, ...), so files go both ways.
@@ -24,60 +24,28 @@ STORED = (
 )
 
 
-class NF4Linear(torch.nn.Linear):
-    """y = x W^T + bias with W (out_features, in_features) frozen in NF4.
+class NF4Weight(torch.nn.Module):
+    """A module's frozen weight in NF4.
 
-    weight          Parameter, uint8 (ceil(out_features * in_features / 2), 1), never trained
+    weight          Parameter, uint8 (ceil(numel / 2), 1), never trained
     absmax          buffer, uint8 when double-quantised, else float32
     nested_absmax   buffer, float32, or None; with it offset, a float32 scalar
-    bias            Parameter or None, as the dense layer had it
-    compute_dtype   dtype of the product; None (the default) takes the input's
 
-    A cast (`.to(torch.bfloat16)`, `.half()`) reaches the bias only: what holds the weight stays as it is.
+    A cast (`.to(torch.bfloat16)`, `.half()`) does not reach these: what holds the weight stays as it is.
     """
 
+    weight: torch.Tensor
     absmax: torch.Tensor
     nested_absmax: torch.Tensor | None
     offset: torch.Tensor | None
     blocksize: int
     weight_dtype: torch.dtype
-    compute_dtype: torch.dtype | None = None
+    weight_shape: tuple[int, ...]
     _nf4: NF4Tensor | None = None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        blocksize: int = 64,
-        double_quant: bool = True,
-    ):
-        """A layer as torch initialises it, quantised; `dtype`: of the bias and of `dequantize()`."""
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._hold(nf4_quantize(self.weight, blocksize=blocksize, double_quant=double_quant))
-
-    @classmethod
-    def from_linear(
-        cls, linear: torch.nn.Linear, *, blocksize: int = 64, double_quant: bool = True
-    ) -> "NF4Linear":
-        """A new layer with the weight of `linear` quantised, on its device, sharing its bias Parameter.
-
-        Raises TypeError for another class, and for a weight that is not float32, bfloat16 or float16.
-        """
-        if type(linear) is not torch.nn.Linear:
-            raise TypeError(f"NF4Linear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-        q = nf4_quantize(linear.weight, blocksize=blocksize, double_quant=double_quant)
-        new = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-        new.bias = linear.bias
-        new.train(linear.training)
-        return become_nf4(new, q)
 
     @property
     def nf4(self) -> NF4Tensor:
-        """The weight as an NF4Tensor that shares this layer's tensors."""
+        """The weight as an NF4Tensor that shares this module's tensors."""
         weight, held, cached = self._parameters["weight"], self._buffers, self._nf4
         if (
             cached is None
@@ -86,32 +54,21 @@ class NF4Linear(torch.nn.Linear):
             or cached.nested_absmax is not held["nested_absmax"]
             or cached.offset is not held["offset"]
         ):
-            shape = (self.out_features, self.in_features)
-            cached = NF4Tensor(
-                self.weight,
-                self.absmax,
-                self.nested_absmax,
-                self.offset,
-                shape,
-                self.blocksize,
-                self.weight_dtype,
-            )
+            scales = (self.absmax, self.nested_absmax, self.offset)
+            cached = NF4Tensor(self.weight, *scales, self.weight_shape, self.blocksize, self.weight_dtype)
             self._nf4 = cached
         return cached
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        dtype = self.compute_dtype
-        if dtype is None or dtype == input.dtype:
-            return lora_linear(input, self.nf4, None, None, 1.0, bias=self.bias)
-        return lora_linear(input.to(dtype), self.nf4, None, None, 1.0, bias=self.bias).to(input.dtype)
-
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight, dense (out_features, in_features), of `dtype` (None: the one it was quantised from)."""
+        """The weight, dense, of `dtype` (None: the one it was quantised from); a layer's as (out_features,
+        in_features).
+        """
         return self.nf4.dequantize(dtype)
 
     def extra_repr(self) -> str:
         dtype, nested = str(self.weight_dtype).removeprefix("torch."), self.nested_absmax is not None
-        return f"{super().extra_repr()}, blocksize={self.blocksize}, double_quant={nested}, dtype={dtype}"
+        about = f"blocksize={self.blocksize}, double_quant={nested}, dtype={dtype}"
+        return ", ".join(filter(None, (super().extra_repr(), about)))
 
     def _hold(self, q: NF4Tensor) -> None:
         """Takes the tensors of `q` in place of the weight there is."""
@@ -124,7 +81,15 @@ class NF4Linear(torch.nn.Linear):
         self.blocksize, self.weight_dtype = q.blocksize, q.dtype
         self._nf4 = None
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NF4Linear":
+    def _release(self) -> None:
+        """Gives up all that says NF4, for a dense weight that comes in its place."""
+        for buffer in SCALES:
+            del self._buffers[buffer]
+            self._non_persistent_buffers_set.discard(buffer)
+        for attribute in ("blocksize", "weight_dtype", "compute_dtype", "_nf4"):
+            self.__dict__.pop(attribute, None)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # A move must reach the 4-bit data and a cast must not; `fn` may be either, or both at once.
         data = {id(t) for t in (self.weight, self.absmax, self.nested_absmax, self.offset) if t is not None}
 
@@ -161,7 +126,7 @@ class NF4Linear(torch.nn.Linear):
             missing_keys.append(key)
             return
         try:
-            q = _read(stored, key, (self.out_features, self.in_features))
+            q = _read(stored, key, self.weight_shape)
         except ValueError as error:
             error_msgs.append(str(error))
             return
@@ -173,7 +138,60 @@ class NF4Linear(torch.nn.Linear):
         self._hold(q.to(self.weight.device, packed=self.weight))
 
 
-def _read(stored: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> NF4Tensor:
+class NF4Linear(NF4Weight, torch.nn.Linear):
+    """y = x W^T + bias with W (out_features, in_features) frozen in NF4, as NF4Weight holds it.
+
+    bias            Parameter or None, as the dense layer had it
+    compute_dtype   dtype of the product; None (the default) takes the input's
+
+    A cast (`.to(torch.bfloat16)`, `.half()`) reaches the bias only.
+    """
+
+    compute_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        blocksize: int = 64,
+        double_quant: bool = True,
+    ):
+        """A layer as torch initialises it, quantised; `dtype`: of the bias and of `dequantize()`."""
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._hold(nf4_quantize(self.weight, blocksize=blocksize, double_quant=double_quant))
+
+    @classmethod
+    def from_linear(
+        cls, linear: torch.nn.Linear, *, blocksize: int = 64, double_quant: bool = True
+    ) -> "NF4Linear":
+        """A new layer with the weight of `linear` quantised, on its device, sharing its bias Parameter.
+
+        Raises TypeError for another class, and for a weight that is not float32, bfloat16 or float16.
+        """
+        if type(linear) is not torch.nn.Linear:
+            raise TypeError(f"NF4Linear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        q = nf4_quantize(linear.weight, blocksize=blocksize, double_quant=double_quant)
+        new = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        new.bias = linear.bias
+        new.train(linear.training)
+        return become_nf4(new, q)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.out_features, self.in_features
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = self.compute_dtype
+        if dtype is None or dtype == input.dtype:
+            return lora_linear(input, self.nf4, None, None, 1.0, bias=self.bias)
+        return lora_linear(input.to(dtype), self.nf4, None, None, 1.0, bias=self.bias).to(input.dtype)
+
+
+def _read(stored: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) -> NF4Tensor:
     if key in stored and len(stored) == 1 and stored[key].is_floating_point():
         raise ValueError(
             f"NF4Linear: {key} is a dense weight ({stored[key].dtype}), expected NF4; load it into the dense "

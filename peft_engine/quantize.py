@@ -15,7 +15,7 @@ import torch
 
 from peft_engine.conv1d import is_conv1d, is_linear
 from peft_engine.heads import FusedHeadLinear
-from peft_engine.methods import copies, sharded
+from peft_engine.methods import copies, experts, sharded
 from peft_engine.methods.read_directly import in_fast_path, never_called
 from peft_engine.methods.targets import in_convolution
 from peft_engine.nn import NF4Linear, become_nf4
@@ -33,7 +33,7 @@ def quantize_(
 ) -> ModelType:
     """Turns each plain nn.Linear, and Conv1D of transformers, of `model` into an NF4Linear, in place.
 
-    Returns the model.
+    The weights of a mixture's experts are put in NF4 too. Returns the model.
 
     The dense weight of a layer is freed before the next is quantised. Layers already in NF4 stay as they are.
     skip_modules: names of modules that stay dense, whole ("model.layers.0") or as the end of a name
@@ -47,17 +47,19 @@ def quantize_(
     """
     _check_blocksize("quantize_", blocksize)
     sharded.refuse(model, "quantize_")
-    chosen, dense = select_linears(model, skip_modules, "quantize_")
+    chosen, dense = select_linears(model, skip_modules, "quantize_", blocksize)
     _refuse_quantised(model)
     if not chosen:
         raise ValueError("quantize_: the model has no nn.Linear left to quantise")
     for name in chosen:
-        check_weight(model.get_parameter(f"{name}.weight".removeprefix(".")), name, "quantize_")
-    dtype = model.get_parameter(f"{chosen[0]}.weight".removeprefix(".")).dtype
+        check_weight(model.get_parameter(parameter(model, name)), name, "quantize_")
+    dtype = model.get_parameter(parameter(model, chosen[0])).dtype
     for name in chosen:
-        linear: Any = model.get_submodule(name)
-        become_nf4(linear, quantized(linear, linear.weight, blocksize, double_quant))
+        weight = model.get_parameter(parameter(model, name))
+        hold(model, name, quantized(model, name, weight, blocksize, double_quant))
+        del weight
     write_config(model, dense, dtype, double_quant)
+    keep_packed(model)
     return model
 
 
@@ -87,13 +89,16 @@ def load_quantized(
 
 
 def select_linears(
-    model: torch.nn.Module, skip_modules: Iterable[str] | None, caller: str
+    model: torch.nn.Module, skip_modules: Iterable[str] | None, caller: str, blocksize: int
 ) -> tuple[list[str], list[str]]:
-    """The names of the linears to quantise, and of those that stay dense. ValueError for what cannot be."""
+    """The names of the linears and of experts' weights to quantise, and of those that stay dense.
+
+    ValueError for what cannot be.
+    """
     if isinstance(skip_modules, str):
         raise TypeError(f"{caller}: skip_modules must be a list of names, got the string {skip_modules!r}")
     skip = _output_head(model) if skip_modules is None else list(skip_modules)
-    names = [name for name, _ in model.named_modules()]
+    names = [*(name for name, _ in model.named_modules()), *experts.weights(model)]
     for pattern in skip:
         if not any(_matches(name, pattern) for name in names):
             raise ValueError(
@@ -115,7 +120,14 @@ def select_linears(
         if copies.is_ours(name):
             continue
         skipped = any(_matches(name, pattern) for pattern in skip)
-        why = None if in_convolution(model, name) else _refusal(module)
+        if experts.is_experts(module) and not _unfused(module, blocksize):
+            for leaf in experts.LEAVES:
+                path = f"{name}.{leaf}".removeprefix(".")
+                if leaf in module._parameters:
+                    apart = skipped or any(_matches(path, pattern) for pattern in skip)
+                    (dense if apart else chosen).append(path)
+            continue
+        why = None if in_convolution(model, name) else _refusal(module, blocksize)
         if why is None and is_dense(module):
             why = unused.get(name)
         if why is None and is_dense(module):
@@ -137,10 +149,27 @@ def select_linears(
     return chosen, dense
 
 
-def quantized(linear: torch.nn.Module, weight: torch.Tensor, blocksize: int, double_quant: bool) -> NF4Tensor:
-    """The weight of a layer of this class in NF4, by rows of in_features."""
-    weight = weight.detach().t() if is_conv1d(type(linear)) else weight
+def parameter(model: torch.nn.Module, name: str) -> str:
+    """The path of the weight of one of those that select_linears names."""
+    return name if experts.owner(model, name) is not None else f"{name}.weight".removeprefix(".")
+
+
+def quantized(
+    model: torch.nn.Module, name: str, weight: torch.Tensor, blocksize: int, double_quant: bool
+) -> NF4Tensor:
+    """The weight of one of those that select_linears names in NF4, by rows of in_features."""
+    if experts.owner(model, name) is None and is_conv1d(type(model.get_submodule(name))):
+        weight = weight.detach().t()
     return nf4_quantize(weight, blocksize=blocksize, double_quant=double_quant)
+
+
+def hold(model: torch.nn.Module, name: str, q: NF4Tensor) -> None:
+    """Puts `q` in the place of the weight of one of those that select_linears names."""
+    found = experts.owner(model, name)
+    if found is None:
+        become_nf4(model.get_submodule(name), q)
+    else:
+        experts.become_nf4(experts.hold(*found), q)
 
 
 def is_dense(module: torch.nn.Module) -> bool:
@@ -182,6 +211,27 @@ def write_config(model: torch.nn.Module, dense: list[str], dtype: torch.dtype, d
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+
+
+def keep_packed(model: Any) -> None:
+    """Has `save_pretrained` write experts in NF4 as they are, which it would cut one from another."""
+    if not any(isinstance(module, experts.NF4ExpertWeights) for module in model.modules()):
+        return
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    steps = getattr(model, "_weight_conversions", None)
+    if steps is None:  # a model that was not loaded: what saving would take
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        steps = [step for step in found if not isinstance(step, PrefixChange)]
+    model._weight_conversions = [
+        step
+        for step in steps
+        if not (
+            isinstance(step, WeightConverter)
+            and any("experts" in to and to.endswith(experts.LEAVES) for to in step.target_patterns)
+        )
+    ]
 
 
 def _refuse_quantised(model: torch.nn.Module) -> None:
@@ -247,7 +297,18 @@ def _tied_weights(model: torch.nn.Module) -> set[str]:
     return shared | set(keys) | set(keys.values())
 
 
-def _refusal(module: torch.nn.Module) -> str | None:
+def _unfused(module: torch.nn.Module, blocksize: int) -> str:
+    """Why a layer's experts cannot be put in NF4."""
+    for leaf in experts.LEAVES:
+        if leaf in module._parameters:
+            shape = experts.shape_of(module, leaf)
+            why = experts.fused_class(module)[2] or experts.not_sliced(shape, blocksize, nested=False)
+            if why:
+                return f"has experts ({leaf}, {shape}) of a kind without a product in NF4: {why}"
+    return ""
+
+
+def _refusal(module: torch.nn.Module, blocksize: int) -> str | None:
     """Why a module that computes a linear map cannot become an NF4Linear; None if it can or is none."""
     kind = type(module)
     if kind is FusedHeadLinear:
@@ -262,7 +323,11 @@ def _refusal(module: torch.nn.Module) -> str | None:
     known = (torch.nn.Linear, NF4Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
     if isinstance(module, torch.nn.Linear) and kind not in known:
         return f"is a {kind.__name__}, a subclass of nn.Linear"
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
-            return f"holds expert weights in one 3-D parameter, {name} {tuple(parameter.shape)}"
+    if experts.is_experts(module):
+        return _unfused(module, blocksize)
+    for name, weight in module.named_parameters(recurse=False):
+        if isinstance(module, experts.ExpertWeights):
+            continue
+        if weight.dim() == 3 and min(weight.shape) > 1 and weight.is_floating_point():
+            return f"holds expert weights in one 3-D parameter, {name} {tuple(weight.shape)}"
     return None

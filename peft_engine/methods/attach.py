@@ -14,7 +14,7 @@ from torch import nn
 from peft_engine.heads import unwrap
 from peft_engine.methods import copies, lora_layers, sharded, walks
 from peft_engine.methods.registry import METHODS, Config, method_of
-from peft_engine.methods.targets import with_head
+from peft_engine.methods.targets import with_experts, with_head
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 Which = str | tuple[str | None, ...] | None
@@ -35,7 +35,7 @@ def attach(model: ModelType, config: Config, name: str = "default") -> ModelType
     method = method_of(config, "attach")
     sharded.refuse(base, "attach")
     check_name(base, name, "attach")
-    config = with_head(base, config)
+    config = with_experts(base, with_head(base, config))
     install(base, config, name, method.resolve(base, config, "attach", True))
     return model
 

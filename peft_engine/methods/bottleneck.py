@@ -27,8 +27,8 @@ NAME, SLOT, DOES = "bottleneck", "bottleneck", "stand behind the same sublayers"
 CONFIG = BottleneckConfig
 WEIGHTS, ROOT = bottleneck_files.WEIGHTS, "base_model.model"
 activate, remove, stored = bottleneck_layers.activate, bottleneck_layers.take, tensors
-key, from_file, to_file = (
-    bottleneck_files.key,
+keys, from_file, to_file = (
+    bottleneck_files.keys,
     bottleneck_files.config_from_file,
     bottleneck_files.config_to_file,
 )

@@ -5,7 +5,7 @@ of a tensor is its path in the library: `bert.encoder.layer.0.output.adapters.NA
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -40,10 +40,13 @@ def names(sites: Mapping[str, tuple[Site, int]], config: BottleneckConfig, name:
     }
 
 
-def key(model: nn.Module, path: str, name: str) -> str:
-    """The library's key of one of our paths; that of a parameter trained whole is its path."""
-    site, found, leaf = path.partition(f".{CHILD}.")
-    return f"{holder_of(model, site)}.adapters.{name}.{leaf}" if found else path
+def keys(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, str]:
+    """The library's keys of our paths; that of a parameter trained whole is its path."""
+    out = {}
+    for path in paths:
+        site, found, leaf = path.partition(f".{CHILD}.")
+        out[path] = f"{holder_of(model, site)}.adapters.{name}.{leaf}" if found else path
+    return out
 
 
 def config_to_file(model: Any, config: BottleneckConfig, name: str) -> dict[str, Any]:

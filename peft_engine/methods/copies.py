@@ -303,6 +303,7 @@ TIME_MAJOR = {
     "bridgetower", "bros", "clipseg", "fsmt", "led", "longformer", "mask2former", "mlcd", "oneformer",
     "xlnet",
 }  # fmt: skip
+ROUTED = "gets its rows from a router, not in the batch's order"
 # Arguments of modules that see the patches of all images in one row, as many as each has.
 JOINED = ("cu_seqlens", "grid_thw")
 
@@ -310,7 +311,7 @@ JOINED = ("cu_seqlens", "grid_thw")
 def out_of_order(model: nn.Module, paths: Iterable[str]) -> str | None:
     """Why a mixed batch cannot run through one of the modules at `paths`: its rows are not the batch's."""
     for path in paths:
-        why = "gets its rows from a router, not in the batch's order" if ".experts." in path else None
+        why = ROUTED if ".experts." in path else None
         parts = path.split(".")
         for above in (model.get_submodule(".".join(parts[:n])) for n in range(len(parts))):
             kind: Any = sharded.class_of(above)

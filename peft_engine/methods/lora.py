@@ -232,14 +232,15 @@ def settings_for(config: LoraConfig, r: int, alpha: float) -> LoraSettings:
 
 
 def initial(
-    in_features: int, out_features: int, r: int, init: bool | str
+    in_features: int, out_features: int, r: int, init: bool | str, experts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in_features) and B (out_features, r), float32 on the CPU.
+    """A (r, in_features) and B (out_features, r), float32 on the CPU; of experts (r experts, ...) and (...).
 
     Draws from torch's generator as PEFT does, so that a seed gives PEFT's adapter: PEFT builds two nn.Linear,
     each of which draws its weight, and then draws A again.
     """
-    a, b = torch.empty(r, in_features, dtype=torch.float32), torch.empty(out_features, r, dtype=torch.float32)
+    a = torch.empty(r * experts, in_features, dtype=torch.float32)
+    b = torch.empty(out_features, r * experts, dtype=torch.float32)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     nn.init.kaiming_uniform_(b, a=math.sqrt(5))
     if init is False:

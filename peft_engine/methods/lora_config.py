@@ -12,6 +12,7 @@ from peft_engine.methods import peft_config
 
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
+NAMED = ("modules_to_save", "target_parameters")  # lists, never a pattern
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class LoraConfig:
     exclude_modules      names or one regular expression: what they match is left out
     rank_pattern         regular expression for the end of a path: the rank there; alpha_pattern alike
     use_dora             DoRA: a trained magnitude for each output, times the direction that W + s B A gives
+    target_parameters    ends of the paths of experts' weights ("experts.gate_up_proj", "experts.down_proj")
+                         to adapt, each expert's apart; no dropout and no DoRA there
     bias                 "none", "all" or "lora_only" (of the adapted layers): biases to train, in a copy
     modules_to_save      names of modules to train whole, in a copy
     init_lora_weights    True: A kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r, B zero;
@@ -39,6 +42,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = field(default=None, kw_only=True)
     exclude_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -61,14 +65,18 @@ class LoraConfig:
         _number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"LoraConfig: lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", *NAMED, "layers_pattern"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(
-                f"LoraConfig: modules_to_save must be a list of names, got {self.modules_to_save!r}"
-            )
-        if self.target_modules == []:
+        for name in NAMED:
+            if isinstance(given := getattr(self, name), str):
+                raise TypeError(f"LoraConfig: {name} must be a list of names, got {given!r}")
+        if self.target_modules == [] and not self.target_parameters:
             raise ValueError("LoraConfig: target_modules is empty; name the layers, or leave it out")
+        if self.target_parameters and (self.lora_dropout or self.use_dora):
+            raise ValueError(
+                "LoraConfig: target_parameters (experts) has neither dropout nor DoRA, in PEFT and here; set "
+                "lora_dropout=0 and use_dora=False, or adapt the linear layers by an adapter of their own"
+            )
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             object.__setattr__(self, "target_modules", "all-linear")
         elif isinstance(self.target_modules, str):
@@ -152,7 +160,7 @@ SWITCHES = ("use_qalora", "lora_bias", "ensure_weight_tying")
 SETTINGS = (
     "megatron_config", "trainable_token_indices", "loftq_config", "corda_config",
     "lora_ga_config", "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication",
-    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+    "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(SWITCHES, (False, None)),

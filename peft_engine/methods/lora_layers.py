@@ -1,14 +1,15 @@
 """Puts a LoRA adapter into the layers a plan names, and takes it out: what attach needs of the method."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_engine.conv1d import as_made, by_rows, features, is_conv1d
-from peft_engine.methods import copies, derived, dora, lora_config, sharded, targets
+from peft_engine.conv1d import as_made, by_rows, features, is_conv1d, is_linear
+from peft_engine.methods import copies, derived, dora, experts, lora_config, lora_experts, sharded, targets
+from peft_engine.methods.experts import ExpertWeights
 from peft_engine.methods.lora import BASES, initial, layer_class
 from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
@@ -34,6 +35,9 @@ def is_adapted(module: nn.Module) -> bool:
 
 def refuse_mixed(model: nn.Module, name: str) -> str | None:
     """Why a batch of several adapters cannot run: a layer that sees tokens out of the batch's order."""
+    for path, layer in layers(model):
+        if name in layer.lora and isinstance(layer, ExpertWeights):
+            return f"{path} {copies.ROUTED}; activate one adapter"
     return copies.out_of_order(model, (path for path, layer in layers(model) if name in layer.lora))
 
 
@@ -43,8 +47,13 @@ def shapes(
     """The adapter's tensors that `install` takes, by path, and their shapes."""
     out: dict[str, tuple[int, ...]] = {}
     for path, settings in plan.layers.items():
+        if (found := experts.owner(model, path)) is not None:
+            count, n, k = experts.shape_of(*found)
+            out[f"{path}.lora_A.weight"] = (count * settings.r, k)
+            out[f"{path}.lora_B.weight"] = (n, settings.r * count)
+            continue
         layer: Any = model.get_submodule(path)
-        k, n = features(layer)
+        k, n = _features(layer)
         out[f"{path}.lora_A.weight"] = (settings.r, k)
         out[f"{path}.lora_B.weight"] = (n, settings.r)
         if settings.dora:
@@ -63,12 +72,16 @@ def install(
     fresh ones.
     """
     for path, settings in plan.layers.items():
-        layer: Any = model.get_submodule(path)
+        found = experts.owner(model, path)
+        layer: Any = model.get_submodule(path) if found is None else experts.hold(*found)
+        count, n, k = (1, *reversed(_features(layer))) if found is None else layer.weight_shape
         if values is None:
-            a, b = initial(*features(layer), settings.r, config.init_lora_weights)
+            a, b = initial(k, n, settings.r, config.init_lora_weights, count)
         else:
             a, b = values[f"{path}.lora_A.weight"].float(), values[f"{path}.lora_B.weight"].float()
-        adapted = layer_class(type(layer))
+        if found is not None:
+            a, b = lora_experts.from_file(a, b, count)
+        adapted = layer_class(type(layer)) if is_linear(layer) or found else _routed(layer)
         if adapted is not None:
             if is_conv1d(type(layer)):
                 by_rows(layer)
@@ -87,6 +100,11 @@ def install(
             layer.lora_magnitude_vector[name] = nn.Parameter(start if given is None else given)
 
 
+def _features(layer: Any) -> tuple[int, int]:
+    """in_features and out_features of a linear layer or a router."""
+    return features(layer) if is_linear(layer) else tuple(reversed(layer._parameters["weight"].shape))
+
+
 def _direction_alone(layer: Any, name: str) -> torch.Tensor:
     """The magnitudes with which a DoRA adapter leaves W + s B A as it is: its norms."""
     weight = layer.base_weight
@@ -97,10 +115,17 @@ def _direction_alone(layer: Any, name: str) -> torch.Tensor:
     ).clone()
 
 
+def _routed(router: nn.Module) -> type[nn.Module] | None:
+    """The class with adapters of a router that has none yet."""
+    return None if lora_experts.is_router(router) else lora_experts.router_class(type(router))  # type: ignore[arg-type]
+
+
 def remove(model: nn.Module, name: str) -> None:
     """Takes adapter `name` out of every layer; a layer without any is of the base's class again."""
-    for layer in [found for _, found in layers(model) if name in found.lora]:
+    for path, layer in [(path, layer) for path, layer in layers(model) if name in layer.lora]:
         remove_from_layer(layer, name)
+        if type(layer) is ExpertWeights:
+            experts.release(*experts.owner(model, path))  # type: ignore[misc]
 
 
 def remove_from_layer(layer: Any, name: str) -> None:
@@ -138,7 +163,15 @@ def tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return out
 
 
-stored = tensors
+def stored(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """What the file holds: the tensors, those of experts as PEFT has them."""
+    out: dict[str, torch.Tensor] = dict(tensors(model, name))
+    for path, t in out.items():
+        layer, leaf = path.removesuffix(".weight").rpartition(".")[::2]
+        if leaf in ("lora_A", "lora_B") and isinstance(model.get_submodule(layer), ExpertWeights):
+            out[path] = lora_experts.to_file(leaf, t)
+    return out
+
 
 # --- the file -----------------------------------------------------------------------------------------------
 
@@ -156,25 +189,33 @@ def untouched(model: nn.Module, name: str) -> str:
     return "every B is zero, so it does nothing"
 
 
-def key(model: nn.Module, path: str, name: str) -> str:
-    """A tensor's key in PEFT's file: an adapted layer's own bias lies below its base_layer."""
-    parent, _, leaf = path.rpartition(".")
-    if leaf != MAGNITUDE and parent.rpartition(".")[2] not in ("lora_A", "lora_B"):
-        layer: Any = model.get_submodule(parent)
-        if is_adapted(layer) and name in layer.lora:
-            path = f"{parent}.base_layer.{leaf}"
-    return f"{ROOT}.{path}"
+def keys(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, str]:
+    """The tensors' keys in PEFT's file: an adapted layer's own bias lies below its base_layer."""
+    split = {path: path.removesuffix(".weight").rpartition(".") for path in paths}
+    adapted = {layer for layer, _, part in split.values() if part in ("lora_A", "lora_B")}
+    moved = lora_experts.nested(layer for layer in adapted if experts.owner(model, layer) is not None)
+    out = {}
+    for path, (layer, _, part) in split.items():
+        if part in ("lora_A", "lora_B"):
+            key = f"{moved.get(layer, layer)}.{part}.weight"
+        elif part != MAGNITUDE and layer in adapted:
+            key = f"{layer}.base_layer.{path.rpartition('.')[2]}"
+        else:
+            key = path
+        out[path] = f"{ROOT}.{key}"
+    return out
 
 
 def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
     """The fields of adapter_config.json, the targets spelled out: it means the same to whoever reads it."""
     targets = config.target_modules
-    if targets is None or targets == "all-linear":
+    if targets == "all-linear" or (targets is None and not config.target_parameters):
         kind = getattr(getattr(model, "config", None), "model_type", "")
         if targets is None and kind in DEFAULT_TARGETS:
             wanted = list(DEFAULT_TARGETS[kind])
         else:
-            wanted = short_names([path for path, layer in layers(model) if name in layer.lora], model)
+            mine = [path for path, layer in layers(model) if name in layer.lora and is_linear(layer)]
+            wanted = short_names(mine, model)
         config = dataclasses.replace(config, target_modules=wanted)
     bases = {BASES[sharded.class_of(layer)] for _, layer in layers(model) if name in layer.lora}
     return lora_config.to_file(config) | {"fan_in_fan_out": any(map(is_conv1d, bases))}

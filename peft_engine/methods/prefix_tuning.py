@@ -294,5 +294,5 @@ def from_file(fields: Any, where: str) -> PrefixTuningConfig:
 
 NAME, SLOT, DOES = "prefix", "virtual tokens", "stand in front of the first token"
 CONFIG = PrefixTuningConfig
-WEIGHTS, ROOT, key = prompt_learning.WEIGHTS, prompt_learning.ROOT, prompt_learning.key
+WEIGHTS, ROOT, keys = prompt_learning.WEIGHTS, prompt_learning.ROOT, prompt_learning.keys
 activate, remove = virtual_tokens.activate, virtual_tokens.take

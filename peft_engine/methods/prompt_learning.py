@@ -154,9 +154,9 @@ def copied(model: nn.Module, config: Any, who: str, strict: bool) -> list[str]:
 # --- the file -----------------------------------------------------------------------------------------------
 
 
-def key(model: nn.Module, path: str, name: str) -> str:
-    """The key in the file: a table's as it is, a parameter trained whole behind ROOT."""
-    return path if path.endswith(STORED) else f"{ROOT}.{path}"
+def keys(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, str]:
+    """The keys in the file: a table's as it is, a parameter trained whole behind ROOT."""
+    return {path: path if path.endswith(STORED) else f"{ROOT}.{path}" for path in paths}
 
 
 def from_file(kind: Any, fields: Any, peft_type: str, inert: Iterable[str], where: str) -> Any:

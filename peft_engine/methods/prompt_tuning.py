@@ -273,5 +273,5 @@ def from_file(fields: Any, where: str) -> PromptTuningConfig:
 
 NAME, SLOT, DOES = "prompt", "virtual tokens", "stand in front of the first token"
 CONFIG = PromptTuningConfig
-WEIGHTS, ROOT, key = prompt_learning.WEIGHTS, prompt_learning.ROOT, prompt_learning.key
+WEIGHTS, ROOT, keys = prompt_learning.WEIGHTS, prompt_learning.ROOT, prompt_learning.keys
 activate, remove = virtual_tokens.activate, virtual_tokens.take

@@ -1,6 +1,6 @@
 """The methods: each is a module with what attach, checkpoint and the command need of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -70,8 +70,8 @@ class Method(Protocol):
     def stored(self, model: nn.Module, name: str) -> Mapping[str, torch.Tensor]:
         """What the file holds, by the paths of `shapes`."""
 
-    def key(self, model: nn.Module, path: str, name: str) -> str:
-        """The key in the file of one of `shapes`, or of a parameter trained whole."""
+    def keys(self, model: nn.Module, paths: Iterable[str], name: str) -> dict[str, str]:
+        """The keys in the file of all of `shapes`, and of the parameters trained whole, by path."""
 
     def to_file(self, model: nn.Module, config: Any, name: str) -> dict[str, Any]:
         """The fields of adapter_config.json."""

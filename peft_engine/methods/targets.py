@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peft_engine.conv1d import features, is_linear
 from peft_engine.heads import FusedHeadLinear
-from peft_engine.methods import copies
+from peft_engine.methods import copies, experts
 from peft_engine.methods.lora import BASES, LAYERS, LoraSettings, layer_class, settings_for
 from peft_engine.methods.lora_config import LoraConfig
 from peft_engine.methods.read_directly import in_fast_path, never_called
@@ -72,7 +72,8 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
     """What `config` means on `model`. strict: every name and pattern in it must match something."""
     found = copies.root_paths(model, config.modules_to_save or ())
     roots = list(dict.fromkeys(path for group in found.values() for path in group))
-    paths = _matching(model, config, roots, who, strict)
+    held, routers = _matching_experts(model, config, who, strict)
+    paths = [*_matching(model, config, roots, who, strict), *held, *routers]
     if strict:
         for which in ("rank_pattern", "alpha_pattern"):
             used = {pattern_key(getattr(config, which), path) for path in paths}
@@ -81,16 +82,21 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
                 raise ValueError(f"{who}: {which}: {', '.join(map(repr, idle))} decides no targeted layer")
     layers, unused = {}, never_called(model) | in_fast_path(model)
     for path in paths:
-        module: Any = model.get_submodule(path)
-        _check_layer(path, module, who)
+        if path in held:
+            _, n, k = experts.shape_of(*held[path])
+        elif path in routers:
+            n, k = routers[path]._parameters["weight"].shape  # type: ignore[union-attr]
+        else:
+            module: Any = model.get_submodule(path)
+            _check_layer(path, module, who)
+            k, n = features(module)
         if path in unused:
             raise TypeError(
                 f"{who}: an adapter on {path} would do nothing: its weight {unused[path]}; or leave "
                 "the layer out of target_modules (exclude_modules)"
             )
         r = pattern_value(config.rank_pattern, path, config.r)
-        k, n = features(module)
-        if r > min(k, n):
+        if r > min(k, n) and path not in routers:  # of few experts any rank is one of them all
             raise ValueError(
                 f"{who}: rank {r} is above what {path} ({n} x {k}) can hold, {min(k, n)}; lower r, or set a "
                 "smaller one for this layer in rank_pattern, or exclude it"
@@ -231,10 +237,12 @@ def _matching(model: nn.Module, config: LoraConfig, roots: list[str], who: str, 
     roots: the modules that it trains whole, of which nothing is adapted.
     """
     wanted = config.target_modules
+    if not wanted and config.target_parameters:
+        return []
     if wanted is None:
         wanted = list(found) if isinstance(found := default_targets(model), tuple) else found
     if wanted == ALL_LINEAR:
-        if strict:
+        if strict and config.target_parameters is None:
             _refuse_experts(model, None, who)
         chosen = all_linear(model, config.task_type)
     else:
@@ -277,19 +285,76 @@ def _own(path: str) -> bool:
     return not copies.is_ours(path) and not copies.LORA_PARTS & set(path.split("."))
 
 
+def with_experts(model: nn.Module, config: Any) -> Any:
+    """The config with what "all-linear" means besides on a mixture of experts, in target_parameters.
+
+    As PEFT has it: what were linear layers before transformers 5. Gates and ups, one weight now, have the
+    rank of both.
+    """
+    if type(config) is not LoraConfig or config.target_parameters is not None:
+        return config
+    if (config.target_modules or default_targets(model)) != ALL_LINEAR:
+        return config
+    there = experts.weights(model)
+    if not there or any(experts.fused_class(module)[2] for module, _ in there.values()):
+        return config  # refused in resolve
+    if config.lora_dropout or config.use_dora:
+        raise ValueError(
+            'attach: "all-linear" means the experts of this model too, which have neither dropout nor DoRA, '
+            "in PEFT and here; set lora_dropout=0 and use_dora=False, or leave them out: target_parameters=[]"
+        )
+    names = [*there, *(f"{path}.weight" for path in experts.routers(model))]
+    ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+    both = [re.escape(end) for end in ends if end.endswith(experts.LEAVES[0])]
+    return replace(
+        config,
+        target_parameters=ends,
+        rank_pattern=dict.fromkeys(both, 2 * config.r) | config.rank_pattern,
+        alpha_pattern=dict.fromkeys(both, 2 * config.lora_alpha) | config.alpha_pattern,
+    )
+
+
+def _matching_experts(
+    model: nn.Module, config: LoraConfig, who: str, strict: bool
+) -> tuple[dict[str, tuple[nn.Module, str]], dict[str, nn.Module]]:
+    """The weights of experts that target_parameters names, by path, with their owner and name there; and the
+    routers of which it names the weight.
+    """
+    names, there = config.target_parameters or [], experts.weights(model)
+    found = {path: there[path] for path in there if named(path, names)}
+    routers = experts.routers(model) if names else {}
+    chosen = {path: router for path, router in routers.items() if named(f"{path}.weight", names)}
+    reached = [*found, *(f"{path}.weight" for path in chosen)]
+    idle = [name for name in names if not any(named(path, [name]) for path in reached)]
+    if idle and (strict or not reached):
+        every = [*there, *(f"{path}.weight" for path in routers)]
+        ends = sorted({".".join(path.split(".")[-2:]) for path in every}) or ["none"]
+        raise ValueError(
+            f"{who}: target_parameters {', '.join(map(repr, idle))} name no weight of experts or of their "
+            f"router; the model's: "
+            f"{', '.join(ends)} (linear layers are named in target_modules)"
+        )
+    for path, (module, leaf) in found.items():
+        if leaf not in module._modules and (why := experts.fused_class(module)[2]):
+            raise TypeError(f"{who}: LoRA cannot adapt {path}: {why}; leave it out of target_parameters")
+    return found, chosen
+
+
 def _refuse_experts(model: nn.Module, wanted: list[str] | str | None, who: str) -> None:
     """ValueError for weights of experts held in one 3-D parameter, which no linear layer stands for."""
+    there = {path: experts.shape_of(*found) for path, found in experts.weights(model).items()}
     for path, parameter in model.named_parameters():
         module = path.rpartition(".")[0]
-        if parameter.dim() != 3 or min(parameter.shape) < 2 or not _own(path):
-            continue
-        if in_convolution(model, module):
-            continue
-        if wanted is None or named(path, wanted) or named(module, wanted):
+        stacked = parameter.dim() == 3 and min(parameter.shape) > 1 and _own(path)
+        if stacked and module not in there and not in_convolution(model, module):
+            there.setdefault(path, tuple(parameter.shape))
+    for path, shape in there.items():
+        if wanted is None or named(path, wanted) or named(path.rpartition(".")[0], wanted):
+            ends = ", ".join(f'"{".".join(path.split(".")[-2:-1])}.{leaf}"' for leaf in experts.LEAVES)
             raise ValueError(
-                f"{who}: {path} {tuple(parameter.shape)} holds expert weights in one 3-D parameter, which "
-                "LoRA over linear layers cannot adapt; name the linear layers in target_modules to leave it "
-                "out"
+                f"{who}: {path} {shape} holds expert weights in one 3-D parameter, which is no linear layer: "
+                f"adapt it by target_parameters=[{ends}], or leave it out: name the linear layers in "
+                'target_modules, or pass target_parameters=[] with "all-linear"'
             )
 
 

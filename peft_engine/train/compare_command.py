@@ -44,6 +44,7 @@ def compare(
     alpha: o.Alpha = None,
     dropout: o.Dropout = None,
     target_modules: o.TargetModules = None,
+    target_parameters: o.TargetParameters = None,
     dora: o.Dora = False,
     virtual_tokens: o.VirtualTokens = None,
     prefix_projection: o.PrefixProjection = False,
@@ -92,7 +93,8 @@ def compare(
                 dtype=dtype, max_length=max_length, overwrite=overwrite, loop=LoopSettings(**loop),
                 rates=work.rates_of(learning_rate or [], names),
                 options=o.method_options(
-                    rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, dora=dora,
+                    rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules,
+                    target_parameters=target_parameters, dora=dora,
                     virtual_tokens=virtual_tokens, prefix_projection=prefix_projection, init=init,
                     init_text=init_text, width=width, reduction_factor=reduction_factor,
                     placement=placement, activation=activation,

@@ -84,7 +84,7 @@ def skeleton(config: Any, dtype: Any) -> Any:
 def exact(settings: RunSettings, config: Any) -> Exact:
     """Counts the weights as they will be held, and the adapter's tensors."""
     from peft_engine import attach
-    from peft_engine.quantize import select_linears
+    from peft_engine.quantize import parameter, select_linears
 
     if getattr(config, "quantization_config", None) is not None:  # the shapes are those of the dense model
         config = copy.deepcopy(config)
@@ -92,8 +92,9 @@ def exact(settings: RunSettings, config: Any) -> Exact:
     model = skeleton(config, dtype_of(settings, config))
     weights = dict(_tensors(model))
     if settings.base == "nf4":
-        for name in select_linears(model, None, "estimate")[0]:
-            weights[f"{name}.weight"] = _nf4_bytes(model.get_submodule(name).weight.numel())
+        for name in select_linears(model, None, "estimate", 64)[0]:
+            path = parameter(model, name)
+            weights[path] = _nf4_bytes(model.get_parameter(path).numel())
     adapter = None
     if settings.method not in ("prefix", "prompt"):  # these start from values of the base
         attach(

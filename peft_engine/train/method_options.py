@@ -19,7 +19,10 @@ LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "prefix": 1e-2, "prompt": 1e-1, "
 # The activation and the reduction factor that each placement was published with, as `adapters` has them.
 _OF_PLACEMENT = {"houlsby": ("silu", 16.0), "pfeiffer": ("relu", 16.0), "parallel": ("relu", 2.0)}
 PLACEMENTS = tuple(_OF_PLACEMENT)
-_LORA = {"rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear", "dora": False}
+_LORA = {
+    "rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear", "target_parameters": None,
+    "dora": False,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": _LORA,
     "qlora": _LORA,
@@ -39,6 +42,7 @@ class MethodOptions:
     alpha: float | None = None
     dropout: float | None = None
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     dora: bool | None = None
     virtual_tokens: int | None = None
     prefix_projection: bool | None = None
@@ -77,7 +81,11 @@ def describe(method: str, values: dict[str, Any]) -> str:
     """What is trained, for a person."""
     if method in ("lora", "qlora"):
         kind = "DoRA" if values.get("dora") else "LoRA"
-        return f"{kind}, rank {values['rank']} on {values['target_modules']}"
+        on = [
+            values["target_modules"],
+            *([values["target_parameters"]] if values["target_parameters"] else []),
+        ]
+        return f"{kind}, rank {values['rank']} on {' and '.join(map(str, on))}"
     if method == "bottleneck":
         width = f"width {values['width']}" if values["width"] else f"reduction {values['reduction_factor']:g}"
         return f"bottleneck, {values['placement']} placement, {width}, {values['activation']}"
@@ -111,6 +119,7 @@ def config_of(method: str, values: dict[str, Any], model: str, base: Any = None)
             lora_alpha=values["alpha"],
             lora_dropout=values["dropout"],
             target_modules=values["target_modules"],
+            target_parameters=values["target_parameters"],
             use_dora=values["dora"],
             task_type=task,
         )
@@ -163,6 +172,8 @@ def _lora(values: dict[str, Any]) -> None:
     _dropout(values)
     targets = values["target_modules"]
     require(bool(targets), "target_modules", "all-linear, or names of layers", targets)
+    plain = not values["target_parameters"] or not (values["dropout"] or values["dora"])
+    require(plain, "target_parameters", "neither --dropout nor --dora beside it: experts have none", "both")
 
 
 def _dropout(values: dict[str, Any]) -> None:

@@ -68,6 +68,13 @@ TargetModules = Annotated[
     str | None,
     typer.Option(help="(lora, qlora) all-linear, the default, or names with commas: q_proj,v_proj"),
 ]
+TargetParameters = Annotated[
+    str | None,
+    typer.Option(
+        help="(lora, qlora) Experts' weights to adapt besides, with commas: "
+        "experts.gate_up_proj,experts.down_proj; none leaves them as they are."
+    ),
+]
 Dora = Annotated[
     bool, typer.Option("--dora", help="(lora, qlora) DoRA: a trained magnitude for each output besides.")
 ]
@@ -111,13 +118,24 @@ Activation = Annotated[
 
 
 def method_options(
-    *, target_modules: str | None, dora: bool, prefix_projection: bool, **given: Any
+    *,
+    target_modules: str | None,
+    target_parameters: str | None,
+    dora: bool,
+    prefix_projection: bool,
+    **given: Any,
 ) -> MethodOptions:
     """What was typed, as options: names with commas become a list, a switch that is off was not given."""
-    targets: list[str] | str | None = target_modules
-    if target_modules is not None:
-        targets = [name.strip() for name in target_modules.split(",") if name.strip()]
-        targets = "all-linear" if targets == ["all-linear"] else targets
+    targets = None if target_modules is None else _names(target_modules)
+    experts = None if target_parameters is None else _names(target_parameters)
     return MethodOptions(
-        target_modules=targets, dora=dora or None, prefix_projection=prefix_projection or None, **given
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_parameters=[] if experts == ["none"] else experts,
+        dora=dora or None,
+        prefix_projection=prefix_projection or None,
+        **given,
     )
+
+
+def _names(typed: str) -> list[str]:
+    return [name.strip() for name in typed.split(",") if name.strip()]

@@ -48,6 +48,7 @@ def train(
     alpha: o.Alpha = None,
     dropout: o.Dropout = None,
     target_modules: o.TargetModules = None,
+    target_parameters: o.TargetParameters = None,
     dora: o.Dora = False,
     virtual_tokens: o.VirtualTokens = None,
     prefix_projection: o.PrefixProjection = False,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peft_engine as pe
-from peft_engine import native, report, swap
+from peft_engine import layer_lines, native, report
 
 IDS = torch.arange(24).reshape(2, 12) % 101
 
@@ -67,7 +67,7 @@ def test_nf4_layers_are_fused_by_the_cpu_backend_and_not_by_the_reference():
 
 def test_without_the_library_each_layer_says_so(monkeypatch):
     monkeypatch.setattr(native, "load_error", lambda: "the CPU kernels are not compiled")
-    monkeypatch.setattr(swap.LORA_LINEAR, "_cache", {})
+    monkeypatch.setattr(layer_lines.LORA_LINEAR, "_cache", {})
     with pe.force_backend("reference"):
         model = torch.nn.Sequential(pe.nn.NF4Linear(64, 32))
     made = pe.explain(model)
@@ -134,8 +134,8 @@ def test_explain_follows_the_active_adapter(tiny_llama, which):
     model = _adapted(tiny_llama, nf4=True)
     asked = []
     with pe.active(model, which), pytest.MonkeyPatch.context() as patch:
-        choose = swap.LORA_LINEAR.choose
-        patch.setattr(swap.LORA_LINEAR, "choose", lambda call: asked.append(call) or choose(call))
+        choose = layer_lines.LORA_LINEAR.choose
+        patch.setattr(layer_lines.LORA_LINEAR, "choose", lambda call: asked.append(call) or choose(call))
         pe.explain(model)
     assert {call.adapter for call in asked} == {None if which is None else torch.float32}
     assert {(call.dtype, call.base) for call in asked} == {(torch.bfloat16, "nf4")}
