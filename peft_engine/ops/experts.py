@@ -21,8 +21,10 @@ from torch.nn import functional as F
 
 from peft_engine import dispatch, native
 from peft_engine.ops.lora_linear import flat_base, refuse_unless_triton
+from peft_engine.ops.lora_linear import raw_ops as lora_linear_ops
 from peft_engine.ops.nf4 import DTYPES, NESTED_BLOCKSIZE, NF4Tensor, refuse_unless_cpu
 from peft_engine.ops.swiglu import ACTIVATIONS
+from peft_engine.ops.swiglu import raw_ops as swiglu_ops
 
 
 class ExpertsCall(NamedTuple):
@@ -226,14 +228,14 @@ class _Weight(NamedTuple):
 
     def forward(self, x: torch.Tensor, e: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert e's product, and x A^T."""
-        run = torch.ops.peft_engine.lora_linear_forward.default
+        run, _ = lora_linear_ops(x)
         return run(x, *self.base(e), self.n, *self.adapter(e), self.scaling, None, 0.0, None)
 
     def backward(
         self, dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor | None, e: int, need_dx: bool, need_da: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dx, dA and dB of expert e's product."""
-        run = torch.ops.peft_engine.lora_linear_backward.default
+        _, run = lora_linear_ops(dy)
         a, b = self.adapter(e)
         return run(dy, x, *self.base(e), a, b, h, self.scaling, 0.0, None, need_dx, need_da)
 
@@ -267,11 +269,12 @@ def _forward(x, index, weights, *arguments):
         x.new_empty(saved if part.rank else 0, part.rank, dtype=torch.float32) for part in (up, down)
     )
     y = x.new_zeros(x.shape, dtype=torch.float32)
+    gated, _ = swiglu_ops(x)
     for e, start, end in _spans(ends):
         here = token[start:end]
         rows, h = up.forward(x.index_select(0, here), e)
         gate, value = rows.chunk(2, dim=-1)
-        between = torch.ops.peft_engine.swiglu_forward.default(gate, value, activation)
+        between = gated(gate, value, activation)
         if keep:
             gate_up[start:end] = rows
             if up.rank:
@@ -289,6 +292,7 @@ def _backward(dy, x, weights, *arguments):
     token, share = order // weights.shape[1], weights.reshape(-1)[order].float()
     dx = dy.new_zeros(dy.shape if need_dx else (0,), dtype=torch.float32)
     dshare = torch.zeros_like(share)
+    gated, gated_back = swiglu_ops(dy)
     da_up, db_up, da_down, db_down = (
         dy.new_empty(0) if t is None or not need_da else torch.zeros_like(t)
         for t in (up.a, up.b, down.a, down.b)
@@ -298,7 +302,7 @@ def _backward(dy, x, weights, *arguments):
         d = dy.index_select(0, here)
         gate, value = gate_up[start:end].chunk(2, dim=-1)
         # In float32, for w a is rounded once, as a was in the forward.
-        between = torch.ops.peft_engine.swiglu_forward.default(gate.float(), value.float(), activation)
+        between = gated(gate.float(), value.float(), activation)
         h = h_down[start:end] * mine if down.rank else None
         dbetween, da, db = down.backward(d, (between * mine).to(d.dtype), h, e, True, need_da)
         if need_da and down.rank:
@@ -307,7 +311,7 @@ def _backward(dy, x, weights, *arguments):
         if not need_dx and not up.rank:
             continue
         dbetween = (dbetween * mine).to(d.dtype)
-        d = torch.cat(torch.ops.peft_engine.swiglu_backward.default(dbetween, gate, value, activation), 1)
+        d = torch.cat(gated_back(dbetween, gate, value, activation), 1)
         h = h_up[start:end] if up.rank else None
         d, da, db = up.backward(d, x.index_select(0, here), h, e, need_dx, need_da)
         if need_da and up.rank:

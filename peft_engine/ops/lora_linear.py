@@ -197,13 +197,21 @@ def _backward_on_gpu(*arguments):
     return backward(*arguments)
 
 
+def raw_ops(x: torch.Tensor) -> tuple[Any, Any]:
+    """The raw forward and backward for tensors such as x."""
+    if dispatch.direct(x):
+        return _forward_on_gpu, _backward_on_gpu
+    ops = torch.ops.peft_engine
+    return ops.lora_linear_forward.default, ops.lora_linear_backward.default
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p,
         seed,
     ):  # fmt: skip
-        run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.lora_linear_forward
+        run, _ = raw_ops(x)
         y, h = run(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
@@ -223,7 +231,7 @@ class _LoraLinear(torch.autograd.Function):
         # The kernels of a GPU read rows that lie apart, and use the columns that may be spare behind them.
         dy = dy if dispatch.on_gpu(dy) else dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read
-        run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.lora_linear_backward
+        _, run = raw_ops(dy)
         dx, da, db = run(
             dy, shaped_x, weight, absmax, nested_absmax, offset, blocksize, lora_a, lora_b, h, scaling, p,
             seed, ctx.needs_input_grad[0], ctx.needs_input_grad[7],
@@ -256,9 +264,7 @@ def _kernels(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed) -> torch
     # An autograd.Function costs 5 us a call, the bare op 1: a token decoded by 30 layers has 210 of them.
     if learns:
         return _LoraLinear.apply(*args)
-    if dispatch.direct(x):
-        return _forward_on_gpu(*args)[0]
-    return torch.ops.peft_engine.lora_linear_forward.default(*args)[0]
+    return raw_ops(x)[0](*args)[0]
 
 
 def refuse_unless_triton(call: LoraLinearCall) -> str | None:

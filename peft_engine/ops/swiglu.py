@@ -106,6 +106,13 @@ def _backward_on_gpu(dy, gate, up, activation, spare=(0, 0)):
     return backward(dy, gate, up, _NAMES[activation], spare)
 
 
+def raw_ops(gate: torch.Tensor) -> tuple[Any, Any]:
+    """The raw forward and backward for tensors such as gate."""
+    if dispatch.direct(gate):
+        return _forward_on_gpu, _backward_on_gpu
+    return torch.ops.peft_engine.swiglu_forward.default, torch.ops.peft_engine.swiglu_backward.default
+
+
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate, up, activation, spare):
