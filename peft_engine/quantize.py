@@ -17,7 +17,7 @@ from peft_engine.conv1d import is_conv1d, is_linear
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies, experts, sharded
 from peft_engine.methods.read_directly import in_fast_path, never_called
-from peft_engine.methods.targets import in_convolution
+from peft_engine.methods.target_parameters import in_convolution
 from peft_engine.nn import NF4Linear, become_nf4
 from peft_engine.ops.nf4 import BLOCKSIZES, DTYPES, NF4Tensor, nf4_quantize
 
@@ -104,6 +104,7 @@ def select_linears(
             raise ValueError(
                 f"{caller}: skip_modules names {pattern!r}, which no module has{_near(pattern, names)}"
             )
+    routers = experts.routers(model)
     unused = {name: f"(its weight {why})" for name, why in in_fast_path(model).items()}
     dense_always = _tied_weights(model) | {f"{name}.weight" for name in never_called(model)}
     # T5's wo: its block casts what goes in to the weight's dtype, which for packed bytes is none.
@@ -117,7 +118,7 @@ def select_linears(
                 f"{caller}: {name} has an adapter already; quantise first and attach then "
                 "(detach, or merge_and_unload of PEFT, takes adapters off)"
             )
-        if copies.is_ours(name):
+        if copies.is_ours(name) or name in routers:
             continue
         skipped = any(_matches(name, pattern) for pattern in skip)
         if experts.is_experts(module) and not _unfused(module, blocksize):

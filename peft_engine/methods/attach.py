@@ -14,7 +14,8 @@ from torch import nn
 from peft_engine.heads import unwrap
 from peft_engine.methods import copies, lora_layers, sharded, walks
 from peft_engine.methods.registry import METHODS, Config, method_of
-from peft_engine.methods.targets import with_experts, with_head
+from peft_engine.methods.target_parameters import with_experts
+from peft_engine.methods.targets import with_head
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 Which = str | tuple[str | None, ...] | None

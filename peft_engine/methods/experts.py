@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.conv1d import is_linear
 from peft_engine.dispatch import BackendError
 from peft_engine.methods.sharded import class_of
 from peft_engine.nn import STORED, NF4Weight
@@ -139,17 +138,22 @@ def weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
+_LINEAR = ("peft_engine.nn", "peft_engine.methods.lora")  # where linear layers of ours are
+
+
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules beside a layer's experts whose weight (E, in_features) gives each token its own, by path.
 
-    Those that are linear layers are not among them: they are treated as such.
+    Plain linear layers are not among them: they are treated as such.
     """
     found = {}
     for path, module in model.named_modules():
         kept = module._modules.items()
         counts = {shape_of(part, LEAVES[0])[0] for _, part in kept if part is not None and is_experts(part)}
         for name, part in kept if counts else ():
-            weight = None if part is None or is_linear(part) else part._parameters.get("weight")
+            where = type(part).__module__
+            plain = where in _LINEAR or where.split(".")[0] in ("torch", "bitsandbytes", "peft")
+            weight = None if part is None or plain else part._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and weight.shape[0] in counts:
                 found[f"{path}.{name}".removeprefix(".")] = part
     return found  # type: ignore[return-value]
@@ -236,6 +240,8 @@ def _refusal(module: Any) -> str:
         return f"the weights of {kind} lie (in_features, out_features), or gates and ups by turns"
     if module.has_bias or module.has_post_expert_norm:
         return f"{kind} has a bias or a norm for each expert"
+    if "forward" in module.__dict__:
+        return f"the forward of {kind} was replaced (by a device map?); load the model on one device"
     if not _activation(module):
         return f"its activation is {type(module.act_fn).__name__}; the fused ones are SiLU and GELU"
     return ""

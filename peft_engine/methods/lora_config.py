@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_engine.methods import peft_config
 
+ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
 NAMED = ("modules_to_save", "target_parameters")  # lists, never a pattern
@@ -77,8 +78,8 @@ class LoraConfig:
                 "LoraConfig: target_parameters (experts) has neither dropout nor DoRA, in PEFT and here; set "
                 "lora_dropout=0 and use_dora=False, or adapt the linear layers by an adapter of their own"
             )
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            object.__setattr__(self, "target_modules", "all-linear")
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
+            object.__setattr__(self, "target_modules", ALL_LINEAR)
         elif isinstance(self.target_modules, str):
             _regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):

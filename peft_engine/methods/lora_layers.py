@@ -12,7 +12,8 @@ from peft_engine.methods import copies, derived, dora, experts, lora_config, lor
 from peft_engine.methods.experts import ExpertWeights
 from peft_engine.methods.lora import BASES, initial, layer_class
 from peft_engine.methods.lora_config import LoraConfig
-from peft_engine.methods.targets import DEFAULT_TARGETS, Plan, short_names
+from peft_engine.methods.names import DEFAULT_TARGETS, short_names
+from peft_engine.methods.targets import Plan
 from peft_engine.methods.walks import kept
 
 NAME, SLOT, DOES = "lora", "lora", "add to the same linear layers"
@@ -81,7 +82,9 @@ def install(
             a, b = values[f"{path}.lora_A.weight"].float(), values[f"{path}.lora_B.weight"].float()
         if found is not None:
             a, b = lora_experts.from_file(a, b, count)
-        adapted = layer_class(type(layer)) if is_linear(layer) or found else _routed(layer)
+        adapted = layer_class(type(layer))
+        if adapted is None and not is_adapted(layer):
+            adapted = lora_experts.router_class(type(layer))  # type: ignore[arg-type]
         if adapted is not None:
             if is_conv1d(type(layer)):
                 by_rows(layer)
@@ -113,11 +116,6 @@ def _direction_alone(layer: Any, name: str) -> torch.Tensor:
     return dora.norm(
         layer, weight, name, layer.lora_A[name], layer.lora_B[name], layer.lora[name].scaling
     ).clone()
-
-
-def _routed(router: nn.Module) -> type[nn.Module] | None:
-    """The class with adapters of a router that has none yet."""
-    return None if lora_experts.is_router(router) else lora_experts.router_class(type(router))  # type: ignore[arg-type]
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -209,7 +207,7 @@ def keys(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, str]:
 def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
     """The fields of adapter_config.json, the targets spelled out: it means the same to whoever reads it."""
     targets = config.target_modules
-    if targets == "all-linear" or (targets is None and not config.target_parameters):
+    if targets == lora_config.ALL_LINEAR or (targets is None and not config.target_parameters):
         kind = getattr(getattr(model, "config", None), "model_type", "")
         if targets is None and kind in DEFAULT_TARGETS:
             wanted = list(DEFAULT_TARGETS[kind])
