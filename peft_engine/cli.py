@@ -188,11 +188,12 @@ def generate(
             raise typer.BadParameter("give --prompt or --prompt-file, one of them")
         quiet()
         from peft_engine.train import generate as text
-        from peft_engine.train.data import Prompts
+        from peft_engine.train.data import Prompts, check_text
 
         with usage():
             sampling = text.Sampling(max_new_tokens, temperature, top_p, seed)
         folders = adapter or []
+        check_text("--prompt", "the text", prompt or "")
         prompts = text.prompts_from(prompt_file) if prompt_file else Prompts([prompt or ""], None, [""])
         mixed = prompts.adapters is not None
         with usage():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from peft_engine.train.data_files import DataError, rows_of
+from peft_engine.train.data_files import DataError, check_text, rows_of
 
 IGNORE = -100
 NO_END = "the tokenizer has no end-of-sequence token, so the model could not learn to stop; set eos_token"
@@ -145,16 +145,6 @@ def _check_given(where: str, fields: Mapping[str, Any], columns: Sequence[str]) 
             f"{where}: no value for {' and '.join(missing)} (the columns are {_names(fields)}); write it, or "
             "leave the row out"
         )
-
-
-def check_text(where: str, column: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {column} holds {text[error.start]!a}, half of a surrogate pair, at character "
-            f"{error.start + 1}, which is no text; write the character whole, or leave it out"
-        ) from None
 
 
 def _check_messages(where: str, messages: Any) -> None:

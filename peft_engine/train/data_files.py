@@ -16,6 +16,17 @@ class DataError(ValueError):
     """A data file that cannot be used: the message names the file, the line, and the mend."""
 
 
+def check_text(where: str, column: str, text: str) -> None:
+    """DataError for a text that holds half a character, as JSON may and an argument that is no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {column} holds {text[error.start]!a}, half of a surrogate pair, at character "
+            f"{error.start + 1}, which is no text; write the character whole, or leave it out"
+        ) from None
+
+
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each row of a JSONL or CSV file (or a .gz of either) stands, and its columns.
 
@@ -29,16 +40,24 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: expected a file ending in .jsonl or .csv (or .gz after it)")
     read, newline = (_csv, "") if name.endswith(".csv") else (_jsonl, None)
     opened: Any = gzip.open if path.name.endswith(".gz") else open
-    last = f"{path}, line 0"
     try:
         # -sig: a byte order mark before a quoted column of a CSV file would make its quotes part of the name
         with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-            for last, fields in read(path, file):
-                yield last, fields
-    except UnicodeDecodeError as error:
-        raise DataError(f"{last}: not UTF-8 after it: {error.reason}; save the file as UTF-8") from None
+            yield from read(path, file)
+    except UnicodeDecodeError as error:  # of a block of bytes that is read ahead
+        with opened(path, "rb") as file:
+            line = next(number for number, line in enumerate(file, 1) if not _is_utf8(line))
+        raise DataError(f"{path}, line {line}: not UTF-8: {error.reason}; save the file as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut or broken inside
         raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:

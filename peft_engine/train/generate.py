@@ -14,7 +14,6 @@ from peft_engine.train.data import (
     DataError,
     Prompts,
     Rendered,
-    check_text,
     encode_prompt,
     length_limit,
     padded_rows,
@@ -186,7 +185,6 @@ def encoded(
     encode = encoder_decoder.source if apart else encode_prompt
     for i, prompt in enumerate(prompts):
         at = f"{where[i]}: " if where and where[i] else ""
-        check_text(at.removesuffix(": ") or "--prompt", "the text", prompt)
         rows.append(encode(tokenizer, prompt))
         if not rows[-1]:
             raise DataError(f"{at}the prompt {prompt!r} has no tokens; give some text")

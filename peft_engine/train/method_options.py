@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peft_engine.train.data_files import check_text
+
 METHODS = ("lora", "qlora", "prefix", "prompt", "bottleneck")
 INITS = ("random", "vocab", "text")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -186,8 +188,7 @@ def _virtual(values: dict[str, Any]) -> None:
     require(init in (None, *INITS), "init", f"one of {', '.join(INITS)}", init)
     if text is not None:
         require(bool(text.strip()), "init_text", "some text", text)
-        halves = any("\ud800" <= character <= "\udfff" for character in text)
-        require(not halves, "init_text", "characters of the terminal's encoding", text)
+        check_text("--init-text", "the text", text)
         require(init in (None, "text"), "init_text", "--init text beside it", f"--init {init}")
         values["init"] = "text"
     require(init != "text" or text is not None, "init", "--init-text beside --init text", "none")

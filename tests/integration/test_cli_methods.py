@@ -124,7 +124,7 @@ def test_an_option_of_another_method_is_wrong_usage(train, tmp_path, method):
         ("prompt", ("--init", "zero"), "--init: expected one of random, vocab, text"),
         ("prompt", ("--init", "text"), "--init-text beside --init text"),
         ("prompt", ("--init", "vocab", "--init-text", "a"), "--init text beside it"),
-        ("prompt", ("--init-text", "a\udce9"), "--init-text: expected characters of"),
+        ("prompt", ("--init-text", "a\udce9"), "--init-text: the text holds '\\udce9'"),
         ("prefix", ("--prefix-projection", "--init", "vocab"), "an MLP makes the prefix"),
         ("bottleneck", ("--reduction-factor", 4), "no --reduction-factor beside it"),
         ("bottleneck", ("--placement", "here"), "--placement: expected one of houlsby"),

@@ -116,14 +116,29 @@ def test_a_missing_file_an_unknown_ending_and_bytes_that_are_no_text_are_refused
     (tmp_path / "a.parquet").touch()
     with pytest.raises(DataError, match=r"ending in \.jsonl or \.csv"):
         read_rows(tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match="UTF-8"):
-        read_rows(tmp_path / "a.jsonl")
     whole = gzip.compress(b'{"text": "a"}\n' * 99)
     for broken in (b"not gzip", whole[:-9], whole[:10] + b"\xff" + whole[11:]):  # the last: zlib's own error
         (tmp_path / "b.jsonl.gz").write_bytes(broken)
         with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read"):
             read_rows(tmp_path / "b.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.csv.gz"])
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"text": "a"}\n'.encode("utf-16"), 1),  # its first byte is no UTF-8
+        (b"\xff", 1),
+        (b'{"text": "caf\xe9"}\n', 1),
+        (b'{"text":"a"}\n' * 5000 + b'"caf\xc3', 5001),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path, name, content, line):
+    if ".csv" in name:
+        content = content.replace(b'{"text":"a"}\n', b"text\n")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=rf"{name}, line {line}: not UTF-8: .*; save the file as UTF-8"):
+        read_rows(tmp_path / name)
 
 
 def test_a_csv_row_with_too_many_values_is_refused_with_its_line(tmp_path):
