@@ -36,7 +36,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.temperature != 0.0 and not self.temperature >= COLDEST:
+        if self.temperature != 0.0 and not COLDEST <= self.temperature < float("inf"):
             raise ValueError(
                 f"--temperature: expected 0 (always the likeliest token) or a number from {COLDEST:g}, got "
                 f"{self.temperature}"

@@ -1,6 +1,5 @@
 """The options of `train` that belong to a method: what each takes, what it comes to, the config they make."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "prefix": 1e-2, "prompt": 1e-1, "
 
 # The activation and the reduction factor that each placement was published with, as `adapters` has them.
 _OF_PLACEMENT = {"houlsby": ("silu", 16.0), "pfeiffer": ("relu", 16.0), "parallel": ("relu", 2.0)}
+BOUND = 2**31  # above all that a number of an option can mean: 1e300 is a slip
 PLACEMENTS = tuple(_OF_PLACEMENT)
 _LORA = {
     "rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear", "target_parameters": None,
@@ -161,16 +161,25 @@ def require(fits: bool, name: str, expected: str, got: Any) -> None:
         raise ValueError(f"{_option(name)}: expected {expected}, got {got!r}")
 
 
+def require_count(name: str, value: int | None) -> None:
+    """`require` for a number of things; None: not given."""
+    require(value is None or 1 <= value < BOUND, name, "at least 1, below 2^31", value)
+
+
+def require_positive(name: str, value: float) -> None:
+    """`require` for a number above 0."""
+    require(0 < value < BOUND, name, "a number above 0, below 2^31", value)
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def _lora(values: dict[str, Any]) -> None:
-    require(values["rank"] >= 1, "rank", "at least 1", values["rank"])
+    require_count("rank", values["rank"])
     if values["alpha"] is None:
         values["alpha"] = 2.0 * values["rank"]
-    alpha = values["alpha"]
-    require(math.isfinite(alpha) and alpha > 0, "alpha", "a number above 0", alpha)
+    require_positive("alpha", values["alpha"])
     _dropout(values)
     targets = values["target_modules"]
     require(bool(targets), "target_modules", "all-linear, or names of layers", targets)
@@ -184,7 +193,7 @@ def _dropout(values: dict[str, Any]) -> None:
 
 def _virtual(values: dict[str, Any]) -> None:
     count, init, text = values["virtual_tokens"], values["init"], values["init_text"]
-    require(count >= 1, "virtual_tokens", "at least 1", count)
+    require_count("virtual_tokens", count)
     require(init in (None, *INITS), "init", f"one of {', '.join(INITS)}", init)
     if text is not None:
         require(bool(text.strip()), "init_text", "some text", text)
@@ -210,12 +219,11 @@ def _bottleneck(values: dict[str, Any]) -> None:
         values["activation"] = _OF_PLACEMENT[placement][0]
     activation, width, factor = values["activation"], values["width"], values["reduction_factor"]
     require(activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
-    require(width is None or width >= 1, "width", "at least 1", width)
+    require_count("width", width)
     require(width is None or factor is None, "width", "no --reduction-factor beside it", "both")
     if width is None:
         values["reduction_factor"] = _OF_PLACEMENT[placement][1] if factor is None else factor
-        factor = values["reduction_factor"]
-        require(math.isfinite(factor) and factor > 0, "reduction_factor", "a number above 0", factor)
+        require_positive("reduction_factor", values["reduction_factor"])
     _dropout(values)
 
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft_engine.train.method_options import METHODS, MethodOptions, require
+from peft_engine.train.method_options import (
+    BOUND,
+    METHODS,
+    MethodOptions,
+    require,
+    require_count,
+    require_positive,
+)
 
 QUANTIZE = ("nf4", "none")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -36,12 +43,12 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "save_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1", value)
-        for name in ("epochs", "learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, name, "a number above 0", value)
-        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number from 0", self.weight_decay)
+            require_count(name, getattr(self, name))
+        for name in ("epochs", "learning_rate"):
+            require_positive(name, getattr(self, name))
+        norm, decay = self.max_grad_norm, self.weight_decay
+        require(0 < norm < math.inf, "max_grad_norm", "a number above 0", norm)  # a large one clips nothing
+        require(0 <= decay < BOUND, "weight_decay", "a number from 0, below 2^31", decay)
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number from 0 up to 1", self.warmup_ratio)
         require(0 <= self.seed < 2**32, "seed", "a number from 0 up to 2^32", self.seed)
         require(self.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", self.scheduler)

@@ -274,6 +274,7 @@ def test_a_template_that_writes_the_first_token_gives_it_once_as_in_training(loa
         (("--prompt", "a", "--top-p", 0), 2, "--top-p"),
         (("--prompt", "a", "--temperature", 1e-300), 2, "a number from 0.0001, got 1e-300"),
         (("--prompt", "a", "--temperature", "nan"), 2, "--temperature"),
+        (("--prompt", "a", "--temperature", "inf"), 2, "--temperature"),
         (("--prompt", "a", "--seed", -1), 2, "--seed: expected a number from 0 up to 2^32, got -1"),
         (("--prompt", "a", "--seed", 2**64), 2, "--seed: expected"),
         (("--prompt", ""), 1, "has no tokens"),

@@ -322,9 +322,14 @@ def test_a_checkpoint_records_what_the_caller_adds(model, documents, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"batch_size": 0}, "--batch-size: expected at least 1, got 0"),
+        ({"batch_size": 0}, "--batch-size: expected at least 1, below 2^31, got 0"),
+        ({"max_steps": 10**20}, r"--max-steps: expected at least 1, below 2\^31, got 1000"),
         ({"epochs": 0}, "--epochs"),
+        ({"epochs": 1e300}, r"--epochs: expected a number above 0, below 2\^31, got 1e\+300"),
         ({"learning_rate": math.nan}, "--learning-rate"),
+        ({"learning_rate": 1e300}, "--learning-rate"),
+        ({"weight_decay": math.inf}, "--weight-decay"),
+        ({"max_grad_norm": math.inf}, "--max-grad-norm"),
         ({"warmup_ratio": 1.5}, "--warmup-ratio"),
         ({"scheduler": "cosin"}, "--scheduler: expected one of cosine, linear"),
     ],
