@@ -22,7 +22,18 @@ from peft_engine.train.compare_command import compare
 from peft_engine.train.console import check_base, choice, command, next_command, quiet, say, table, usage
 from peft_engine.train.estimate_command import estimate, probe
 from peft_engine.train.merge_command import merge
-from peft_engine.train.options import Adapters, Count, Data, Debug, Dtype, Json, MaxLength, Model, Quantize
+from peft_engine.train.options import (
+    Adapters,
+    Count,
+    Data,
+    Debug,
+    Dtype,
+    Json,
+    MaxLength,
+    Model,
+    Quantize,
+    path_option,
+)
 from peft_engine.train.profile_command import profile
 from peft_engine.train.train_command import train
 
@@ -151,7 +162,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="JSONL or CSV with a prompt column, or a text file, one prompt a line."),
+        path_option("JSONL or CSV with a prompt column, or a text file, one prompt a line."),
     ] = None,
     adapter: Adapters = None,
     quantize: Quantize = None,

@@ -13,10 +13,10 @@ from peft_engine.train.method_options import METHODS
 def compare(
     model: o.Model,
     data: o.Data,
-    eval_data: Annotated[Path, typer.Option(help="Held-out rows that every method is measured on.")],
+    eval_data: Annotated[Path, o.path_option("Held-out rows that every method is measured on.")],
     output: Annotated[
         Path,
-        typer.Option(help="Folder for an adapter of each method, compare.json, compare.csv, compare.png."),
+        o.path_option("Folder for an adapter of each method, compare.json, compare.csv, compare.png."),
     ],
     methods: Annotated[
         str, typer.Option(help="all, or names with commas: " + ",".join(METHODS), metavar="all|NAMES")

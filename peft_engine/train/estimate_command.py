@@ -27,7 +27,7 @@ SAYS = {
 def estimate(
     given: dict[str, Any],
     data: Annotated[
-        Path | None, typer.Option(help="The rows to train on, as train takes them; or give --tokens.")
+        Path | None, o.path_option("The rows to train on, as train takes them; or give --tokens.")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens of every row, where there is no --data.")

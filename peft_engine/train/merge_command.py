@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_engine.train.console import check_base, command, next_command, quiet, say
-from peft_engine.train.options import Debug, Dtype, Json, Model, Quantize
+from peft_engine.train.options import Debug, Dtype, Json, Model, Quantize, path_option
 from peft_engine.train.output import check_output
 
 # What the drift is measured on where no rows are given.
@@ -28,11 +28,11 @@ PLACES = 64  # that are compared at a time
 
 def merge(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="Folder of a LoRA or DoRA adapter.")],
-    output: Annotated[Path, typer.Option(help="New folder for the merged model and its tokenizer.")],
+    adapter: Annotated[Path, path_option("Folder of a LoRA or DoRA adapter.")],
+    output: Annotated[Path, path_option("New folder for the merged model and its tokenizer.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Rows to measure the drift on, as train takes them. Default: a few sentences."),
+        path_option("Rows to measure the drift on, as train takes them. Default: a few sentences."),
     ] = None,
     quantize: Quantize = None,
     dtype: Dtype = None,

@@ -7,14 +7,32 @@ import typer
 
 from peft_engine.train.method_options import ACTIVATIONS, DEFAULTS, INITS, PLACEMENTS, MethodOptions
 
+
+def given(text: str) -> str:
+    """A path, as it was typed. An empty one (a variable of the shell that was not set) would be the current
+    folder to Python.
+    """
+    if not text:
+        raise typer.BadParameter("expected a path, got an empty text (. is the current folder)")
+    return text
+
+
+def path_option(help: str, *names: str) -> Any:
+    """An option that takes a path."""
+    return typer.Option(*names, help=help, metavar="PATH", parser=lambda text: Path(given(text)))
+
+
 Model = Annotated[
-    str, typer.Option(help="Folder written by save_pretrained, or a name on the hub.", metavar="DIR_OR_NAME")
+    str,
+    typer.Option(
+        help="Folder written by save_pretrained, or a name on the hub.", metavar="DIR_OR_NAME", parser=given
+    ),
 ]
 Data = Annotated[
-    Path, typer.Option(help="JSONL or CSV (or .gz of one): prompt and completion, or messages, or text.")
+    Path, path_option("JSONL or CSV (or .gz of one): prompt and completion, or messages, or text.")
 ]
 Adapters = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="Folder of an adapter; may be repeated, or left out.")
+    list[Path] | None, path_option("Folder of an adapter; may be repeated, or left out.", "--adapter")
 ]
 Quantize = Annotated[
     str | None,

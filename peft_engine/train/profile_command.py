@@ -22,7 +22,7 @@ FILES = ("profile.json", "trace.json", "profile.png")
 @as_train(without=("eval_data", "eval_steps", "save_steps", "resume", "max_steps", "epochs"))
 def profile(
     given: dict[str, Any],
-    output: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}.")],
+    output: Annotated[Path, o.path_option(f"Folder for {', '.join(FILES)}.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after as many to warm up.")] = 3,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the profile that --output holds.")

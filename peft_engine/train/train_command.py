@@ -19,9 +19,9 @@ ONLY_TRAIN = ("output", "eval_data", "eval_steps", "save_steps", "resume", "over
 def train(
     model: o.Model,
     data: o.Data,
-    output: Annotated[Path, typer.Option(help="Folder for the adapter, run.json, loss.png and checkpoints.")],
+    output: Annotated[Path, o.path_option("Folder for the adapter, run.json, loss.png and checkpoints.")],
     eval_data: Annotated[
-        Path | None, typer.Option(help="Rows to evaluate on; the best state is then what is kept.")
+        Path | None, o.path_option("Rows to evaluate on; the best state is then what is kept.")
     ] = None,
     method: Annotated[
         str, typer.Option(help="qlora is lora over a base in 4 bit.", metavar="|".join(METHODS))

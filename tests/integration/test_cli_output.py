@@ -101,6 +101,23 @@ def test_a_link_to_nowhere_is_said_to_be_one(command, model, tmp_path, which):
     assert code == 1 and f"{link} is a symbolic link to" in err and "make that folder" in err
 
 
+NEEDED = {
+    "train": ("--model", "--data", "--output", "--eval-data"), "eval": ("--model", "--data", "--adapter"),
+    "generate": ("--model", "--prompt-file", "--adapter"), "explain": ("--model", "--adapter"),
+    "estimate": ("--model", "--data"), "profile": ("--model", "--data", "--output"),
+    "merge": ("--model", "--adapter", "--output", "--data"),
+    "compare": ("--model", "--data", "--eval-data", "--output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("which", "empty"), [(name, option) for name in NEEDED for option in NEEDED[name]])
+def test_an_empty_path_is_not_the_current_folder(command, which, empty):
+    line = [word for option in NEEDED[which] for word in (option, "" if option == empty else "none")]
+    code, out, err = command(which, *line)
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert f"Invalid value for '{empty}': expected a path, got an empty text" in " ".join(err.split())
+
+
 def test_a_file_in_the_place_of_the_folder_or_of_one_above_it_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"file: is a file; give a folder"):

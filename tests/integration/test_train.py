@@ -322,7 +322,7 @@ def test_a_checkpoint_records_what_the_caller_adds(model, documents, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"batch_size": 0}, "--batch-size: expected at least 1, below 2^31, got 0"),
+        ({"batch_size": 0}, r"--batch-size: expected at least 1, below 2\^31, got 0"),
         ({"max_steps": 10**20}, r"--max-steps: expected at least 1, below 2\^31, got 1000"),
         ({"epochs": 0}, "--epochs"),
         ({"epochs": 1e300}, r"--epochs: expected a number above 0, below 2\^31, got 1e\+300"),
