@@ -23,13 +23,18 @@ namespace {
 
 using torch::stable::Tensor;
 
+pe::Gate gate_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number < 3, "swiglu: activation must be 0 to 2, got ", number);
+  return static_cast<pe::Gate>(number);
+}
+
 Tensor swiglu_forward(Tensor gate, Tensor up, int64_t activation) {
   const int64_t rows = gate.size(0), n = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
   Tensor y = pe::like(gate, {rows, n});
   const void *pg = pe::values_of(gate), *pu = pe::values_of(up);
   void* py = y.mutable_data_ptr();
   const pe::Type type = pe::type_of(gate);
-  const auto which = static_cast<pe::Gate>(activation);
+  const auto which = gate_of(activation);
   pe::for_rows(rows, n, [&](int64_t first, int64_t last) {
     PE_CALL(swiglu_rows)(pg, pu, py, type, which, n, gate_stride, up_stride, first, last);
   });
@@ -42,7 +47,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor dy, Tensor gate, Tensor up, in
   const void *pd = pe::values_of(dy), *pg = pe::values_of(gate), *pu = pe::values_of(up);
   void *og = dgate.mutable_data_ptr(), *ou = dup.mutable_data_ptr();
   const pe::Type type = pe::type_of(gate);
-  const auto which = static_cast<pe::Gate>(activation);
+  const auto which = gate_of(activation);
   pe::for_rows(rows, n, [&](int64_t first, int64_t last) {
     PE_CALL(swiglu_backward_rows)(pd, pg, pu, og, ou, type, which, n, gate_stride, up_stride, first, last);
   });

@@ -89,6 +89,14 @@ def test_wrong_arguments_are_named():
         swiglu(torch.randn(2, 8), torch.randn(2, 8), "relu")
 
 
+@pytest.mark.parametrize("number", [-1, 3])
+def test_the_raw_op_takes_the_number_of_an_activation_alone(isa, number):
+    rows = [torch.randn(2, 8) for _ in range(3)]
+    for op, count in ((torch.ops.peft_engine.swiglu_forward, 2), (torch.ops.peft_engine.swiglu_backward, 3)):
+        with pytest.raises(RuntimeError, match=f"swiglu: activation must be 0 to 2, got {number}"):
+            op(*rows[:count], number)
+
+
 def test_it_traces_whole(isa):
     compiled = torch.compile(lambda g, u: swiglu(g, u) * 2, fullgraph=True, backend="aot_eager")
     gate, up = (torch.randn(3, 16, requires_grad=True) for _ in range(2))
