@@ -19,7 +19,7 @@ from typing import Any
 import peft_engine
 from peft_engine.train import progress
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, learning_rate
-from peft_engine.train.output import check_output
+from peft_engine.train.output import check_output, holds_already
 from peft_engine.train.record import versions, write_json
 from peft_engine.train.settings import LoopSettings, RunSettings
 
@@ -28,10 +28,6 @@ ERROR = "peft-engine: error: "
 KEPT = ("trainable_parameters", "train_seconds", "peak_rss_bytes", "peak_gpu_bytes", "steps", "tokens")
 GRACE = 3.0  # seconds for a process that was interrupted to end by itself
 SCORES = ("accuracy", "exact_match", "token_f1", "perplexity")
-
-
-class CompareError(ValueError):
-    """A comparison that cannot start; the message says which option to change."""
 
 
 class ChildError(RuntimeError):
@@ -197,10 +193,7 @@ def _check_output(settings: Comparison) -> None:
     check_output(output)
     there = [path for path in (output / RESULT, *(output / method for method in METHODS)) if path.exists()]
     if there and not settings.overwrite:
-        raise CompareError(
-            f"--output {output}: holds a comparison already ({there[0].name}); give another folder, or "
-            "--overwrite to replace it"
-        )
+        raise holds_already(output, "comparison", there[0].name)
     (output / RESULT).unlink(missing_ok=True)
 
 

@@ -42,6 +42,14 @@ def check_output(output: Path) -> None:
         )
 
 
+def holds_already(output: Path, what: str, file: str, mend: str = "") -> OutputError:
+    """The error for a folder with a `what` that would be lost; file: one of it."""
+    return OutputError(
+        f"--output {output}: holds a {what} already ({file}); give another folder, {mend}or --overwrite to "
+        "replace it"
+    )
+
+
 def checkpoints(output: Path) -> list[Path]:
     """The folders of a run's checkpoints, the newest last; a user's own checkpoint-best is none of them."""
     found = [path for path in output.glob(f"{CHECKPOINT}*") if path.name.removeprefix(CHECKPOINT).isdigit()]

@@ -7,7 +7,7 @@ import typer
 
 from peft_engine.train import options as o
 from peft_engine.train.console import command, drawn, next_command, quiet, say
-from peft_engine.train.output import check_output
+from peft_engine.train.output import check_output, holds_already
 from peft_engine.train.train_command import as_train, settings_of
 
 SHOWN = 24  # rows of a table; the file has all
@@ -43,10 +43,7 @@ def profile(
         check_output(output)
         there = [name for name in FILES if (output / name).exists()]
         if there and not overwrite:
-            raise FileExistsError(
-                f"--output {output}: holds a profile already ({there[0]}); give another folder, or "
-                "--overwrite"
-            )
+            raise holds_already(output, "profile", there[0])
         settings = settings_of(
             given | {"output": output, "overwrite": overwrite, "resume": False, "epochs": 1.0}
         )

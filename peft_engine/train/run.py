@@ -20,7 +20,15 @@ from peft_engine.train.models import (
     load_tokenizer,
     run_record,
 )
-from peft_engine.train.output import STAGING, check_output, checkpoints, last_checkpoint, sole_run, step_of
+from peft_engine.train.output import (
+    STAGING,
+    check_output,
+    checkpoints,
+    holds_already,
+    last_checkpoint,
+    sole_run,
+    step_of,
+)
 from peft_engine.train.record import draw_losses, peak_gpu_bytes, peak_rss_bytes, versions, write_json
 from peft_engine.train.settings import RunSettings
 
@@ -62,7 +70,7 @@ def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.Exi
     from peft_engine.train import trainer  # Trainer takes seconds to import: the data has been checked by now
 
     loop = settings.loop
-    _tell_plan(settings, documents, eval_documents, resume_from, say)
+    _tell_plan(settings, (rows, documents), (eval_rows, eval_documents), resume_from, say)
     _tell_memory(settings, say)
     model, report = prepare(settings, resume_from)
     say(f"Layers: {report.fused_count} of {report.total} fused (peft-engine explain says which and why)")
@@ -122,10 +130,7 @@ def _checkpoint(settings: RunSettings) -> Path | None:
     ]
     if not settings.resume:
         if there and not settings.overwrite:
-            raise RunError(
-                f"--output {output}: holds a run already ({there[0]}); give another folder, --resume to go "
-                "on from its last checkpoint, or --overwrite to replace it"
-            )
+            raise holds_already(output, "run", there[0], "--resume to go on from its last checkpoint, ")
         return None
     checkpoint = last_checkpoint(output)
     if checkpoint is None:
@@ -166,25 +171,32 @@ def _clear(output: Path) -> None:
 
 def _tell_plan(
     settings: RunSettings,
-    documents: list[Document],
-    eval_documents: list[Document],
+    data: tuple[list[Row], list[Document]],
+    eval_data: tuple[list[Row], list[Document]],
     resume_from: Path | None,
     say: Callable[[str], None],
 ) -> None:
-    loop, rows = settings.loop, len(documents)
+    loop, (rows, documents) = settings.loop, data
+    unit = "rows" if len(documents) == len(rows) else "pieces"
     tokens = sum(document.tokens for document in documents)
     labelled = sum(document.labelled for document in documents)
     say(f"Model: {settings.model}, {'in NF4' if settings.base == 'nf4' else 'dense'}, dtype {settings.dtype}")
-    say(f"Data: {rows} rows of {settings.data}, {tokens:,} tokens, {labelled:,} of them labelled")
-    if eval_documents:
-        say(f"Evaluation: {len(eval_documents)} rows of {settings.eval_data}; the best state is kept")
+    say(f"Data: {_counted(*data)} of {settings.data}, {tokens:,} tokens, {labelled:,} of them labelled")
+    if settings.eval_data:
+        say(f"Evaluation: {_counted(*eval_data)} of {settings.eval_data}; the best state is kept")
     say(f"Adapter: {of_method.describe(settings.method, settings.method_options)}, to {settings.output}")
     say(
-        f"Training: {loop.total_steps(rows)} steps of {loop.batch_size} x {loop.gradient_accumulation_steps} "
-        f"rows, learning rate {loop.learning_rate:g}, {loop.scheduler}"
+        f"Training: {loop.total_steps(len(documents))} steps of {loop.batch_size} x "
+        f"{loop.gradient_accumulation_steps} {unit}, learning rate {loop.learning_rate:g}, {loop.scheduler}"
     )
     if resume_from is not None:
         say(f"Going on from {resume_from}")
+
+
+def _counted(rows: list[Row], documents: list[Document]) -> str:
+    """How many rows; of long texts, in how many pieces --max-length cuts them."""
+    cut = "" if len(documents) == len(rows) else f"{len(documents)} pieces of "
+    return f"{cut}{len(rows)} rows"
 
 
 def _tell_memory(settings: RunSettings, say: Callable[[str], None]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import shutil
 import subprocess
@@ -69,6 +70,17 @@ def test_train_writes_the_adapter_the_record_and_the_picture(train, tmp_path, da
     assert record["saved"] == "last" and record["saved_step"] == 12
     assert "12 steps" in err and "ETA" in err and "tokens/s" in err
     assert err.strip().splitlines()[-1].startswith("Next: peft-engine eval --model")
+
+
+def test_the_plan_counts_the_pieces_that_long_texts_are_cut_in(train, tmp_path, data):
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "fine " * 50}, {"text": "a fine warm film"}])
+    code, _, err = train("--max-length", 20, "--eval-data", long, data=long)
+    assert code == 0, err
+    pieces = int(re.search(rf"Data: (\d+) pieces of 2 rows of {long}, ", err)[1])
+    assert pieces > 2 and f"Evaluation: {pieces} pieces of 2 rows of {long};" in err
+    assert f"Training: {(pieces + 3) // 4} steps of 4 x 1 pieces, " in err
+    err = train("--overwrite", "--max-length", 60, "--max-steps", 1)[2]
+    assert f"Data: 16 rows of {data}, " in err and "of 4 x 1 rows, " in err
 
 
 def test_json_on_standard_output_is_the_record_and_nothing_else(train, tmp_path):
