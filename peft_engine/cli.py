@@ -214,12 +214,15 @@ def generate(
         name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
         if not mixed and len(names) > 1:  # each adapter answers every prompt
             texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
+        following = ["eval", "--model", model, *(w for f in folders for w in ("--adapter", f))]
+        following += ["--data", "test.jsonl"]
         where = [place for place in prompts.where for _ in range(len(texts) // len(prompts.where))]
         if not of_row and len(texts) == 1 and not json_:
             with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling, where)) as pieces:
                 for piece in pieces:
                     show(piece, end="")
             show("")
+            next_command(*following)
             return
         many = [name_of[folder] for folder in of_row] or None
         answers: list[dict[str, Any]] = []
@@ -245,6 +248,7 @@ def generate(
                 }
             )
         say(f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)")
+        next_command(*following)
 
 
 app.command()(merge)
@@ -288,24 +292,23 @@ def doctor(json_: Json = False, debug: Debug = False) -> None:
         from peft_engine.doctor import diagnose
 
         found = diagnose()
-        if json_:
-            show(found)
-            return
-        for name, why in found["backends"].items():
-            show(f"backend {name:<10} {'on' if why is None else f'off: {why}'}")
-        for name, version in found["versions"].items():
-            show(f"{name:<18} {version or 'not installed'}")
-        cpu = found["cpu"]
-        show(
-            "cpu                "
-            + ", ".join(f"{k} {' '.join(v) if isinstance(v, list | tuple) else v}" for k, v in cpu.items())
-        )
-        show(f"gpu                {found['gpu'] or 'none'}")
-        for name, tool in found["toolchain"].items():
-            show(f"{name:<18} " + (tool["problem"] or f"{tool['version']} ({tool['path']})"))
-        for problem in found["problems"]:
-            show(f"problem: {problem['problem']}\n  mend it: {problem['fix']}")
+        show(found if json_ else _listed(found))
         say("Next: " + ("mend the above" if found["problems"] else "peft-engine train --help"))
+
+
+def _listed(found: dict[str, Any]) -> str:
+    """What `doctor` found, for people."""
+    lines = [
+        f"backend {k:<10} {'on' if why is None else f'off: {why}'}" for k, why in found["backends"].items()
+    ]
+    lines += [f"{name:<18} {version or 'not installed'}" for name, version in found["versions"].items()]
+    cpu = (f"{k} {' '.join(v) if isinstance(v, list | tuple) else v}" for k, v in found["cpu"].items())
+    lines += ["cpu                " + ", ".join(cpu), f"gpu                {found['gpu'] or 'none'}"]
+    for name, tool in found["toolchain"].items():
+        lines.append(f"{name:<18} " + (tool["problem"] or f"{tool['version']} ({tool['path']})"))
+    for problem in found["problems"]:
+        lines.append(f"problem: {problem['problem']}\n  mend it: {problem['fix']}")
+    return "\n".join(lines)
 
 
 @app.command(

@@ -184,6 +184,13 @@ def test_generate_streams_what_the_batch_gives(command, model, adapter, tmp_path
     assert found["tokens"] == 2 * len(prompts)  # the label and the end
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_generate_ends_with_the_command_to_type_next(command, model, adapter, more):
+    line = ("generate", "--model", model, "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 1)
+    last = command(*line, *more)[2].splitlines()[-1]
+    assert last == f"Next: peft-engine eval --model {model} --adapter {adapter} --data test.jsonl"
+
+
 def test_left_padding_does_not_change_an_answer(command, model, tmp_path):
     prompts = ["a fine warm film", "Review: dull acting and a cold end and a cold film\nSentiment:", "i"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[:1] + prompts[2:]))
@@ -319,7 +326,9 @@ def test_explain_reports_every_layer_with_its_backend(command, model, adapter):
 
 
 def test_doctor_lists_the_backends_and_how_to_mend_them(command):
-    found = json.loads(command("doctor", "--json")[1])
+    code, out, err = command("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and err.strip().splitlines()[-1].startswith("Next: ")
     assert {"backends", "versions", "cpu", "gpu", "problems"} <= set(found)
     code, out, _ = command("doctor")
     assert code == 0
