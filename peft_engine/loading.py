@@ -65,6 +65,7 @@ def load(
         config = copy.copy(config)  # it may be the caller's
         del config.quantization_config
     settings = _Settings(stored, blocksize, double_quant, skip_modules)
+    _check_pickled(path, config, arguments)
     _check_shards(path, config, arguments)
     wants_info = arguments.pop("output_loading_info", False)
     try:
@@ -116,6 +117,19 @@ def _is_stored(path: str, config: Any) -> bool:
         f"load_quantized: {path} is quantised already, in {kind!r}; only bitsandbytes' NF4 is read as it is: "
         "start from the dense checkpoint"
     )
+
+
+def _check_pickled(path: str, config: Any, arguments: dict[str, Any]) -> None:
+    """FileNotFoundError for a local folder whose weights are pickles alone, with what writes the others."""
+    folder = Path(path, arguments.get("subfolder") or "")
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors*")):
+        kind = _model_class(config).__name__
+        raise FileNotFoundError(
+            f"load_quantized: {path} holds {pickles[0].name} and no safetensors, which alone are read one "
+            f'tensor at a time; write them: transformers.{kind}.from_pretrained("{path}", dtype="auto")'
+            '.save_pretrained("NEW_FOLDER"), and its tokenizer the same way'
+        )
 
 
 def _check_shards(path: str, config: Any, arguments: dict[str, Any]) -> None:

@@ -221,6 +221,15 @@ def test_a_broken_file_of_the_model_names_the_folder_and_the_mend(
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
+def test_pickled_weights_are_refused_in_4_bit_with_the_way_to_convert_them(train, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    _failed(result := train(model=folder), "holds pytorch_model.bin and no safetensors", "save_pretrained(")
+    assert "copy it again" not in result[2]
+    assert train("--method", "lora", "--max-steps", 1, model=folder)[0] == 0
+
+
 def test_the_same_for_the_commands_that_read_the_tokenizer_first(command, model, data, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "config.json").write_text("[]")
