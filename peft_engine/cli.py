@@ -76,16 +76,14 @@ app.command()(compare)
 app.command()(estimate)
 
 
-def _load(
-    model: str, adapters: list[Path], quantize: str | None, dtype: str | None
-) -> tuple[Any, Any, list[str]]:
-    """The fused model, its tokenizer, the adapters' names; says what it does."""
+def _load(model: str, adapters: list[Path], quantize: str | None, dtype: str | None) -> tuple[Any, list[str]]:
+    """The fused model and the adapters' names; says what it does."""
     from peft_engine.train import models
 
-    loaded, tokenizer, names = models.load(model, adapters, quantize, dtype)
+    loaded, names = models.load(model, adapters, quantize, dtype)
     report = peft_engine.optimize(loaded)
     say(f"Layers: {report.fused_count} of {report.total} fused")
-    return loaded, tokenizer, names
+    return loaded, names
 
 
 @app.command(name="eval")
@@ -126,21 +124,21 @@ def evaluate(
         rows = read_rows(data)
         quiet()
         from peft_engine.train import evaluate as measures
-        from peft_engine.train.models import virtual_tokens
+        from peft_engine.train import models
 
         folders = adapter or []
-        loaded, tokenizer, names = _load(model, folders, quantize, dtype)
-        limit = length_limit(loaded.config, max_length, virtual_tokens(loaded))
+        config, tokenizer = models.load_config(model), models.load_tokenizer(model)
+        limit = length_limit(config, max_length, models.virtual_tokens_of(folders))
+        measure = measures.prepare(
+            config, tokenizer, rows, task=task, limit=limit, split_text=max_length is not None
+        )  # what is wrong with the rows is told before the model is read
+        loaded, names = _load(model, folders, quantize, dtype)
         results = []
         for name in names if names else (None,):
             peft_engine.active(loaded, name)
             say(f"Evaluating {len(rows)} rows of {data}: {task or measures.task_of(rows)}")
             with progress.bar("Evaluating", len(rows)) as bar:
-                found = measures.evaluate(
-                    loaded, tokenizer, rows, task=task, batch_size=batch_size, limit=limit,
-                    split_text=max_length is not None, watch=bar.update,
-                )  # fmt: skip
-            results.append(found)
+                results.append(measure(loaded, batch_size, bar.update))
         if json_:
             show(
                 results[0]
@@ -199,6 +197,7 @@ def generate(
             raise typer.BadParameter("give --prompt or --prompt-file, one of them")
         quiet()
         from peft_engine.train import generate as text
+        from peft_engine.train import models
         from peft_engine.train.data import Prompts, check_text
 
         with usage():
@@ -209,8 +208,13 @@ def generate(
         mixed = prompts.adapters is not None
         with usage():
             of_row: list[Path | None] = text.adapters_of(prompts, folders) if mixed else []
-        loaded, tokenizer, names = _load(model, folders, quantize, dtype)
+        config, tokenizer = models.load_config(model), models.load_tokenizer(model)
         texts = [text.chat_prompt(tokenizer, p) for p in prompts.texts] if chat else prompts.texts
+        taken = models.virtual_tokens_of(folders)
+        text.encoded(
+            config, tokenizer, texts, max_new_tokens, prompts.where, taken
+        )  # before the model is read
+        loaded, names = _load(model, folders, quantize, dtype)
         name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
         if not mixed and len(names) > 1:  # each adapter answers every prompt
             texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
@@ -274,7 +278,7 @@ def explain(
     with command(debug) as show:
         check_base(quantize, dtype)
         quiet()
-        loaded, _, _ = _load(model, adapter or [], quantize, dtype)
+        loaded, _ = _load(model, adapter or [], quantize, dtype)
         report = peft_engine.explain(loaded)
         show(report.to_dict() if json_ else str(report))
         say("Next: peft-engine doctor says what this machine lacks, where a backend is missing")

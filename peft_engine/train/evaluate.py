@@ -42,6 +42,9 @@ MIN_NEW_TOKENS = 16
 Watcher = Callable[[int], None]
 """Called with the number of rows done."""
 
+Work = Callable[[Any, int, Watcher, Say], tuple[dict[str, Any], int]]
+"""What is left to do with a model, at a batch size: what it found, and the tokens run."""
+
 
 def task_of(rows: Sequence[Row]) -> str:
     """ "classify" when the completions are at most 50 distinct texts that come again, else "generate".
@@ -66,45 +69,71 @@ def evaluate(
     watch: Watcher = lambda done: None,
     say: Say = console_say,
 ) -> dict[str, Any]:
-    """task, rows, accuracy, exact_match, token_f1, perplexity, labels, confusion, tokens_per_second, seconds.
+    """What `prepare` gives, of a model that is there."""
+    limit = min(limit, positions(model))
+    measure = prepare(model.config, tokenizer, rows, task=task, limit=limit, split_text=split_text)
+    return measure(model, batch_size, watch, say)
 
-    confusion[i][j] counts the rows of labels[i] that were answered labels[j]. What does not apply is None.
+
+def prepare(
+    config: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    task: str | None = None,
+    limit: int = 2**31,
+    split_text: bool = False,
+) -> Callable[..., dict[str, Any]]:
+    """The rows as tokens, checked without the model, and what measures one on them.
+
     task: None decides by the data (`task_of`). limit: the most tokens of a row; a longer one is a DataError,
-    or with split_text, where it is text, cut in pieces. say gets a line where the model cannot run packed
-    rows; the results are the same then.
+    or with split_text, where it is text, cut in pieces.
     """
     task = task or task_of(rows)
-    limit = min(limit, positions(model))
     if task == "classify" and rows[0].kind != "completion":
         raise DataError("--task classify: needs rows of prompt and completion")
-    out: dict[str, Any] = dict.fromkeys(
-        ("accuracy", "exact_match", "token_f1", "perplexity", "labels", "confusion")
+    work: Work = (
+        _classify(config, tokenizer, rows, limit)
+        if task == "classify"
+        else _generate(config, tokenizer, rows, limit, split_text)
     )
-    start = time.perf_counter()
-    with torch.no_grad():
-        given = (model, tokenizer, rows, batch_size, limit, watch, say)
-        found, tokens = _classify(*given) if task == "classify" else _generate(*given, split_text)
-    seconds = time.perf_counter() - start
-    return {
-        "task": task,
-        "rows": len(rows),
-        **out,
-        **found,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-    }
+
+    def measure(
+        model: Any, batch_size: int, watch: Watcher = lambda done: None, say: Say = console_say
+    ) -> dict[str, Any]:
+        """task, rows, accuracy, exact_match, token_f1, perplexity, labels, confusion, tokens_per_second,
+        seconds.
+
+        confusion[i][j] counts the rows of labels[i] that were answered labels[j]. What does not apply is
+        None. say gets a line where the model cannot run packed rows; the results are the same then.
+        """
+        out: dict[str, Any] = dict.fromkeys(
+            ("accuracy", "exact_match", "token_f1", "perplexity", "labels", "confusion")
+        )
+        start = time.perf_counter()
+        with torch.no_grad():
+            found, tokens = work(model, batch_size, watch, say)
+        seconds = time.perf_counter() - start
+        return {
+            "task": task,
+            "rows": len(rows),
+            **out,
+            **found,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+        }
+
+    return measure
 
 
 # --- classify -----------------------------------------------------------------------------------------------
 
 
-def _classify(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, limit: int, watch: Watcher, say: Say
-) -> tuple[dict[str, Any], int]:
+def _classify(config: Any, tokenizer: Any, rows: Sequence[Row], limit: int) -> Work:
     labels = sorted({row.fields["completion"] for row in rows})
     encode: Callable[[Any, str], list[int]] = encode_prompt
     way: Way | None = None
-    if encoder_decoder.is_one(model.config):
+    if encoder_decoder.is_one(config):
         targets = [encoder_decoder.target(tokenizer, label) for label in labels]
         candidates = [target.own for target in targets]
         encode, way = encoder_decoder.source, functools.partial(encoder_decoder.in_decoder, targets)
@@ -119,7 +148,7 @@ def _classify(
                 "answer can tell them apart; write them otherwise"
             )
     prompts = [encode(tokenizer, row.fields["prompt"]) for row in rows]
-    check_vocabulary(model.config, tokenizer, [*prompts, *candidates])
+    check_vocabulary(config, tokenizer, [*prompts, *candidates])
     longest = max(map(len, candidates))
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
@@ -128,6 +157,20 @@ def _classify(
             raise DataError(
                 f"{row.where}: {len(prompt) + longest} tokens with the label, at most {limit} are allowed"
             )
+    return functools.partial(_answers, rows, labels, prompts, candidates, way)
+
+
+def _answers(
+    rows: Sequence[Row],
+    labels: list[str],
+    prompts: list[list[int]],
+    candidates: list[list[int]],
+    way: Way | None,
+    model: Any,
+    batch_size: int,
+    watch: Watcher,
+    say: Say,
+) -> tuple[dict[str, Any], int]:
     confusion = [[0] * len(labels) for _ in labels]
     way = way or scoring_way(model, candidates, say)
     done = tokens = 0
@@ -167,26 +210,30 @@ def _parts(prompts: list[list[int]], extra: int, batch_size: int) -> list[list[l
 # --- generate -----------------------------------------------------------------------------------------------
 
 
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    batch_size: int,
-    limit: int,
-    watch: Watcher,
-    say: Say,
-    split_text: bool,
-) -> tuple[dict[str, Any], int]:
-    if encoder_decoder.is_one(model.config):
+def _generate(config: Any, tokenizer: Any, rows: Sequence[Row], limit: int, split_text: bool) -> Work:
+    if encoder_decoder.is_one(config):
         documents = encoder_decoder.documents(rows, tokenizer, limit)
     else:
         documents = tokenize(rows, tokenizer, limit, split_text=split_text, learn_end=False)
-    check_vocabulary(model.config, tokenizer, (ids for d in documents for ids in (d.input_ids, d.labels)))
-    questions = [] if rows[0].kind == "text" else _questions(model, rows, tokenizer, limit)  # errors first
+    check_vocabulary(config, tokenizer, (ids for d in documents for ids in (d.input_ids, d.labels)))
+    questions = [] if rows[0].kind == "text" else _questions(config, rows, tokenizer, limit)
+    return functools.partial(_texts, len(rows), tokenizer, documents, questions)
+
+
+def _texts(
+    rows: int,
+    tokenizer: Any,
+    documents: list[Document],
+    questions: list[tuple[str, str, int]],
+    model: Any,
+    batch_size: int,
+    watch: Watcher,
+    say: Say,
+) -> tuple[dict[str, Any], int]:
     loss, tokens = perplexity_loss(model, documents, batch_size, collator(model, say))
     found: dict[str, Any] = {"perplexity": math.exp(min(loss, 700.0))}
     if not questions:
-        watch(len(rows))
+        watch(rows)
         return found, tokens
     done = exact = 0
     f1 = 0.0
@@ -201,15 +248,15 @@ def _generate(
                 tokens += answer.tokens
                 done += 1
             watch(done)
-    return found | {"exact_match": exact / len(rows), "token_f1": f1 / len(rows)}, tokens
+    return found | {"exact_match": exact / rows, "token_f1": f1 / rows}, tokens
 
 
-def _questions(model: Any, rows: Sequence[Row], tokenizer: Any, limit: int) -> list[tuple[str, str, int]]:
+def _questions(config: Any, rows: Sequence[Row], tokenizer: Any, limit: int) -> list[tuple[str, str, int]]:
     """The prompt and the answer wanted, and how many tokens an answer may have: for each row as many as the
     longest answer takes, or what is left of the model after its prompt.
     """
     pairs = [_question(row, tokenizer) for row in rows]
-    if encoder_decoder.is_one(model.config):  # an answer has the decoder to itself
+    if encoder_decoder.is_one(config):  # an answer has the decoder to itself
         longest = max(len(encoder_decoder.target(tokenizer, answer).ids) for _, answer in pairs)
         return [(*pair, min(max(MIN_NEW_TOKENS, longest), limit - 1)) for pair in pairs]
     longest = max(len(encode_completion(tokenizer, answer)) for _, answer in pairs)

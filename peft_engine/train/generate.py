@@ -122,7 +122,7 @@ def generate(
     where: where each prompt stands, for the DataError of one that cannot be (`encoded`), before the first.
     """
     torch.manual_seed(sampling.seed)
-    rows = encoded(model, tokenizer, prompts, sampling.max_new_tokens, where)
+    rows = _encoded(model, tokenizer, prompts, sampling, where)
     work = list(zip(prompts, adapters or [None] * len(prompts), rows, strict=True))
     for start in range(0, len(work), batch_size):
         part = work[start : start + batch_size]
@@ -149,7 +149,7 @@ def stream(
     from transformers import TextIteratorStreamer
 
     torch.manual_seed(sampling.seed)
-    rows = encoded(model, tokenizer, [prompt], sampling.max_new_tokens, where)
+    rows = _encoded(model, tokenizer, [prompt], sampling, where)
     inputs = _padded(model, tokenizer, rows)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []
@@ -177,11 +177,14 @@ def stream(
 
 
 def encoded(
-    model: Any, tokenizer: Any, prompts: Sequence[str], room: int, where: Sequence[str] = ()
+    config: Any, tokenizer: Any, prompts: Sequence[str], room: int, where: Sequence[str], taken: int
 ) -> list[list[int]]:
-    """The tokens of each prompt; DataError for one without any, and for one that leaves no `room` tokens."""
-    limit, rows = positions(model), []
-    apart = encoder_decoder.is_one(model.config)  # the answer has the decoder's positions, after its first
+    """The tokens of each prompt; DataError for one without any, and for one that leaves no `room` tokens.
+
+    taken: how many of the model's positions an adapter takes.
+    """
+    limit, rows = length_limit(config, None, taken), []
+    apart = encoder_decoder.is_one(config)  # the answer has the decoder's positions, after its first
     encode = encoder_decoder.source if apart else encode_prompt
     for i, prompt in enumerate(prompts):
         at = f"{where[i]}: " if where and where[i] else ""
@@ -193,8 +196,15 @@ def encoded(
                 f"{at}a prompt of {len(rows[-1])} tokens and {room} new ones exceed the model's {limit}; "
                 "shorten it, or lower --max-new-tokens"
             )
-    check_vocabulary(model.config, tokenizer, rows)
+    check_vocabulary(config, tokenizer, rows)
     return rows
+
+
+def _encoded(
+    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling, where: Sequence[str]
+) -> list[list[int]]:
+    room, taken = sampling.max_new_tokens, virtual_tokens(model)
+    return encoded(model.config, tokenizer, prompts, room, where, taken)
 
 
 def positions(model: Any) -> int:

@@ -85,12 +85,20 @@ def _merge(
     """Loads, merges, measures and writes; what `--json` shows."""
     from peft_engine.merge import merge_
     from peft_engine.methods import lora_layers
+    from peft_engine.methods.registry import METHODS
     from peft_engine.train import models, progress
     from peft_engine.train.data import read_rows
 
     start = time.perf_counter()
     rows = None if data is None else read_rows(data)[:ROWS]  # what is wrong with them is told at once
-    model, tokenizer, (adapter_name,) = models.load(name, [adapter], quantize, dtype)
+    fields, tokenizer = models.adapter_fields(adapter), models.load_tokenizer(name)
+    for method in METHODS:
+        if method is not lora_layers and method.owns(fields):
+            raise ValueError(
+                f"--adapter {adapter}: is a {method.NAME} adapter, and what it computes is no change of a "
+                "weight: keep it beside the base"
+            )
+    model, (adapter_name,) = models.load(name, [adapter], quantize, dtype)
     documents = _documents(tokenizer, rows, model)
     before = list(_predictions(model, documents))
     layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]

@@ -121,32 +121,53 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
+def adapter_fields(folder: Path) -> dict[str, Any]:
+    """An adapter's config, read before the model is: ModelError for a folder without one, and {} for one that
+    is broken, which load_adapter tells of.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(f"--adapter {folder}: has no {path.name}; give the folder that train wrote")
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def virtual_tokens_of(folders: Iterable[Path]) -> int:
+    """`virtual_tokens`, before the adapters are loaded."""
+    counts = [adapter_fields(folder).get("num_virtual_tokens") for folder in folders]
+    return max((count for count in counts if isinstance(count, int)), default=0)
+
+
 def load(
     name: str, adapters: Sequence[Path], quantize: str | None, dtype: str | None
-) -> tuple[Any, Any, list[str]]:
-    """The model with its adapters, its tokenizer, the adapters' names; says what it loads.
+) -> tuple[Any, list[str]]:
+    """The model with its adapters, and their names; says what it loads.
 
     quantize and dtype: None takes what the adapters were trained on.
     """
+    merged = getattr(load_config(name), MERGED, None) or ()
+    for folder in adapters:
+        adapter_fields(folder)
+        if merged and merged_as(folder) in merged:
+            raise ModelError(
+                f"--adapter {folder}: it was merged into the weights of {name} already; leave it out, or "
+                "give the model that it was merged into as --model"
+            )
     quantize = quantize or recorded(adapters, "quantize") or _agreed(map(trained_on, adapters), "quantize")
     dtype = dtype or recorded(adapters, "dtype") or "auto"
-    tokenizer = load_tokenizer(name)
     how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
     say(f"Loading {name}, {how}, dtype {dtype}" + "".join(f", adapter {folder}" for folder in adapters))
     model = load_base(name, quantize=quantize, dtype=dtype)
-    return model, tokenizer, load_adapters(model, adapters)
+    return model, load_adapters(model, adapters)
 
 
 def load_adapters(model: Any, folders: Sequence[Path]) -> list[str]:
     """Puts each folder's adapter on the model, the first one active; returns their names."""
     names = []
-    merged = getattr(model.config, MERGED, None) or ()
     for i, folder in enumerate(folders):
-        if merged and merged_as(folder) in merged:
-            raise ModelError(
-                f"--adapter {folder}: it was merged into the weights of {model.config.name_or_path} already; "
-                "leave it out, or give the model that it was merged into as --model"
-            )
         try:
             names.append(load_adapter(model, folder, None if len(folders) == 1 else f"adapter{i}"))
         except ValueError as error:
@@ -215,7 +236,7 @@ def _explained(name: str, what: str):
     """Makes a ModelError of what transformers raises, which for a broken file may be anything."""
     try:
         yield
-    except (ImportError, MemoryError):  # they say what is missing
+    except (ImportError, MemoryError, ModelError):  # they say what is missing
         raise
     except Exception as error:
         if "allocate" in str(error) or "out of memory" in str(error):

@@ -12,7 +12,6 @@ from texts import reviews, write_jsonl
 
 import peft_engine as pe
 from peft_engine import adapter_files
-from peft_engine.methods.attach import tensors
 from peft_engine.train import merge_command
 
 IDS = torch.arange(12)[None]
@@ -59,7 +58,7 @@ def test_what_a_model_contains_is_not_put_on_it_again(command, model, adapter, t
     first = adapter()
     merged, again = tmp_path / "merged", tmp_path / "again"
     assert command("merge", "--model", model, "--adapter", first, "--output", merged)[0] == 0
-    for line in (("merge", "--output", again), ("generate", "--prompt", "a")):
+    for line in (("merge", "--output", again), ("generate", "--prompt", "a", "--max-new-tokens", 2)):
         code, _, err = command(*line, "--model", merged, "--adapter", first)
         assert code == 1 and "was merged into the weights of" in err and "leave it out" in err
     second = pe.attach(load(merged), pe.LoraConfig(r=2, init_lora_weights=False))
@@ -170,15 +169,6 @@ def test_another_base_and_an_adapter_that_is_no_change_of_a_weight_are_refused(c
     code, _, err = command("merge", "--model", model, "--adapter", other, "--output", tmp_path / "m")
     assert code == 1 and "the weights of this model differ from the base it was trained on" in err
     assert err.endswith(": give that base as --model\n")  # and no argument of a function
-    prefix = load(model)
-    pe.attach(prefix, pe.PrefixTuningConfig(num_virtual_tokens=3))
-    for tensor in tensors(prefix, "default").values():
-        tensor.data.add_(0.1)
-    pe.save_adapter(prefix, tmp_path / "prefix")
-    code, _, err = command(
-        "merge", "--model", model, "--adapter", tmp_path / "prefix", "--output", tmp_path / "m"
-    )
-    assert code == 1 and "is no LoRA adapter" in err
     assert not (tmp_path / "m").exists()
 
 
