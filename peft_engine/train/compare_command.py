@@ -8,11 +8,12 @@ import typer
 from peft_engine.train import options as o
 from peft_engine.train.console import command, next_command, say, usage
 from peft_engine.train.method_options import METHODS
+from peft_engine.train.train_command import as_train, of
 
 
+@as_train(without=("method", "eval_steps", "save_steps", "resume"))
 def compare(
-    model: o.Model,
-    data: o.Data,
+    given: dict[str, Any],
     eval_data: Annotated[Path, o.path_option("Held-out rows that every method is measured on.")],
     output: Annotated[
         Path,
@@ -25,10 +26,6 @@ def compare(
         str | None,
         typer.Option(help="The base of all but qlora, whose is nf4. Default: none.", metavar="nf4|none"),
     ] = None,
-    epochs: o.Epochs = 1.0,
-    max_steps: o.MaxSteps = None,
-    batch_size: o.BatchSize = 8,
-    gradient_accumulation_steps: o.Accumulation = 1,
     learning_rate: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,28 +33,6 @@ def compare(
             metavar="METHOD=RATE",
         ),
     ] = None,
-    warmup_ratio: o.WarmupRatio = 0.03,
-    scheduler: o.Scheduler = "cosine",
-    weight_decay: o.WeightDecay = 0.0,
-    max_grad_norm: o.MaxGradNorm = 1.0,
-    rank: o.Rank = None,
-    alpha: o.Alpha = None,
-    dropout: o.Dropout = None,
-    target_modules: o.TargetModules = None,
-    target_parameters: o.TargetParameters = None,
-    dora: o.Dora = False,
-    virtual_tokens: o.VirtualTokens = None,
-    prefix_projection: o.PrefixProjection = False,
-    init: o.Init = None,
-    init_text: o.InitText = None,
-    width: o.Width = None,
-    reduction_factor: o.ReductionFactor = None,
-    placement: o.Placement = None,
-    activation: o.Activation = None,
-    dtype: o.TrainDtype = "auto",
-    seed: o.Seed = 0,
-    max_length: o.MaxLength = None,
-    gradient_checkpointing: o.Checkpointing = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the comparison that --output holds.")
     ] = False,
@@ -80,26 +55,16 @@ def compare(
         from peft_engine.train.compare_report import draw, table, write_csv
         from peft_engine.train.settings import LoopSettings
 
-        loop: dict[str, Any] = {
-            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps, "warmup_ratio": warmup_ratio,
-            "scheduler": scheduler, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-            "seed": seed, "gradient_checkpointing": gradient_checkpointing,
-        }  # fmt: skip
         with usage():
             names = work.methods_of(methods)
+            loop = of(LoopSettings, given) | {"learning_rate": 1.0}  # each method has its own
             settings = work.Comparison(
-                methods=names, model=model, data=data, eval_data=eval_data, output=output, quantize=quantize,
-                dtype=dtype, max_length=max_length, overwrite=overwrite, loop=LoopSettings(**loop),
+                methods=names,
+                options=o.method_options(**of(o.MethodOptions, given)),
                 rates=work.rates_of(learning_rate or [], names),
-                options=o.method_options(
-                    rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules,
-                    target_parameters=target_parameters, dora=dora,
-                    virtual_tokens=virtual_tokens, prefix_projection=prefix_projection, init=init,
-                    init_text=init_text, width=width, reduction_factor=reduction_factor,
-                    placement=placement, activation=activation,
-                ),
-            )  # fmt: skip
+                loop=LoopSettings(**loop),
+                **of(work.Comparison, given),
+            )
         found = work.compare(settings, say)
         write_csv(output / "compare.csv", found)
         draw(output / "compare.png", found)
@@ -109,4 +74,4 @@ def compare(
         if failed:
             say(f"peft-engine: error: compare: failed: {', '.join(failed)}; the reasons stand in the table")
             raise typer.Exit(1)
-        next_command("generate", "--model", model, "--adapter", output / names[0], "--prompt", "...")
+        next_command("generate", "--model", settings.model, "--adapter", output / names[0], "--prompt", "...")

@@ -126,20 +126,24 @@ def train(
         next_command("eval", "--model", model, "--adapter", output, "--data", test)
 
 
+def of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a kind of settings among options."""
+    return {name: given[name] for name in kind.__dataclass_fields__ if name in given}
+
+
 def settings_of(given: dict[str, Any]) -> Any:
     """The settings that the options of `train` mean, by their names; what cannot be is wrong usage."""
     choice("--method", given["method"], METHODS)
     from peft_engine.train.settings import LoopSettings, RunSettings
 
-    def of(kind: Any) -> dict[str, Any]:
-        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}
-
-    loop = of(LoopSettings)
+    loop = of(LoopSettings, given)
     if loop["learning_rate"] is None:
         loop["learning_rate"] = default_rate(given["method"])
     with usage():
         return RunSettings(
-            **of(RunSettings), options=o.method_options(**of(o.MethodOptions)), loop=LoopSettings(**loop)
+            **of(RunSettings, given),
+            options=o.method_options(**of(o.MethodOptions, given)),
+            loop=LoopSettings(**loop),
         )
 
 
