@@ -103,6 +103,11 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     limit = csv.field_size_limit(MOST_IN_A_FIELD)
     try:
         if reader.fieldnames:
+            if len(reader.fieldnames) == 1 and any(sign in reader.fieldnames[0] for sign in ";\t|"):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: one column, {reader.fieldnames[0]!r}; separate the "
+                    "columns by commas"
+                )
             twice = {name for name in reader.fieldnames if name and reader.fieldnames.count(name) > 1}
             if twice:
                 raise DataError(

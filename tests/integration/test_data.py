@@ -171,6 +171,13 @@ def test_a_value_that_is_null_is_named_and_one_of_another_column_may_be_missing(
     assert read_rows(tmp_path / "b.csv")[0].fields == {"prompt": "a", "completion": "b"}
 
 
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_columns_that_no_comma_separates_are_told(tmp_path, sign):
+    (tmp_path / "a.csv").write_text(f"prompt{sign}completion\na{sign}b\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 1: one column, .*; separate the columns by commas"):
+        read_rows(tmp_path / "a.csv")
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
     with pytest.raises(DataError, match=r"a\.csv, line 1: several columns are named prompt; rename"):
