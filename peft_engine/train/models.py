@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from peft_engine.train.packing import why_no_decoder
 
 RECORD = "run.json"
 MERGED = "peft_engine_merged"  # in config.json: the adapters that the weights contain, by `merged_as`
+TOKENIZERS = ("*token*", "vocab*", "*.model")  # most have a file of such a name
 ANY_BASE = "load that base, or pass any_base=True to try it on this one"  # load_adapter's mend, from Python
 
 
@@ -47,12 +49,19 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     load_config(name)  # the tokenizer's loader reads it too, and would be blamed for it
+    none = ModelError(
+        f"--model {name}: the folder holds no tokenizer; save it there: tokenizer.save_pretrained(...)"
+    )
     with _explained(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception:
+            folder = Path(name).expanduser()
+            if folder.is_dir() and not any(file for form in TOKENIZERS for file in folder.glob(form)):
+                raise none from None
+            raise
     if len(tokenizer) == 0:
-        raise ModelError(
-            f"--model {name}: the folder holds no tokenizer; save it there: tokenizer.save_pretrained(...)"
-        )
+        raise none
     return tokenizer
 
 
@@ -241,6 +250,11 @@ def _explained(name: str, what: str):
     except Exception as error:
         if "allocate" in str(error) or "out of memory" in str(error):
             raise
+        if isinstance(error, pickle.UnpicklingError):  # whose text says how to run the code
+            raise ModelError(
+                f"--model {name}: its {what} are a pickle with more in it than tensors, which could run code "
+                "when it is read; do not trust it, and have its author save it as safetensors"
+            ) from error
         usual = isinstance(error, (OSError, ValueError))
         first = _first_line(error) if usual else _one_line(error)
         if Path(name).expanduser().is_dir() or not usual:

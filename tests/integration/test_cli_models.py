@@ -83,6 +83,19 @@ def test_a_classifier_is_refused_and_no_head_is_made_up(refused, tmp_path, quant
     )
 
 
+def test_a_pickle_that_holds_more_than_tensors_is_not_read(refused, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": shutil.rmtree}, folder / "pytorch_model.bin")
+    says = refused(folder)
+    assert "a pickle with more in it than tensors" in says and "weights_only" not in says
+
+
+def test_a_folder_without_a_tokenizer_is_told_with_what_saves_it(refused, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert refused(folder) == "the folder holds no tokenizer; save it there: tokenizer.save_pretrained(...)"
+
+
 def test_weights_that_the_model_has_no_place_for_are_told(command, model, data, tmp_path):
     folder = shutil.copytree(model, tmp_path / "more")
     tensors = load_file(folder / "model.safetensors")
