@@ -129,9 +129,10 @@ def evaluate(
         folders = adapter or []
         config, tokenizer = models.load_config(model), models.load_tokenizer(model)
         limit = length_limit(config, max_length, models.virtual_tokens_of(folders))
+        # What is wrong with the rows is told before the model is read.
         measure = measures.prepare(
             config, tokenizer, rows, task=task, limit=limit, split_text=max_length is not None
-        )  # what is wrong with the rows is told before the model is read
+        )
         loaded, names = _load(model, folders, quantize, dtype)
         results = []
         for name in names if names else (None,):
@@ -211,9 +212,8 @@ def generate(
         config, tokenizer = models.load_config(model), models.load_tokenizer(model)
         texts = [text.chat_prompt(tokenizer, p) for p in prompts.texts] if chat else prompts.texts
         taken = models.virtual_tokens_of(folders)
-        text.encoded(
-            config, tokenizer, texts, max_new_tokens, prompts.where, taken
-        )  # before the model is read
+        # What is wrong with the prompts is told before the model is read.
+        text.encoded(config, tokenizer, texts, max_new_tokens, prompts.where, taken)
         loaded, names = _load(model, folders, quantize, dtype)
         name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
         if not mixed and len(names) > 1:  # each adapter answers every prompt
