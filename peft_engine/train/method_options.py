@@ -19,7 +19,8 @@ LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "prefix": 1e-2, "prompt": 1e-1, "
 
 # The activation and the reduction factor that each placement was published with, as `adapters` has them.
 _OF_PLACEMENT = {"houlsby": ("silu", 16.0), "pfeiffer": ("relu", 16.0), "parallel": ("relu", 2.0)}
-BOUND = 2**31  # above all that a number of an option can mean: 1e300 is a slip
+BOUND = 2**31  # above all that an option counts: 1e300 is a slip
+LARGEST = 2.0**127  # float32 ends soon after
 PLACEMENTS = tuple(_OF_PLACEMENT)
 _LORA = {
     "rank": 16, "alpha": None, "dropout": 0.0, "target_modules": "all-linear", "target_parameters": None,
@@ -167,8 +168,8 @@ def require_count(name: str, value: int | None) -> None:
 
 
 def require_positive(name: str, value: float) -> None:
-    """`require` for a number above 0."""
-    require(0 < value < BOUND, name, "a number above 0, below 2^31", value)
+    """`require` for a number above 0 that float32 holds."""
+    require(0 < value < LARGEST, name, "a number above 0, below 2^127", value)
 
 
 def _option(name: str) -> str:

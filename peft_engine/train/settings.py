@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_engine.train.method_options import (
     BOUND,
+    LARGEST,
     METHODS,
     MethodOptions,
     require,
@@ -44,11 +45,11 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "save_steps"):
             require_count(name, getattr(self, name))
-        for name in ("epochs", "learning_rate"):
-            require_positive(name, getattr(self, name))
+        require(0 < self.epochs < BOUND, "epochs", "a number above 0, below 2^31", self.epochs)
+        require_positive("learning_rate", self.learning_rate)
         norm, decay = self.max_grad_norm, self.weight_decay
         require(0 < norm < math.inf, "max_grad_norm", "a number above 0", norm)  # a large one clips nothing
-        require(0 <= decay < BOUND, "weight_decay", "a number from 0, below 2^31", decay)
+        require(0 <= decay < LARGEST, "weight_decay", "a number from 0, below 2^127", decay)
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number from 0 up to 1", self.warmup_ratio)
         require(0 <= self.seed < 2**32, "seed", "a number from 0 up to 2^32", self.seed)
         require(self.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", self.scheduler)

@@ -127,7 +127,7 @@ def test_an_option_of_another_method_is_wrong_usage(train, tmp_path, method):
         ("prompt", ("--init-text", "a\udce9"), "--init-text: the text holds '\\udce9'"),
         ("prefix", ("--prefix-projection", "--init", "vocab"), "an MLP makes the prefix"),
         ("lora", ("--rank", 10**20), "--rank: expected at least 1, below 2^31, got 1000"),
-        ("lora", ("--alpha", 1e300), "--alpha: expected a number above 0, below 2^31, got 1e+300"),
+        ("lora", ("--alpha", 1e300), "--alpha: expected a number above 0, below 2^127, got 1e+300"),
         ("lora", ("--dropout", "nan"), "--dropout: expected a number from 0 up to 1, got nan"),
         ("bottleneck", ("--width", 10**20), "--width: expected at least 1, below 2^31, got 1000"),
         ("bottleneck", ("--reduction-factor", 4), "no --reduction-factor beside it"),
