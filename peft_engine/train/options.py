@@ -89,8 +89,8 @@ TargetModules = Annotated[
 TargetParameters = Annotated[
     str | None,
     typer.Option(
-        help="(lora, qlora) Experts' weights to adapt besides, with commas: "
-        "experts.gate_up_proj,experts.down_proj; none leaves them as they are."
+        help="(lora, qlora) Weights of a mixture's experts and routers, with commas: "
+        "experts.gate_up_proj,gate.weight. Default: under all-linear all of them; none: none of them."
     ),
 ]
 Dora = Annotated[
