@@ -90,12 +90,15 @@ class NativeLibraries(build_ext):
     def build_cuda(self, ext, compiler):
         """One call of nvcc for each .cu, all architectures at once, and one that links; no torch in it."""
         library = Path(self.get_ext_fullpath(ext.name))
-        if not (self.force or newer_group([*ext.sources, *ext.depends], str(library), "newer")):
+        folder = Path(self.build_temp, "cuda")
+        archs = os.environ.get("PEFT_ENGINE_CUDA_ARCHS", "")
+        built_for = folder / "archs"  # a library for others than these is as stale as one of older sources
+        same = built_for.exists() and built_for.read_text() == archs
+        if same and not (self.force or newer_group([*ext.sources, *ext.depends], str(library), "newer")):
             return
         nvcc = find_nvcc()
         if nvcc is None:
             raise CannotBuild("no nvcc under CUDA_HOME, on PATH or from pip (the extra `cuda`)")
-        folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         flags = [
@@ -111,6 +114,7 @@ class NativeLibraries(build_ext):
         # PyPI's nvcc looks for lib64, and the package has lib.
         link = [f"-L{nvcc.parents[1] / 'lib'}", "-cudart=static", "-shared"]
         self.run_nvcc([nvcc, *flags, *targets(nvcc), *link, *objects, "-o", library])
+        built_for.write_text(archs)
 
     def run_nvcc(self, command):
         done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)

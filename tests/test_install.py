@@ -1,6 +1,7 @@
 """The build, with and without a compiler. The installs themselves (editable, wheel) are in .ci/imports.sh."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,22 @@ def test_without_a_compiler_the_build_fails_where_the_library_is_required(tmp_pa
 def test_a_compiler_behind_a_wrapper_and_before_flags_is_looked_for(tmp_path: Path):
     done = build(tmp_path, CC="cc", CXX="env /nonexistent/c++ -m64")
     assert done.returncode == 0 and "no C++ compiler (/nonexistent/c++ not found)" in done.stderr
+
+
+def test_a_library_built_for_some_architectures_is_not_taken_for_one_of_all(tmp_path: Path):
+    compiler = tmp_path / "bin" / "nvcc"  # compiles nothing: what it makes says for which architectures
+    compiler.parent.mkdir()
+    compiler.write_text(
+        "#!/bin/bash\n[ $1 = --list-gpu-code ] && echo sm_80 sm_90\n"
+        'for word; do [ "$last" = -o ] && echo "$@" > "$word"; last=$word; done; true\n'
+    )
+    compiler.chmod(0o755)
+    fake = {"CUDA_HOME": str(tmp_path), "CC": str(compiler), "CXX": str(compiler)}
+    for archs, wanted in ("90", ["90"]), ("", ["80", "90"]):
+        done = build(tmp_path, **fake, PEFT_ENGINE_CUDA_ARCHS=archs)
+        assert done.returncode == 0, done.stderr
+        built = (tmp_path / "lib" / "peft_engine" / "_cuda.so").read_text()
+        assert re.findall(r"code=sm_(\d+)", built) == wanted
 
 
 @pytest.fixture
