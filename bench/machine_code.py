@@ -129,14 +129,15 @@ def longest_path(body: Sequence[sass.Instruction]) -> list[sass.Instruction]:
 
 def tensor_core(body: Sequence[sass.Instruction]) -> str:
     """The instruction that products became, without its modifiers; empty where there is none."""
-    return next((i.opcode.split(".")[0] for i in body if re.search(TENSOR_CORE, i.opcode)), "")
+    opcodes = dict.fromkeys(i.opcode for i in body)  # a kernel has thousands of instructions of a few kinds
+    return next((opcode.split(".")[0] for opcode in opcodes if re.search(TENSOR_CORE, opcode)), "")
 
 
 def widest(body: Sequence[sass.Instruction], *stems: str) -> str:
     """The widest of the opcodes that begin with one of `stems`, with no other modifier than its width."""
     found = {"": -1}
-    for instruction in body:
-        stem, *parts = instruction.opcode.split(".")
+    for opcode in dict.fromkeys(i.opcode for i in body):
+        stem, *parts = opcode.split(".")
         if stem in stems:
             width = next((part for part in parts if part in WIDTHS), "32")
             found[f"{stem}.{width}"] = WIDTHS.index(width)

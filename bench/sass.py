@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ class Instruction(NamedTuple):
     @property
     def target(self) -> int | None:
         """Where a branch goes, None for what is no branch."""
-        found = re.search(r"0x[0-9a-f]+$", self.operands) if self.opcode.split(".")[0] == "BRA" else None
+        if not self.opcode.startswith("BRA"):
+            return None
+        found = re.search(r"0x[0-9a-f]+$", self.operands)
         return int(found.group(), 16) if found else None
 
 
@@ -85,42 +88,37 @@ def _listing(path: Path | str, arch: str | int | None, option: str) -> str:
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
-def functions(path: Path | str, arch: str | int | None = None) -> dict[str, list[Instruction]]:
-    """Kernel name (as the compiler mangled it) to its instructions, without the padding after its end.
-
-    arch: "sm_90", "90" or 90; needed for a file that holds several.
-    """
-    found: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
-    for line in _listing(path, arch, "-sass").splitlines():
-        if "Function :" in line:
-            current = found.setdefault(line.split(":", 1)[1].strip(), [])
-        elif instruction := _instruction(line):
-            current.append(instruction)
-    return {name: _without_padding(body) for name, body in found.items()}
+def functions(library: Path, arch: int) -> dict[str, list[Instruction]]:
+    """Kernel name (as the compiler mangled it) to its instructions, without the padding after its end."""
+    codes: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [_tool(), "-xelf", f"sm_{arch}", str(library.resolve())]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        for path in sorted(Path(folder).iterdir()):
+            codes |= _codes(path.read_bytes())
+    return dict(zip(codes, _disassembled(list(codes.values()), arch), strict=True))
 
 
 def kept_functions(path: Path, arch: int) -> dict[str, list[Instruction]]:
     """`functions` of a fat file, kept in .cache: to list all kernels of one architecture takes seconds."""
     key = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes() + str(arch).encode()).hexdigest()
     kept = CACHE / f"{key}.sass"
-    if not kept.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        plain = {name: [tuple(i) for i in body] for name, body in functions(path, arch).items()}
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(zlib.compress(pickle.dumps(plain), 1))
-        partial.replace(kept)
-    found = pickle.loads(zlib.decompress(kept.read_bytes()))
-    return {name: [Instruction(*i) for i in body] for name, body in found.items()}
+    if kept.exists():
+        plain = pickle.loads(zlib.decompress(kept.read_bytes()))
+        return {name: [Instruction(*i) for i in body] for name, body in plain.items()}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    found = functions(path, arch)
+    plain = {name: [tuple(i) for i in body] for name, body in found.items()}
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(zlib.compress(pickle.dumps(plain), 1))
+    partial.replace(kept)
+    return found
 
 
-def _instruction(line: str, start: int = 0) -> Instruction | None:
-    """What a line of a listing says, of code that begins at `start`; None where it says something else."""
-    match = _LINE.match(line)
-    if match is None:
-        return None
-    address, predicate, opcode, operands = match.groups()
-    if start and opcode.startswith(("BRA", "BSSY", "CALL.REL", "RET.REL")):
+def _instruction(line: re.Match[str], start: int) -> Instruction:
+    """What a line of a listing says, of code that begins at `start`."""
+    address, predicate, opcode, operands = line.groups()
+    if start and opcode.startswith(("BRA", "BSSY", "CALL.REL", "RET.REL", "WARPSYNC.COLLECTIVE")):
         operands = re.sub(r"0x[0-9a-f]+$", lambda at: hex(int(at.group(), 16) - start), operands)
     return Instruction(int(address, 16) - start, (predicate or "").strip(), opcode, operands)
 
@@ -132,36 +130,50 @@ def _without_padding(body: list[Instruction]) -> list[Instruction]:
 
 
 def bodies(cubins: Sequence[bytes], arch: int) -> list[list[Instruction]]:
-    """The instructions of the only kernel in each of Triton's cubins, as `functions` gives them.
+    """The instructions of the only kernel in each of Triton's cubins, as `functions` gives them."""
+    codes = []
+    for cubin in cubins:
+        (code,) = _codes(cubin).values()
+        codes.append(code)
+    return _disassembled(codes, arch)
 
-    nvdisasm, which cuobjdump starts as well, takes longer to start than to read a kernel: it is given the
-    code of all, one after another.
+
+def _disassembled(codes: Sequence[bytes], arch: int) -> list[list[Instruction]]:
+    """The instructions of each kernel's code.
+
+    nvdisasm, which `cuobjdump -sass` starts as well, takes longer to start than to read a kernel: it is given
+    the code of all, one after another. That of the files they lie in takes it twice as long.
     """
-    codes = [_code(cubin) for cubin in cubins]
     tool = Path(_tool()).with_name("nvdisasm")
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()
-        target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"  # what Triton compiles for
+        target = f"SM{arch}a" if arch >= 90 else f"SM{arch}"  # what Triton compiles for; it has all of SM90's
         command = [str(tool), "--binary", target, file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if _LINE.match(line)]
+    lines = filter(None, map(_LINE.match, done.stdout.splitlines()))
     found, start = [], 0
     for code in codes:
-        count = len(code) // 16  # bytes of an instruction
-        found.append([i for line in lines[:count] if (i := _instruction(line, start))])
-        lines, start = lines[count:], start + len(code)
-    return [_without_padding(body) for body in found]
+        body = [
+            _instruction(line, start) for line in islice(lines, len(code) // 16)
+        ]  # bytes of an instruction
+        found.append(_without_padding(body))
+        start += len(code)
+    return found
 
 
-def _code(cubin: bytes) -> bytes:
-    """The machine code of the only kernel: an ELF file's section .text.<kernel>."""
+def _codes(cubin: bytes) -> dict[str, bytes]:
+    """The machine code of its kernels by their names: an ELF file's sections .text.<kernel>."""
     (headers,) = struct.unpack_from("<Q", cubin, 40)
     number, names = struct.unpack_from("<HH", cubin, 60)
     sections = [struct.unpack_from("<IIQQQQ", cubin, headers + 64 * n) for n in range(number)]
-    names_at = sections[names][4]
-    (code,) = (s for s in sections if cubin.startswith(b".text.", names_at + s[0]))
-    return cubin[code[4] : code[4] + code[5]]
+    found = {}
+    for section in sections:
+        at = sections[names][4] + section[0]
+        name = cubin[at : cubin.index(b"\0", at)].decode()
+        if name.startswith(".text."):
+            found[name.removeprefix(".text.")] = cubin[section[4] : section[4] + section[5]]
+    return found
 
 
 def usage(path: Path | str, arch: str | int) -> dict[str, Usage]:
