@@ -53,6 +53,7 @@ def compile_triton(name: str, variant: Variant, arch: int, seen: dict[Any, Any])
         },
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
+    triton.knobs.compilation.store_binary_only = True  # the stages' texts are not read
     triton.knobs.runtime.add_stages_inspection_hook = sharing(seen)
     try:
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -54,7 +54,7 @@ CACHE = ROOT / ".cache" / "aot"
 LIBRARY = ROOT / "peft_engine" / "_cuda.so"
 MEND = "make resources"
 BACKENDS = ("triton", "cuda")
-BATCH = 32  # kernels for which a worker starts its tools once
+BATCH = 64  # kernels for which a worker starts its tools once
 TENSOR_MEMORY_LIMIT = 512  # columns, where a dot is tcgen05
 
 
@@ -116,7 +116,7 @@ def tasks(file: Path | None) -> list[tuple[str, Variant, int]]:
         _,
         variant,
         _,
-    ) in kept.values():  # Triton's key depends on whose was formed before: in one order, everywhere
+    ) in kept.values():  # Triton's key depends on whose was formed before: one order
         _ = variant.kernel.cache_key
     return list(kept.values())
 
@@ -128,21 +128,19 @@ def _module(file: Path) -> ModuleType:
     return module
 
 
-_tasks = functools.cache(tasks)  # a worker lists them once
+_tasks = functools.cache(tasks)  # a worker finds them listed: it is forked
 
 
 def _compile_tasks(file: Path | None, paths: dict[int, Path]) -> dict[Path, Result]:
-    """Tasks of one or of ALIKE architectures, n to file; the worker read the kernels after its parent."""
-    gc.disable()  # it takes a tenth of the time to find little: a batch leaves some 30 MB
+    """Tasks of one or of ALIKE architectures, n to file."""
+    gc.disable()  # it takes a tenth of the time to find little: a batch leaves some 60 MB
+    gc.freeze()  # nor is what was there before the batch looked through after it
     found: dict[Path, Result | Compiled] = {}
     seen: dict[Any, Any] = {}
     for n, path in paths.items():
-        name, variant, arch = _tasks(file)[n]
-        if _cache_file(variant, arch) != path:
-            raise RuntimeError(f"{name}: a kernel was changed while they were compiled; start again")
         with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would grow without end
             os.environ["TRITON_CACHE_DIR"] = folder
-            found[path] = compile_triton(name, variant, arch, seen)
+            found[path] = compile_triton(*_tasks(file)[n], seen)
     read: dict[Path, Result] = {}
     compiled = {path: built for path, built in found.items() if isinstance(built, Compiled)}
     for arch in {built.arch for built in compiled.values()}:
@@ -173,7 +171,7 @@ def _cache_file(variant: Variant, arch: int) -> Path:
 
 def triton_results(file: Path | None = None) -> list[Result]:
     """All of Triton's, compiled by two processes where they are not in the cache."""
-    everything = tasks(file)
+    everything = _tasks(file)
     paths = [_cache_file(variant, arch) for _, variant, arch in everything]
     CACHE.mkdir(parents=True, exist_ok=True)
     todo: dict[int, list[int]] = {}
@@ -185,17 +183,15 @@ def triton_results(file: Path | None = None) -> list[Result]:
         of.sort(key=lambda n: repr(dataclasses.replace(everything[n][1], name="", archs=())))
     batches = [of[i : i + BATCH] for of in todo.values() for i in range(0, len(of), BATCH)]
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    with (
-        Progress(*columns, console=Console(stderr=True), disable=not todo) as progress,
-        ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool,
-    ):
-        bar = progress.add_task("", total=sum(map(len, batches)))
-        for done in as_completed(
-            pool.submit(_compile_tasks, file, {n: paths[n] for n in batch}) for batch in batches
-        ):
-            for path, result in done.result().items():
-                _write(path, dataclasses.asdict(result))
-                progress.update(bar, advance=1, description=result.name)
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("fork")) as pool:
+        # The first one forks the workers: before the bar has its thread.
+        waiting = [pool.submit(_compile_tasks, file, {n: paths[n] for n in batch}) for batch in batches]
+        with Progress(*columns, console=Console(stderr=True), disable=not todo) as progress:
+            bar = progress.add_task("", total=sum(map(len, batches)))
+            for done in as_completed(waiting):
+                for path, result in done.result().items():
+                    _write(path, dataclasses.asdict(result))
+                    progress.update(bar, advance=1, description=result.name)
     return [_result(json.loads(path.read_text())) for path in paths]
 
 
