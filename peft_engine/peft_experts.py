@@ -33,7 +33,7 @@ def fused_class(layer: Any) -> tuple[type | None, str, str]:
     """The fused class, the op, and why there is none."""
     base = innermost(layer)
     if not experts.is_experts(base):
-        return None, "", ""
+        return None, "router", "PEFT's own code, over W + s B A; of a router, whose values are few"
     why = experts.fused_class(base)[2]
     return (None if why else ParamWrapper), "experts", why
 
@@ -57,7 +57,8 @@ def own_reason(layer: Any) -> str | None:
     for part in (base, *_inside(layer)):
         if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
             return f"the {type(part).__name__} inside has hooks, which the fused product would pass by"
-    if not any(loras(layer)):
+    wrappers = (layer, *_inside(layer))
+    if not any(name in part.lora_A for part in wrappers for name in part.active_adapters):
         return "none of its adapters is active: the experts run alone"
     return None
 

@@ -61,10 +61,10 @@ def experts(
 ) -> torch.Tensor:
     """The weighted sum of each token's experts, (M, H), of x's dtype.
 
-    x (M, H) float32, bfloat16 or float16; index (M, J) int64, the experts of each token, a number of E or
-    more standing for none; weights (M, J), of a floating-point dtype; gate_up (E, 2 I, H), the gates' rows
-    before the ups', and down (E, H, I), of x's dtype or NF4Tensors, each expert's values a whole number of
-    blocks. activation: as swiglu has them. The adapters are of x's dtype or float32.
+    x (M, H) float32, bfloat16 or float16; index (M, J) int64, the experts of each token, a number that none
+    of them has standing for none; weights (M, J), of a floating-point dtype; gate_up (E, 2 I, H), the gates'
+    rows before the ups', and down (E, H, I), of x's dtype or NF4Tensors, each expert's values a whole number
+    of blocks. activation: as swiglu has them. The adapters are of x's dtype or float32.
     Gradients flow to x, weights and the adapters; gate_up and down are frozen.
     Raises ValueError or TypeError that says which argument does not fit.
     """
@@ -260,8 +260,9 @@ def _forward(x, index, weights, *arguments):
     up, down, count, activation = _both(x, arguments[:_HELD])
     keep = arguments[-1]
     flat = index.reshape(-1)
+    flat = torch.where((flat < 0) | (flat > count), count, flat)
     order = flat.argsort(stable=True)
-    ends = torch.bincount(flat.clamp(0, count), minlength=count + 1)[:count].cumsum(0).cpu()
+    ends = torch.bincount(flat, minlength=count + 1)[:count].cumsum(0).cpu()
     token, share = order // index.shape[1], weights.reshape(-1)[order].float()
     saved = flat.shape[0] if keep else 0
     gate_up = x.new_empty(saved, up.n)
@@ -389,17 +390,8 @@ def _kernels(x, index, weights, gate_up, down, activation, gate_up_lora, down_lo
         return _Experts.apply(
             x, index, weights, up_a, up_b, down_a, down_b, settings, flat_base(gate_up), flat_base(down)
         )
-    held = (
-        *flat_base(gate_up),
-        up_a,
-        up_b,
-        up_scaling,
-        *flat_base(down),
-        down_a,
-        down_b,
-        down_scaling,
-        *shape,
-    )
+    up = (*flat_base(gate_up), up_a, up_b, up_scaling)
+    held = (*up, *flat_base(down), down_a, down_b, down_scaling, *shape)
     return torch.ops.peft_engine.experts_forward.default(x, index, weights, *held, False)[0]
 
 

@@ -114,7 +114,7 @@ def test_an_adapter_on_one_of_the_two(isa):
 def test_an_expert_without_tokens_has_no_gradient_and_one_that_is_none_adds_nothing():
     x, index, weights, up, down, up_lora, down_lora = case(torch.float32, count=4)
     index = torch.tensor([[0, 2]]).expand(len(x), 2).clone()
-    index[5:9, 1] = 4  # a number past the last, as expert parallelism has for another process's
+    index[5:8, 1], index[8, 1] = 4, -1  # past the last, as expert parallelism has for another process's
     inputs = (x, index, weights, up, down, up_lora, down_lora)
     check(inputs, "experts 0 and 2")
     _, _, dweights, *adapters = run(experts, inputs, torch.ones_like(x))
