@@ -270,8 +270,9 @@ def _sum(exact: memory.Exact, depths: tuple[int, ...], found: list[dict[str, Any
     def whole(of: Callable[[dict[str, Any]], int]) -> int:
         return round(at(depths, [of(one) for one in found], depth))
 
-    def layer(of: Callable[[dict[str, Any]], int]) -> int:
-        return 0 if len(depths) == 1 else round(at(depths, [of(one) for one in found], 1, slope=True))
+    def layer(of: Callable[[dict[str, Any]], int]) -> int | None:
+        """None where one depth was run, the model's own: what it takes is not told apart by layers."""
+        return None if len(depths) == 1 else round(at(depths, [of(one) for one in found], 1, slope=True))
 
     training, loading = whole(lambda f: f["training"]), whole(lambda f: f["loading"])
     trained = whole(lambda f: f["trainable"])
@@ -284,10 +285,12 @@ def _sum(exact: memory.Exact, depths: tuple[int, ...], found: list[dict[str, Any
     }  # fmt: skip
     kinds["workspace"] = training - sum(kinds.values())
     own = layer(lambda f: f["trainable"])
+    if own is None and exact.adapter is not None:
+        own = exact.adapter["layers"] // depth
     parts = {
         "a layer": {
             "weights": max(exact.layers), "adapter": own, "gradients": own,
-            "optimiser": memory.ADAM * own, "activations": layer(lambda f: f["kept"]),
+            "optimiser": own and memory.ADAM * own, "activations": layer(lambda f: f["kept"]),
         },
         "embedding": {"weights": exact.weights["embedding"]},
         "head": {"weights": exact.weights["head"]},

@@ -77,6 +77,11 @@ def probe(spec: Annotated[Path, typer.Argument(help="What to measure, as estimat
         show(measure(read(what, what["folder"], what["deepest"])))
 
 
+def _sum(sizes: dict[str, int | None]) -> str:
+    """Their sum in MiB; "-" where one of them is not known."""
+    return "-" if None in sizes.values() else mib(sum(filter(None, sizes.values())))
+
+
 def table(found: dict[str, Any]) -> str:
     """Bytes by kind and by part, the total, whether it fits, and the levers."""
     batch = found["batch"]
@@ -98,7 +103,7 @@ def table(found: dict[str, Any]) -> str:
         drawn(
             ("by part, MiB", *columns, "sum"),
             [
-                (p, *(mib(v.get(c, 0)) for c in columns), mib(sum(v.values())))
+                (p, *("-" if (size := v.get(c, 0)) is None else mib(size) for c in columns), _sum(v))
                 for p, v in parts.items()
                 if any(v.values())
             ],

@@ -80,6 +80,8 @@ def test_a_config_alone_is_enough_and_the_largest_lever_comes_first(command, mod
     assert list(saves.values()) == sorted(saves.values(), reverse=True)
     half = saves["--batch-size 4 --gradient-accumulation-steps 2"]
     assert 0.8 < saves["--tokens 60"] / half < 1.25  # both run half of the tokens
+    layer = found["parts"]["a layer"]  # both layers were run at once: what they keep is not told apart
+    assert layer["adapter"] * 2 == found["kinds"]["adapter"] and layer["activations"] is None
     kept = found["kinds"]["activations"]
     assert 0.3 * kept < half < kept and saves["--gradient-checkpointing"] > 0
     shown = table(found)
