@@ -92,6 +92,11 @@ def test_no_file_is_a_drawer_for_everything():
     assert not names & {"utils", "helpers", "common", "misc"}
 
 
+def test_no_two_files_of_tests_have_one_name():
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert len(names) == len(set(names)), "pytest takes one for the other"
+
+
 def _long(pattern: str, limit: int) -> list[str]:
     lengths = {path: len(path.read_text().splitlines()) for path in sorted(ROOT.glob(pattern))}
     return [f"{path.relative_to(ROOT)}: {length} lines" for path, length in lengths.items() if length > limit]

@@ -105,7 +105,7 @@ def test_what_is_not_given_is_the_method_s_default_and_stands_in_the_record(meth
 def test_an_option_of_another_method_is_wrong_usage(train, tmp_path, method):
     samples = {
         "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "q_proj", "virtual_tokens": 4,
-        "init": "vocab", "init_text": "a", "prefix_projection": None, "dora": None, "width": 8,
+        "target_parameters": "experts.down_proj", "init": "vocab", "init_text": "a", "prefix_projection": None, "dora": None, "width": 8,
         "reduction_factor": 2, "placement": "houlsby", "activation": "gelu",
     }  # fmt: skip
     assert samples.keys() == MethodOptions.__dataclass_fields__.keys()
@@ -128,6 +128,11 @@ def test_an_option_of_another_method_is_wrong_usage(train, tmp_path, method):
         ("prefix", ("--prefix-projection", "--init", "vocab"), "an MLP makes the prefix"),
         ("lora", ("--rank", 10**20), "--rank: expected at least 1, below 2^31, got 1000"),
         ("lora", ("--alpha", 1e300), "--alpha: expected a number above 0, below 2^127, got 1e+300"),
+        (
+            "lora",
+            ("--target-parameters", "a", "--dora"),
+            "--target-parameters: expected neither --dropout nor",
+        ),
         ("lora", ("--dropout", "nan"), "--dropout: expected a number from 0 up to 1, got nan"),
         ("bottleneck", ("--width", 10**20), "--width: expected at least 1, below 2^31, got 1000"),
         ("bottleneck", ("--reduction-factor", 4), "no --reduction-factor beside it"),
