@@ -105,8 +105,9 @@ def test_what_is_not_given_is_the_method_s_default_and_stands_in_the_record(meth
 def test_an_option_of_another_method_is_wrong_usage(train, tmp_path, method):
     samples = {
         "rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": "q_proj", "virtual_tokens": 4,
-        "target_parameters": "experts.down_proj", "init": "vocab", "init_text": "a", "prefix_projection": None, "dora": None, "width": 8,
-        "reduction_factor": 2, "placement": "houlsby", "activation": "gelu",
+        "target_parameters": "experts.down_proj", "init": "vocab", "init_text": "a",
+        "prefix_projection": None, "dora": None, "width": 8, "reduction_factor": 2, "placement": "houlsby",
+        "activation": "gelu",
     }  # fmt: skip
     assert samples.keys() == MethodOptions.__dataclass_fields__.keys()
     for name in samples.keys() - DEFAULTS[method].keys():
