@@ -15,14 +15,18 @@ from peft_engine.methods import experts
 from peft_engine.methods.lora_experts import from_file
 from peft_engine.ops.experts import Lora
 
+ROUTED = ("top_k_index", "top_k_weights")  # what transformers calls what a router gives
+
 
 class _FusedExperts(nn.Module):
     """The forward of experts and all wrappers around them through ops.experts."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if len(args) != 2 or kwargs or own_reason(self) is not None:
+        routed = [*args, *(kwargs[name] for name in ROUTED[len(args) :] if name in kwargs)]
+        if len(routed) != 2 or len(args) + len(kwargs) != 2 or own_reason(self) is not None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return experts.compute(innermost(self), x, *args, loras(self))
+        index, shares = routed
+        return experts.compute(innermost(self), x, index, shares, loras(self))
 
 
 class ParamWrapper(_FusedExperts, lora.ParamWrapper):  # type: ignore[misc]

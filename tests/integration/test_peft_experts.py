@@ -73,6 +73,20 @@ def test_pefts_own_calls_work_on(tmp_path):
     assert torch.allclose(logits(model.merge_and_unload()), both, atol=1e-6)
 
 
+def test_a_call_by_keyword_is_fused_too(monkeypatch):
+    layer = adapted().base_model.model.model.layers[1].mlp.experts
+    x, index, shares = torch.randn(5, 64), torch.tensor([[0, 3]] * 5), torch.rand(5, 2)
+    plain = layer(x, index, shares)
+    pe.optimize(layer)
+    monkeypatch.setattr(peft.tuners.lora.layer.ParamWrapper, "forward", None)
+    for args, kwargs in (
+        ((index, shares), {}),
+        ((index,), {"top_k_weights": shares}),
+        ((), {"top_k_weights": shares, "top_k_index": index}),
+    ):
+        assert torch.allclose(layer(x, *args, **kwargs), plain, atol=1e-6)
+
+
 def test_hooks_and_trained_weights_keep_pefts_forward():
     model = adapted()
     pe.optimize(model)
