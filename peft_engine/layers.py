@@ -10,7 +10,6 @@ and quantised ones too.
 # (the mixins come first in the order of resolution in order to override what the models declare)
 
 import functools
-import importlib
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
 from peft_engine import dispatch
 from peft_engine.dispatch import BackendError, Choice
+from peft_engine.made_classes import stands_for, subclass
 from peft_engine.methods import virtual_attention
 from peft_engine.methods.sharded import class_of
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
@@ -349,16 +349,12 @@ def _fused(kind: type) -> tuple[type, str] | None:
         return _fused(kind.__bases__[-1])
     for op, form, like in _FORMS:
         if same_method("forward", kind, like, _NOT_RUN):
-            # A pickle finds the class again by this name: __getattr__ below.
-            name = f"{kind.__module__}.{kind.__qualname__}".replace(".", "/")
-            about = {"__module__": __name__, "__qualname__": name, "__doc__": form.__doc__}
-            return type(kind.__name__, (form, kind), about), op
+            return subclass(form, kind, __name__), op
     return None
 
 
 def __getattr__(name: str) -> type:
-    where, _, kind = name.rpartition("/")
-    found = _fused(getattr(importlib.import_module(where.replace("/", ".")), kind)) if where else None
+    found = _fused(stands_for(name, __name__))  # a pickle's
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found[0]

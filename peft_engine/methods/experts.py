@@ -7,7 +7,6 @@ same name, which `release` undoes. The names in a state dict stay as the model h
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from peft_engine.dispatch import BackendError
+from peft_engine.made_classes import stands_for, subclass
 from peft_engine.methods.sharded import class_of
 from peft_engine.nn import STORED, NF4Weight
 from peft_engine.ops.experts import EXPERTS, ExpertsCall, Lora, experts, not_sliced, reference
@@ -264,17 +264,11 @@ def _fused(kind: type) -> type:
     """The fused class for a class of experts (or itself)."""
     if kind.__module__ == __name__:
         return kind
-    # A pickle finds the class again by this name: __getattr__ below.
-    name = f"{kind.__module__}.{kind.__qualname__}".replace(".", "/")
-    about = {"__module__": __name__, "__qualname__": name, "__doc__": _Experts.__doc__}
-    return type(kind.__name__, (_Experts, kind), about)
+    return subclass(_Experts, kind, __name__)  # type: ignore[no-any-return]
 
 
 def __getattr__(name: str) -> type:
-    where, _, kind = name.rpartition("/")
-    if not where:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _fused(getattr(importlib.import_module(where.replace("/", ".")), kind))
+    return _fused(stands_for(name, __name__))  # a pickle's
 
 
 def running(module: Any, dtype: torch.dtype, loras: Sequence[Lora | None] | None = None) -> tuple[str, str]:

@@ -5,13 +5,13 @@ router, whose code reads a weight (E, in) of its own, reads W + s B A in its pla
 """
 
 import functools
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_engine.made_classes import stands_for, subclass
 from peft_engine.methods.experts import LEAVES, ExpertWeights, NF4ExpertWeights
 from peft_engine.methods.lora import BASES, LAYERS, WithLora
 from peft_engine.ops.experts import Lora
@@ -52,10 +52,7 @@ class _Router(WithLora):
 @functools.cache
 def router_class(kind: Any) -> type[nn.Module]:
     """The class of a router with adapters by that without."""
-    # A pickle finds the class again by this name: __getattr__ below.
-    name = f"{kind.__module__}.{kind.__qualname__}".replace(".", "/")
-    about = {"__module__": __name__, "__qualname__": name, "__doc__": _Router.__doc__}
-    adapted = type(kind.__name__, (_Router, kind), about)
+    adapted: type[nn.Module] = subclass(_Router, kind, __name__)
     LAYERS[kind], BASES[adapted] = adapted, kind
     return adapted
 
@@ -66,10 +63,7 @@ def is_router(module: nn.Module) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    where, _, kind = name.rpartition("/")
-    if not where:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return router_class(getattr(importlib.import_module(where.replace("/", ".")), kind))
+    return router_class(stands_for(name, __name__))  # a pickle's
 
 
 for _base, _adapted in ((ExpertWeights, LoraExpertWeights), (NF4ExpertWeights, LoraNF4ExpertWeights)):
