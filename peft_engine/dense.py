@@ -3,7 +3,9 @@
 float32: torch multiplies with MKL. oneDNN, which it has for other dtypes and for torch.compile, takes less
 time on AMD's processors. On two cores of a Zen 4, torch 2.13, with weights of 576x576 up to 4096x4096 and the
 head of 49152x576, y was 1.06 to 3.9 times as fast from two rows on (1.09 to 1.22 times at 512 rows), dx 1.07
-to 2.9 times; with one row either was the faster. Not measured on other processors: they keep torch's choice.
+to 2.9 times; with one row either was the faster. On two cores of a Zen 3, which has no AVX-512, y had 0.83 to
+2.3 times the speed of torch's choice from 2 to 128 rows (median 1.3), dx 0.96 to 3.2; at 256 even, from
+512 on 0.8 to 0.96. Not measured on other processors: they keep torch's choice.
 
 Half precision: oneDNN has no product of bfloat16 on processors without AVX-512, and none of float16 on those
 without AVX512-FP16. There torch's own runs, on the same machine, at 39 to 46 GFLOP/s for y, 1 to 3.4 for dx
@@ -20,6 +22,7 @@ from peft_engine import dispatch, native
 from peft_engine.ops.lora_linear import flat_base
 
 LEAST_ROWS = {"oneDNN": 2, "peft-engine": 3, "torch": 0}
+MOST_ROWS = {} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {"oneDNN": 256}
 
 
 def _measured_faster() -> bool:
@@ -65,11 +68,18 @@ def library(weight: torch.Tensor) -> str:
     return "peft-engine" if ours and native.load_error() is None else "torch"
 
 
+def _library(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Whose product multiplies x (..., K) by `weight`."""
+    whose = library(weight)
+    if 0 in (x.numel(), weight.numel()):
+        return "torch"
+    rows = x.numel() // x.shape[-1]
+    return whose if LEAST_ROWS[whose] <= rows <= MOST_ROWS.get(whose, rows) else "torch"
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b, no gradient recorded: x (..., K), weight (N, K), bias (N,), of one dtype."""
-    whose = library(weight)
-    if 0 in (x.numel(), weight.numel()) or x.numel() < LEAST_ROWS[whose] * x.shape[-1]:
-        whose = "torch"
+    whose = _library(x, weight)
     if bias is not None and whose != "torch":
         bias = bias.contiguous()  # neither asks how it lies
     if whose == "oneDNN":
@@ -114,7 +124,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
     forward_mode = dispatch.has_tangents(x, weight, bias)
-    if learns or forward_mode or not plain or torch.compiler.is_compiling() or library(weight) == "torch":
+    if learns or forward_mode or not plain or torch.compiler.is_compiling() or _library(x, weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Frozen.apply(x, weight, bias)

@@ -29,7 +29,7 @@ from peft_engine.report import LayerReport
 ROUTER = "its own code, over W + s B A of its few values"
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
-BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN, the faster one in torch here"
+BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN where that is the faster one"
 SLOW = "a dense weight without an adapter, and torch has no fast product of {} here; float32 is faster"
 SHARDED = "fully_shard has made it a class of its own; call peft_engine.optimize first"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"

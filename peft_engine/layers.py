@@ -1,4 +1,4 @@
-"""Fused layers of transformers' models: RMSNorm, the gated MLP, and attention with rotary.
+"""Fused layers of transformers' models: norms (norms.py), MLPs, and attention with rotary.
 
 A form below stands for every class whose code is that of the one beside it in _FORMS (same_code.py), whatever
 its name and family. The fused class is a subclass of the one it stands for and adds no attribute, so that an
@@ -28,7 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
-from peft_engine import dispatch
+from peft_engine import dispatch, norms, recompute
 from peft_engine.dispatch import BackendError, Choice
 from peft_engine.made_classes import stands_for, subclass
 from peft_engine.methods import virtual_attention
@@ -36,64 +36,11 @@ from peft_engine.methods.sharded import class_of
 from peft_engine.ops.attention import ATTENTION, AttentionCall, attention, kept_intervals
 from peft_engine.ops.dropout import draw_seed
 from peft_engine.ops.nf4 import DTYPES
-from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall, rms_norm
+from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall
 from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import NO_ROOM, SWIGLU, SwigluCall, swiglu
 from peft_engine.projections import project, spare_of
 from peft_engine.same_code import same_method
-
-# --- RMSNorm ------------------------------------------------------------------------------------------------
-
-
-class _RMSNorm:
-    weight: torch.Tensor
-    variance_epsilon: float
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if weight.dtype != hidden_states.dtype:
-            # A float32 weight beside a half-precision input gives float32, as the layer's own product does.
-            dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
-            hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-        return rms_norm(hidden_states, weight, self.variance_epsilon)
-
-
-class _RMSNormOfInput(_RMSNorm):
-    """As OLMo 2 has it: the result has the input's dtype whatever the weight's."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, _beside(hidden_states, self.weight), self.variance_epsilon)
-
-
-class _RMSNormOfWeight(_RMSNorm):
-    """As T5 has it: the result has the weight's dtype, if that is half precision, whatever the input's."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        y = super().forward(hidden_states)
-        return y if self.weight.dtype == torch.float32 else y.to(self.weight.dtype)
-
-
-class _RMSNormOfOnes:
-    """As Gemma has it: the weight is what is added to 1."""
-
-    weight: torch.Tensor
-    eps: float
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, _beside(x, self.weight), self.eps, offset=1.0)
-
-
-class _RMSNormWithScale(_RMSNormOfOnes):
-    """As Gemma 4 has it, where it has a weight, by which it multiplies."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, _beside(hidden_states, self.weight), self.eps)
-
-
-def _beside(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The weight of a norm that gives x's dtype: of that dtype or float32."""
-    return weight if weight.dtype == x.dtype else weight.float()
-
 
 # --- MLP ----------------------------------------------------------------------------------------------------
 
@@ -111,9 +58,11 @@ _ACTIVATIONS: dict[type, str] = {
 def activation_of(act: Any) -> str:
     """A module's activation as swiglu names it; "" for one that it has not."""
     kind = type(act)
+    if kind.__module__ == __name__:
+        kind = kind.__bases__[-1]
     if kind is torch.nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    return _ACTIVATIONS.get(kind.__bases__[-1] if kind.__module__ == __name__ else kind, "")
+    return _ACTIVATIONS.get(kind, "")
 
 
 def _gated(gate_proj: Any, up_proj: Any, down_proj: Any, x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -177,7 +126,25 @@ class _TanhGELU:
     """GELU's approximation by tanh, which the model writes in eight passes, in torch's one."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.gelu(input, approximate="tanh")
+        act = functools.partial(F.gelu, approximate="tanh")
+        return recompute.made_by(act(input), act, input)
+
+
+class _GELU:
+    """torch's own, whose output the layer behind it need not keep."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return recompute.made_by(super().forward(input), self.act, input)  # type: ignore[misc,attr-defined]
+
+
+class _TorchGELU:
+    """As above."""
+
+    approximate: str
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        act = functools.partial(F.gelu, approximate=self.approximate)
+        return recompute.made_by(act(input), act, input)
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -318,17 +285,20 @@ def _runs_plainly(q: torch.Tensor) -> bool:
 
 # The op, what is fused, and a class that computes what it stands for.
 _FORMS: tuple[tuple[str, type, type], ...] = (
-    ("rms_norm", _RMSNorm, LlamaRMSNorm),
-    ("rms_norm", _RMSNormOfInput, Olmo2RMSNorm),
-    ("rms_norm", _RMSNormOfOnes, GemmaRMSNorm),
-    ("rms_norm", _RMSNormWithScale, Gemma4RMSNorm),
-    ("rms_norm", _RMSNormOfWeight, T5LayerNorm),
+    ("rms_norm", norms.RMSNorm, LlamaRMSNorm),
+    ("rms_norm", norms.RMSNormOfInput, Olmo2RMSNorm),
+    ("rms_norm", norms.RMSNormOfOnes, GemmaRMSNorm),
+    ("rms_norm", norms.RMSNormWithScale, Gemma4RMSNorm),
+    ("rms_norm", norms.RMSNormOfWeight, T5LayerNorm),
+    ("layer_norm", norms.LayerNorm, torch.nn.LayerNorm),
     ("swiglu", _MLP, LlamaMLP),
     ("swiglu", _PackedMLP, Phi3MLP),
     ("swiglu", _T5MLP, T5DenseGatedActDense),
     ("swiglu", _T5MLP, LongT5DenseGatedActDense),
     ("gelu", _TanhGELU, activations.NewGELUActivation),
     ("gelu", _TanhGELU, activations.FastGELUActivation),
+    ("gelu", _GELU, activations.GELUActivation),
+    ("gelu", _TorchGELU, torch.nn.GELU),
     ("attention", _Attention, LlamaAttention),
     ("attention", _Attention, MistralAttention),
     ("attention", _Attention, Qwen2Attention),
@@ -373,6 +343,9 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
             op = ""  # an MLP without a gate
         return None, op, f"no fused layer stands for {kind.__name__}" if op else ""
     fused, op = found
+    act = getattr(module, "act", F.gelu)
+    if op == "gelu" and getattr(act, "func", act) is not F.gelu:
+        return None, "", ""  # of the same code, and another activation
     why = ""
     other = {p.dtype for p in module.parameters() if p.is_floating_point()}.difference(DTYPES)
     if other:
@@ -396,7 +369,7 @@ def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[
     _, op, why = fused_class(module)
     if why:
         return op, "", why
-    if op == "gelu":
+    if op in ("gelu", "layer_norm"):
         return op, "torch", ""
     tensors = [t for t in module.parameters() if t.is_floating_point()]
     device = next(module.parameters()).device.type

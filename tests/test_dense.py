@@ -55,6 +55,16 @@ def test_product(by_onednn, shape, with_bias):
         assert_twice_as_good(dense.product(x.mT.contiguous().mT, weight, bias), plain, exact)
 
 
+def test_of_many_rows_the_product_is_torchs_where_it_was_measured_faster(by_onednn, monkeypatch):
+    x, weight = torch.randn(9, 24, requires_grad=True), torch.randn(40, 24)
+    monkeypatch.setattr(dense, "MOST_ROWS", {"oneDNN": 8})
+    for rows in (8, 9):
+        y = dense.linear(x[:rows], weight)
+        assert (type(y.grad_fn).__name__ == "_FrozenBackward") is (by_onednn and rows == 8)
+        assert torch.equal(dense.product(x[:rows].detach(), weight), y)
+    assert torch.equal(y, F.linear(x, weight))
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=str)
 def test_a_weight_without_rows_or_columns(by_us, shape):
     weight = torch.randn(shape, dtype=torch.float16)

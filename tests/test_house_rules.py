@@ -28,7 +28,7 @@ ROWS = (
     ("methods", "swap", "checkpoint"),
     ("nn", "report", "conv1d"),
     ("ops", "dense"),
-    ("dispatch", "activations"),
+    ("dispatch", "activations", "recompute"),
     ("native", "kernels"),
 )
 HEIGHT = {name: len(ROWS) - i for i, row in enumerate(ROWS) for name in row}

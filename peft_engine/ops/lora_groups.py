@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from peft_engine import dispatch, native
+from peft_engine import dispatch, native, recompute
 from peft_engine.kernels import scratch
 from peft_engine.ops.lora_linear import BASE, LoraLinearCall, flat_base, refuse_unless_triton
 from peft_engine.ops.lora_linear import reference as reference_alone
@@ -162,15 +162,17 @@ class _LoraGroups(torch.autograd.Function):
         y, h = run(
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, order, bounds, bias
         )
-        ctx.save_for_backward(x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds)
-        ctx.settings = blocksize, None if bias is None else bias.dtype
+        again, kept = recompute.instead_of(x)
+        ctx.save_for_backward(weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds, *kept)
+        ctx.settings = blocksize, None if bias is None else bias.dtype, x.shape, again
         return y
 
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, dy):
-        x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds = ctx.saved_tensors
-        blocksize, bias_dtype = ctx.settings
+        weight, absmax, nested_absmax, offset, lora_a, lora_b, h, order, bounds, *kept = ctx.saved_tensors
+        blocksize, bias_dtype, shape, again = ctx.settings
+        x = kept[0] if again is None else again(*kept).view(shape)
         need = ctx.needs_input_grad
         run = _backward_on_gpu if dispatch.direct(dy) else torch.ops.peft_engine.lora_groups_backward
         dx, da, db = run(

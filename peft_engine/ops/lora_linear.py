@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from peft_engine import dispatch, native
+from peft_engine import dispatch, native, recompute
 from peft_engine.kernels import scratch
 from peft_engine.ops.dropout import check_dropout, dropout_mask
 from peft_engine.ops.nf4 import DTYPES, NF4Tensor, refuse_unless_cpu, refuse_unless_cuda
@@ -216,18 +216,20 @@ class _LoraLinear(torch.autograd.Function):
             x, weight, absmax, nested_absmax, offset, blocksize, n, lora_a, lora_b, scaling, bias, p, seed
         )
         # x is for dA, h for dB; a frozen adapter (or none) keeps no activation at all.
+        again, kept = recompute.instead_of(x) if ctx.needs_input_grad[7] else (None, (None,))
         ctx.save_for_backward(
-            x if ctx.needs_input_grad[7] else None, weight, absmax, nested_absmax, offset, lora_a, lora_b,
-            h if ctx.needs_input_grad[8] else None, seed,
+            weight, absmax, nested_absmax, offset, lora_a, lora_b, h if ctx.needs_input_grad[8] else None,
+            seed, *kept,
         )  # fmt: skip
-        ctx.settings = blocksize, scaling, p, x.shape, None if bias is None else bias.dtype
+        ctx.settings = blocksize, scaling, p, x.shape, None if bias is None else bias.dtype, again
         return y
 
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, dy):
-        x, weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed = ctx.saved_tensors
-        blocksize, scaling, p, x_shape, bias_dtype = ctx.settings
+        weight, absmax, nested_absmax, offset, lora_a, lora_b, h, seed, *kept = ctx.saved_tensors
+        blocksize, scaling, p, x_shape, bias_dtype, again = ctx.settings
+        x = kept[0] if again is None else again(*kept).view(x_shape)
         # The kernels of a GPU read rows that lie apart, and use the columns that may be spare behind them.
         dy = dy if dispatch.on_gpu(dy) else dy.contiguous()
         shaped_x = x if x is not None else dy.new_empty(()).expand(x_shape)  # its shape alone is read

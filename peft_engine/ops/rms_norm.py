@@ -3,14 +3,16 @@
     y = x rstd (offset + w),  rstd = 1 / sqrt(mean(x^2) + eps)         offset: 0, or 1 for Gemma
     g = dy (offset + w)       dx = rstd (g - x rstd^2 mean(g x))       dw = sum over rows of dy x rstd
 
-Everything in float32, rounded once to x's dtype. Saved for the backward: x, w and rstd.
+Everything in float32, rounded once to x's dtype. Saved for the backward: x, w and rstd. Whoever takes y may
+save x and w in its place (recompute.py).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 
-from peft_engine import dispatch, native
+from peft_engine import dispatch, native, recompute
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
@@ -111,12 +113,17 @@ class _RmsNorm(torch.autograd.Function):
         return dx if need_dx else None, dw if need_dw else None, None, None
 
 
+def _alone(x, weight, eps, offset) -> torch.Tensor:
+    run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.rms_norm_forward.default
+    return run(x, weight, eps, offset)[0]
+
+
 def _kernels(x, weight, eps, offset) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RmsNorm.apply(x, weight, eps, offset)
-    run = _forward_on_gpu if dispatch.direct(x) else torch.ops.peft_engine.rms_norm_forward.default
-    return run(x, weight, eps, offset)[0]
+        y = _RmsNorm.apply(x, weight, eps, offset)
+        return recompute.made_by(y, functools.partial(_alone, eps=eps, offset=offset), x, weight)
+    return _alone(x, weight, eps, offset)
 
 
 RMS_NORM.register("triton", _kernels, refuse_unless_cuda)

@@ -4,7 +4,8 @@
                             for gelu_tanh sigmoid(2 sqrt(2/pi) (gate + 0.044715 gate^3)), near to that
     dgate = dy up (s + gate s')        dup = dy gate s
 
-Everything in float32, rounded once. Saved for the backward: gate and up.
+Everything in float32, rounded once. Saved for the backward: gate and up, also by whoever takes y, in its
+place (recompute.py).
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from peft_engine import dispatch, native
+from peft_engine import dispatch, native, recompute
 from peft_engine.ops.nf4 import DTYPES, refuse_unless_cpu, refuse_unless_cuda
 
 
@@ -142,10 +143,15 @@ def _kernels(gate, up, activation, spare) -> torch.Tensor:
     if len(shape) != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = (_rows(t if shape else t[None]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Swiglu.apply(gate, up, activation, spare).view(shape)
+        y = _Swiglu.apply(gate, up, activation, spare).view(shape)
+        return recompute.made_by(y, partial(_alone, activation=activation), gate, up)
+    return _alone(gate, up, activation, spare[0]).view(shape)
+
+
+def _alone(gate, up, activation, spare=0) -> torch.Tensor:
     if dispatch.direct(gate):
-        return _forward_on_gpu(gate, up, activation, spare[0]).view(shape)
-    return torch.ops.peft_engine.swiglu_forward.default(gate, up, activation).view(shape)
+        return _forward_on_gpu(gate, up, activation, spare)
+    return torch.ops.peft_engine.swiglu_forward.default(gate, up, activation)
 
 
 SWIGLU.register("triton", _kernels, refuse_unless_cuda)
