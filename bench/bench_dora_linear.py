@@ -21,7 +21,7 @@ LORA = "peft-engine, LoRA"  # the same adapter without magnitudes
 
 
 def dora(settings: measure.Settings) -> Iterator[measure.Row]:
-    """r=16 (fp32) over bf16: a layer with all gradients; SmolLM2 on 4x128 tokens, AdamW; greedy."""
+    """r=16 (fp32): a layer with all gradients; SmolLM2 on 4x128 tokens, AdamW; greedy."""
     makers: dict[str, Callable[..., Any]] = {
         **{name: partial(make, dora=True) for name, make in peers.MODELS.items()}, LORA: peers.our_model
     }  # fmt: skip
@@ -34,9 +34,9 @@ def dora(settings: measure.Settings) -> Iterator[measure.Row]:
 
 def _layer(settings: measure.Settings) -> Iterator[measure.Row]:
     rows, size = (32, 256) if settings.quick else (512, 4096)
-    weight = torch.randn(size, size, dtype=torch.bfloat16) / size**0.5
-    x = torch.randn(rows, size, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn(rows, size, dtype=torch.bfloat16)
+    weight = torch.randn(size, size, dtype=peers.DTYPE) / size**0.5
+    x = torch.randn(rows, size, dtype=peers.DTYPE, requires_grad=True)
+    dy = torch.randn(rows, size, dtype=peers.DTYPE)
     layers = {
         peers.OURS: peers.our_layer(weight, dora=True),
         LORA: peers.our_layer(weight),

@@ -62,12 +62,12 @@ def forward_backward(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) 
 
 
 def qlora_layer(settings: measure.Settings) -> Iterator[measure.Row]:
-    """LoRA r=16 (fp32) over bf16 input, forward and backward, the adapter's and x's gradients."""
+    """LoRA r=16 (fp32), forward and backward, the adapter's and x's gradients."""
     rows = 32 if settings.quick else 512
     for size in (256,) if settings.quick else (2048, 4096):
-        weight = torch.randn(size, size, dtype=torch.bfloat16) / size**0.5
-        x = torch.randn(rows, size, dtype=torch.bfloat16, requires_grad=True)
-        dy = torch.randn(rows, size, dtype=torch.bfloat16)
+        weight = torch.randn(size, size, dtype=peers.DTYPE) / size**0.5
+        x = torch.randn(rows, size, dtype=peers.DTYPE, requires_grad=True)
+        dy = torch.randn(rows, size, dtype=peers.DTYPE)
         layers = {
             peers.OURS: peers.our_layer(weight),
             peers.PEFT_BNB: peers.peft_layer(peers.bnb_linear(weight, training=True)),

@@ -63,7 +63,7 @@ def model_and_rows(settings: measure.Settings, folder: str, count: int) -> tuple
 
 
 def train_step(settings: measure.Settings) -> Iterator[measure.Row]:
-    """Forward, backward, AdamW on 4x128 tokens, all labelled; r=16 on every linear, bf16, adapters fp32."""
+    """Forward, backward, AdamW on 4x128 tokens, all labelled; r=16 on every linear, adapters fp32."""
     case, tokens, samples = step_seconds(settings, peers.MODELS)
     for name, seconds in samples.items():
         yield measure.row(case, name, "step", "s", seconds)

@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 
-RANK, ALPHA = 16, 32
+from peft_engine import dense
 
-OURS, PEFT_BNB, PEFT_DENSE = "peft-engine", "PEFT + bitsandbytes", "PEFT bf16"
+RANK, ALPHA = 16, 32
+# What all train in: on processors where torch has no fast products of bfloat16, float32.
+DTYPE = torch.float32 if dense.is_slow(torch.bfloat16) else torch.bfloat16
+
+OURS, PEFT_BNB = "peft-engine", "PEFT + bitsandbytes"
+PEFT_DENSE = "PEFT fp32" if DTYPE.itemsize == 4 else "PEFT bf16"
 
 
 # --- layers ----------------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def dense_linear(weight: torch.Tensor) -> torch.nn.Linear:
 # --- models ----------------------------------------------------------------------------------------------
 
 
-def our_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = False) -> Any:
+def our_model(path: Path, dtype: torch.dtype = DTYPE, *, dora: bool = False) -> Any:
     """Ours: NF4 read shard by shard, LoRA or DoRA r=16 on every linear, fused layers in."""
     import peft_engine as pe
 
@@ -72,7 +77,7 @@ def our_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = F
     return model.train()
 
 
-def peft_bnb_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = False) -> Any:
+def peft_bnb_model(path: Path, dtype: torch.dtype = DTYPE, *, dora: bool = False) -> Any:
     """PEFT's LoRA or DoRA over bitsandbytes' NF4 (double quantisation), adapters fp32."""
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -89,7 +94,7 @@ def peft_bnb_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: boo
     return peft.get_peft_model(model, _peft_config(dora)).train()
 
 
-def peft_dense_model(path: Path, dtype: torch.dtype = torch.bfloat16, *, dora: bool = False) -> Any:
+def peft_dense_model(path: Path, dtype: torch.dtype = DTYPE, *, dora: bool = False) -> Any:
     """PEFT's LoRA or DoRA over the dense model."""
     import peft
     from transformers import AutoModelForCausalLM
