@@ -30,13 +30,13 @@ inline void extras(const Extra& extra, int64_t n, int rows, float* out) {
   for (int m = 0; m < rows; ++m) out[m] = bias + sum16(lanes[m]);
 }
 
-#if PE_LEVEL >= 2
 // Whether rows of w start at a block and are whole blocks of 64.
 inline bool in_blocks(const Matrix& w) { return w.type == Type::nf4 && w.cols % 64 == 0; }
 
+#if PE_LEVEL >= 2
 // 128 values in the order in which few_rows_nf4 meets them: a dword of packed bytes has the indices of 8 weights, the
 // first of a byte in its high half; vector j has those that a shift by 4 j brings to the low bits.
-inline void by_shift128(const float* from, float* to) {
+inline void by_lookup128(const float* from, float* to) {
   for (int j = 0; j < 8; ++j)
     for (int lane = 0; lane < 16; ++lane) to[16 * j + lane] = from[8 * lane + (j ^ 1)];
 }
@@ -79,7 +79,7 @@ inline void finish(__m512 (&total)[kWeightRows][kRows], const Matrix& w, int64_t
   }
 }
 
-// Rows n .. n + kWeightRows of W, a multiple of 64 wide, for kRows rows of x: floats, each `stride` long, by_shift128.
+// Rows n .. n + kWeightRows of W, a multiple of 64 wide, for kRows rows of x: floats, each `stride` long, by_lookup128.
 // y = sum over blocks of absmax * (sum of code * x), so a weight costs one lookup, one shift and kRows multiplications,
 // and is not rounded to x's dtype on the way.
 template <int kRows, int kWeightRows>
@@ -128,6 +128,92 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, const 
     }
   }
   finish<kRows, kWeightRows>(total, w, n, extra, type, y);
+}
+#endif
+
+#if PE_LEVEL == 1
+// Byte k of each code.
+struct Planes {
+  alignas(16) uint8_t byte[4][16];
+};
+
+constexpr Planes kCodePlanes = [] {
+  Planes planes{};
+  for (int c = 0; c < 16; ++c)
+    for (int k = 0; k < 4; ++k)
+      planes.byte[k][c] = static_cast<uint8_t>(std::bit_cast<uint32_t>(kNf4Code[c]) >> (8 * k));
+  return planes;
+}();
+
+// 128 values in the order in which few_rows_nf4 meets them: of each block those whose index is the high half of a byte,
+// then the others, four of each half of a register at a time.
+inline void by_lookup128(const float* from, float* to) {
+  for (int i = 0; i < 128; ++i) {
+    const int block = i & 64, half = i >> 5 & 1, q = i >> 3 & 3, lane = i >> 2 & 1, e = i & 3;
+    to[i] = from[block + 2 * (16 * lane + 4 * q + e) + half];
+  }
+}
+
+// Row n of W, a multiple of 64 wide, for kRows rows of x: floats, each `stride` long, by_lookup128. As with AVX-512; no
+// lookup of AVX2 has a table of 16 floats, but one has 16 bytes, for 32 indices at once: the four bytes of 32 codes, put
+// together by twice as many unpacks. Floor, on a processor that has two shuffles a cycle: 13 cycles for 64 weights. Half a
+// block is a sum of its own: a longer chain of additions waits for itself.
+template <int kRows>
+inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, const float* scales, int64_t n,
+                         const Extra& extra, Type type, void* y) {
+  const int64_t blocks = w.cols / 64;
+  const uint8_t* packed = static_cast<const uint8_t*>(w.data) + ((n * w.cols) >> 1);
+  __m256 total[kRows];
+  for (int m = 0; m < kRows; ++m) total[m] = _mm256_setzero_ps();
+  int64_t ahead = w.cols / 2;  // the rows after this
+  while (ahead < 2048) ahead *= 2;
+  __m256i plane[4];
+  for (int k = 0; k < 4; ++k)
+    plane[k] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kCodePlanes.byte[k])));
+  const __m256i low = _mm256_set1_epi8(15);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint8_t* from = packed + b * 32;
+    if (b % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T0);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256 scale = _mm256_broadcast_ss(scales + b);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m256i index = _mm256_and_si256(half == 0 ? _mm256_srli_epi16(bytes, 4) : bytes, low);
+      __m256 part[kRows];
+      __m256i of[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) of[k] = _mm256_shuffle_epi8(plane[k], index);
+      const __m256i lower[2] = {_mm256_unpacklo_epi8(of[0], of[1]), _mm256_unpackhi_epi8(of[0], of[1])},
+                    upper[2] = {_mm256_unpacklo_epi8(of[2], of[3]), _mm256_unpackhi_epi8(of[2], of[3])};
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const __m256 v = _mm256_castsi256_ps(q % 2 == 0 ? _mm256_unpacklo_epi16(lower[q / 2], upper[q / 2])
+                                                        : _mm256_unpackhi_epi16(lower[q / 2], upper[q / 2]));
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m) {
+          const __m256 at = _mm256_loadu_ps(x + m * stride + b * 64 + 32 * half + 8 * q);
+          part[m] = q == 0 ? _mm256_mul_ps(v, at) : _mm256_fmadd_ps(v, at, part[m]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) total[m] = _mm256_fmadd_ps(part[m], scale, total[m]);
+    }
+  }
+  with_type(extra.b.type, [&](auto t) {
+    using T = decltype(t);
+    const auto* up = static_cast<const typename T::Value*>(extra.b.data) + n * extra.rank;
+    for (int64_t r = 0; r < extra.rank; r += 8) {
+      const __m256 of_row = (__m256)load<T>(up + r, extra.rank - r);
+      for (int m = 0; m < kRows; ++m)
+        total[m] = _mm256_fmadd_ps(of_row, _mm256_loadu_ps(extra.h + m * extra.stride + r), total[m]);
+    }
+  });
+  const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n);
+  for (int m = 0; m < kRows; ++m) {
+    const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(total[m]), _mm256_extractf128_ps(total[m], 1));
+    const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+    store_one(y, type, m * w.rows + n, _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos))) + bias);
+  }
 }
 #endif
 
@@ -224,25 +310,26 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
 // 692 / 1216; NF4 in bf16, 8 rows of 576x576, 576x1536 and 4096x4096 46 / 49, 76 / 132 and 1150 / 2300, 12 rows 64 / 49,
 // 109 / 133 and 1680 / 2300; dense bf16 of 576x1536 and 2048x2048, 4 rows 97 / 124 and 349 / 858, 8 rows 188 / 121 and
 // 666 / 841; dense float32, 4 rows 127 / 268 and 1177 / 1484, 12 rows 344 / 236. AMX, 4096x4096 dense bf16 with r=16, ms: 4
-// rows 0.84 / 1.09, 5 rows 1.10 / 1.08.
+// rows 0.84 / 1.09, 5 rows 1.10 / 1.08. AVX2 (a Zen 3), NF4 in float32, 12 rows of 576x576 and 4096x4096 137 / 178 and 4930 /
+// 5650, 16 rows 176 / 171 and 6540 / 5650; in bf16 the same.
 template <bool kPairs>
 inline int64_t most_few_rows(const Matrix& w) {
-#if PE_LEVEL >= 2
+#if PE_LEVEL >= 1
   if (in_blocks(w) && !(kPairs && PE_LEVEL >= 4)) return kPairs && w.rows * w.cols < (1 << 19) ? 8 : 12;
 #endif
   return 4;
 }
 
 // How few_rows takes x.
-enum class Take { floats, by_shift, bf16, interleaved };
+enum class Take { floats, by_lookup, bf16, interleaved };
 
 template <bool kPairs>
 inline Take few_rows_take(const Matrix& w) {
 #if PE_LEVEL == 3
   if (kPairs && in_blocks(w)) return Take::interleaved;
 #endif
-#if PE_LEVEL >= 2
-  if (in_blocks(w)) return Take::by_shift;
+#if PE_LEVEL >= 1
+  if (in_blocks(w)) return Take::by_lookup;
 #endif
   return kPairs ? Take::bf16 : Take::floats;
 }
@@ -252,8 +339,17 @@ template <int kRows>
 inline void few_rows(const void* x, int64_t stride, Take take, const Source& w, int64_t n0, int64_t n1,
                      const Extra& extra, Type type, void* y) {
   const float* from = static_cast<const float*>(x);
-#if PE_LEVEL >= 2
-  if (take == Take::by_shift || take == Take::interleaved) {
+#if PE_LEVEL == 1
+  if (take == Take::by_lookup) {
+    const int64_t blocks = w.m.cols / 64;
+    float* all = scratch<float>(Slot::few_rows, (n1 - n0) * blocks);
+    read_scales(w.m, n0 * w.m.cols, (n1 - n0) * blocks, all);
+    for (int64_t n = n0; n < n1; ++n)
+      few_rows_nf4<kRows>(from, stride, w.m, all + (n - n0) * blocks, n, extra, type, y);
+    return;
+  }
+#elif PE_LEVEL >= 2
+  if (take == Take::by_lookup || take == Take::interleaved) {
     const int64_t blocks = w.m.cols / 64;
     float* all = scratch<float>(Slot::few_rows, (n1 - n0) * blocks);
     read_scales(w.m, n0 * w.m.cols, (n1 - n0) * blocks, all);

@@ -100,9 +100,9 @@ inline void forward_few_rows(const LoraLinearForward& f) {
 #endif
       float v[128], *to = static_cast<float*>(activations) + at;
       for (int part = 0; part < 128; part += 64) read64(x, m, c + part, v + part);
-#if PE_LEVEL >= 2
-      if (take == Take::by_shift) {
-        by_shift128(v, to);
+#if PE_LEVEL >= 1
+      if (take == Take::by_lookup) {
+        by_lookup128(v, to);
         continue;
       }
 #endif

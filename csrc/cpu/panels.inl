@@ -118,6 +118,7 @@ PE_INLINE __m512 absmax_code(__m512i index) {
   of[1] = _mm512_mask_mov_ps(of[2], bit6, of[3]);
   return _mm512_mask_mov_ps(of[0], bit7, of[1]);
 }
+#endif
 
 // Scales of `blocks` blocks of 64 from value i (a multiple of 64) of an NF4 matrix.
 inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) {
@@ -126,10 +127,13 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
     for (int64_t b = 0; b < blocks; ++b) out[b] = w.scale((first + b) >> (w.block_shift - 6));
     return;
   }
+#if PE_LEVEL >= 2
   const __m512 offset = _mm512_set1_ps(w.offset);
+#endif
   for (int64_t b = 0, end; b < blocks; b = end) {
     const int64_t from = first + b, group = from >> 8;  // 256 share a nested scale
     end = ((group + 1) << 8) - first < blocks ? ((group + 1) << 8) - first : blocks;
+#if PE_LEVEL >= 2
     const __m512 nested = _mm512_set1_ps(w.nested_absmax[group]);
     for (; b < end; b += 16) {
       const __mmask16 mask = end - b < 16 ? static_cast<__mmask16>((1u << (end - b)) - 1) : 0xFFFF;
@@ -137,9 +141,12 @@ inline void read_scales(const Matrix& w, int64_t i, int64_t blocks, float* out) 
       const __m512 code = absmax_code(index);
       _mm512_mask_storeu_ps(out + b, mask, _mm512_add_ps(_mm512_mul_ps(code, nested), offset));
     }
+#else
+    const float nested = w.nested_absmax[group];
+    for (; b < end; ++b) out[b] = kAbsmaxCode[w.absmax_index[first + b]] * nested + w.offset;
+#endif
   }
 }
-#endif
 
 #if PE_LEVEL >= 3
 // read64 as bf16, two registers.
