@@ -268,6 +268,8 @@ def _model_line(
     if isinstance(module, dropout.FusedDropout):
         return _either(name, module, "dropout", *dropout.running(device, dtype))
     fused, op, _ = stand_ins.fused_class(module)
+    if fused is not None and not op:
+        return None  # torch's own
     if op == "experts" and (stand_ins.is_stand_in(module) or experts.AS_IT_WAS in module.__dict__):
         return _either(name, module, op, *experts.running(module, dtype))
     if op == "gelu" and stand_ins.fused_class(model.get_submodule(name.rpartition(".")[0]))[1] == "swiglu":

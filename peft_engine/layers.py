@@ -283,22 +283,22 @@ def _runs_plainly(q: torch.Tensor) -> bool:
 
 # --- which class --------------------------------------------------------------------------------------------
 
-# The op, what is fused, and a class that computes what it stands for.
+# The op, what is fused, and a class that computes what it stands for. Without an op: torch's own, marked.
 _FORMS: tuple[tuple[str, type, type], ...] = (
     ("rms_norm", norms.RMSNorm, LlamaRMSNorm),
     ("rms_norm", norms.RMSNormOfInput, Olmo2RMSNorm),
     ("rms_norm", norms.RMSNormOfOnes, GemmaRMSNorm),
     ("rms_norm", norms.RMSNormWithScale, Gemma4RMSNorm),
     ("rms_norm", norms.RMSNormOfWeight, T5LayerNorm),
-    ("layer_norm", norms.LayerNorm, torch.nn.LayerNorm),
+    ("", norms.LayerNorm, torch.nn.LayerNorm),
     ("swiglu", _MLP, LlamaMLP),
     ("swiglu", _PackedMLP, Phi3MLP),
     ("swiglu", _T5MLP, T5DenseGatedActDense),
     ("swiglu", _T5MLP, LongT5DenseGatedActDense),
     ("gelu", _TanhGELU, activations.NewGELUActivation),
     ("gelu", _TanhGELU, activations.FastGELUActivation),
-    ("gelu", _GELU, activations.GELUActivation),
-    ("gelu", _TorchGELU, torch.nn.GELU),
+    ("", _GELU, activations.GELUActivation),
+    ("", _TorchGELU, torch.nn.GELU),
     ("attention", _Attention, LlamaAttention),
     ("attention", _Attention, MistralAttention),
     ("attention", _Attention, Qwen2Attention),
@@ -344,7 +344,7 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         return None, op, f"no fused layer stands for {kind.__name__}" if op else ""
     fused, op = found
     act = getattr(module, "act", F.gelu)
-    if op == "gelu" and getattr(act, "func", act) is not F.gelu:
+    if not op and getattr(act, "func", act) is not F.gelu:
         return None, "", ""  # of the same code, and another activation
     why = ""
     other = {p.dtype for p in module.parameters() if p.is_floating_point()}.difference(DTYPES)
@@ -369,7 +369,7 @@ def running(module: torch.nn.Module, dtype: torch.dtype | None = None) -> tuple[
     _, op, why = fused_class(module)
     if why:
         return op, "", why
-    if op in ("gelu", "layer_norm"):
+    if op == "gelu":
         return op, "torch", ""
     tensors = [t for t in module.parameters() if t.is_floating_point()]
     device = next(module.parameters()).device.type

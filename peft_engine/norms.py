@@ -9,20 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from peft_engine import recompute
-from peft_engine.methods.sharded import class_of
 from peft_engine.ops.rms_norm import rms_norm
 
 
-class _Norm:
+class RMSNorm:
     weight: torch.Tensor
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-        y = rms_norm(x, weight, eps, offset=offset)
-        # fully_shard of the norm alone has freed the weight when the layers behind it go backward.
-        return y if type(self) is class_of(self) else recompute.keep(y)  # type: ignore[arg-type]
-
-
-class RMSNorm(_Norm):
     variance_epsilon: float
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -31,14 +22,14 @@ class RMSNorm(_Norm):
             # A float32 weight beside a half-precision input gives float32, as the layer's own product does.
             dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
             hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-        return self._norm(hidden_states, weight, self.variance_epsilon)
+        return rms_norm(hidden_states, weight, self.variance_epsilon)
 
 
 class RMSNormOfInput(RMSNorm):
     """As OLMo 2 has it: the result has the input's dtype whatever the weight's."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._norm(hidden_states, _beside(hidden_states, self.weight), self.variance_epsilon)
+        return rms_norm(hidden_states, _beside(hidden_states, self.weight), self.variance_epsilon)
 
 
 class RMSNormOfWeight(RMSNorm):
@@ -49,20 +40,21 @@ class RMSNormOfWeight(RMSNorm):
         return y if self.weight.dtype == torch.float32 else y.to(self.weight.dtype)
 
 
-class RMSNormOfOnes(_Norm):
+class RMSNormOfOnes:
     """As Gemma has it: the weight is what is added to 1."""
 
+    weight: torch.Tensor
     eps: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._norm(x, _beside(x, self.weight), self.eps, offset=1.0)
+        return rms_norm(x, _beside(x, self.weight), self.eps, offset=1.0)
 
 
 class RMSNormWithScale(RMSNormOfOnes):
     """As Gemma 4 has it, where it has a weight, by which it multiplies."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._norm(hidden_states, _beside(hidden_states, self.weight), self.eps)
+        return rms_norm(hidden_states, _beside(hidden_states, self.weight), self.eps)
 
 
 def _beside(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -80,9 +72,9 @@ class LayerNorm:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         y = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if type(self) is not class_of(self) or torch.is_autocast_enabled(input.device.type):  # type: ignore[arg-type]
+        if not y.requires_grad or torch.is_autocast_enabled(input.device.type):
             return y  # autocast, which the backward is without, may have computed in float32
-        parts = [t for t in (self.weight, self.bias) if t is not None]
+        parts = [recompute.lasting(t) for t in (self.weight, self.bias) if t is not None]
         run = functools.partial(_layer_norm, self.normalized_shape, self.weight is not None, self.eps)
         return recompute.made_by(y, run, input, *parts)
 

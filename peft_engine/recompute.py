@@ -4,11 +4,16 @@ For dA a layer needs its input. Where that is what a norm or a gated product gav
 that it was made from, the layer saves that in the input's place: one more pass over it, with the same bits,
 for as many bytes less between forward and backward as the input has. The op that makes such an output marks
 its memory with `made_by`; whoever would save it asks `instead_of`.
+
+Under hooks for saved tensors, and so inside torch's checkpointing, everything is kept as it is: there what is
+saved may be dropped, moved or counted, and a mark would hold it. A write that autograd does not see (`.data`,
+numpy) between the op and the layer is not seen here either.
 """
 
 from collections.abc import Callable
 
 import torch
+from torch import distributed
 
 _MARK = "_peft_engine_made_by"
 
@@ -29,14 +34,20 @@ class Again:
         return self
 
     def __call__(self, *saved: torch.Tensor) -> torch.Tensor:
-        """The activation, of the tensors that it was made from."""
-        value = self._run(*saved) if self._value is None else self._value
+        """The activation, of the tensors that it was made from; in a backward."""
+        kept = self._value
+        value = self._run(*saved) if kept is None else kept
         self._left -= 1
-        if self._left > 0:
+        if self._left <= 0:
+            self._drop()
+        elif kept is None:
             self._value = value
-        else:  # a graph that is kept may be gone through once more
-            self._value, self._left = None, self._users
+            # not all of the layers may be gone through
+            torch.autograd.Variable._execution_engine.queue_callback(self._drop)
         return value
+
+    def _drop(self) -> None:
+        self._value, self._left = None, self._users  # a graph that is kept may be gone through once more
 
 
 def made_by(y: torch.Tensor, run: Callable[..., torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
@@ -51,16 +62,16 @@ def made_by(y: torch.Tensor, run: Callable[..., torch.Tensor], *saved: torch.Ten
     return y
 
 
-def keep(y: torch.Tensor) -> torch.Tensor:
-    """y, which is to be saved itself by whom it is given to."""
-    if _plain(y):
-        y.untyped_storage().__dict__.pop(_MARK, None)
-    return y
+def lasting(weight: torch.Tensor) -> torch.Tensor:
+    """A norm's weight as it can be kept: under fully_shard it may be freed before a layer asks for it."""
+    whole = not distributed.is_available() or not distributed.is_initialized()
+    return weight if whole else weight.detach().clone()
 
 
 def instead_of(x: torch.Tensor) -> tuple[Again | None, tuple[torch.Tensor, ...]]:
     """What to save for the backward in x's place, and how x is made again of it: None where it is x."""
-    mark = getattr(x.untyped_storage(), _MARK, None) if _plain(x) else None
+    # what no longer hangs on the graph (detach, .data) may have been written to behind another counter
+    mark = getattr(x.untyped_storage(), _MARK, None) if x.requires_grad and _plain(x) else None
     if mark is None:
         return None, (x,)
     again, held, (shape, stride, offset, contiguous), versions = mark
@@ -73,9 +84,13 @@ def instead_of(x: torch.Tensor) -> tuple[Again | None, tuple[torch.Tensor, ...]]
 
 
 def _plain(x: torch.Tensor) -> bool:
-    """Whether x has memory of its own to be marked. (torch.compile decides by itself what is kept.)"""
-    ours = type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return ours and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether x has memory of its own, and what is saved stays as it is. torch.compile decides for itself."""
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    )
 
 
 def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:

@@ -122,7 +122,8 @@ def _kernels(x, weight, eps, offset) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         y = _RmsNorm.apply(x, weight, eps, offset)
-        return recompute.made_by(y, functools.partial(_alone, eps=eps, offset=offset), x, weight)
+        again = functools.partial(_alone, eps=eps, offset=offset)
+        return recompute.made_by(y, again, x, recompute.lasting(weight))
     return _alone(x, weight, eps, offset)
 
 
