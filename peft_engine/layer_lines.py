@@ -24,13 +24,13 @@ from peft_engine.nn import NF4Linear
 from peft_engine.ops.bottleneck import ALIASES, BOTTLENECK, BottleneckCall
 from peft_engine.ops.lora_linear import LORA_LINEAR, LoraLinearCall
 from peft_engine.ops.nf4 import NF4Tensor
-from peft_engine.report import LayerReport
+from peft_engine.report import LayerReport, Report
 
 ROUTER = "its own code, over W + s B A of its few values"
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
 BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN where that is the faster one"
-SLOW = "a dense weight without an adapter, and torch has no fast product of {} here; float32 is faster"
+SLOW = "a dense weight without an adapter, and torch has no fast product of {} here; float32 has"
 SHARDED = "fully_shard has made it a class of its own; call peft_engine.optimize first"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"
 
@@ -71,6 +71,16 @@ def lines(model: torch.nn.Module) -> Iterator[LayerReport]:
             found = _virtual_tokens_line(name, module, dtype, own) or own
             if found is not None:
                 yield found
+
+
+def slow(report: Report) -> str:
+    """A line on the layers whose products take torch many times as long as in float32; "" where none does."""
+    dtypes = {SLOW.format(dtype): dtype for dtype in (torch.bfloat16, torch.float16)}
+    found = [dtypes[line.reason] for line in report.layers if line.reason in dtypes]
+    if not found:
+        return ""
+    name = str(found[0]).removeprefix("torch.")
+    return f"{len(found)} layers are multiplied by torch, which has no fast product of {name} here"
 
 
 def _head(model: Any) -> torch.nn.Module | None:

@@ -6,7 +6,7 @@ from accuracy import assert_twice_as_good
 from torch.nn import functional as F
 
 import peft_engine as pe
-from peft_engine import dense, dispatch, native
+from peft_engine import dense, dispatch, layer_lines, native
 
 IDS = torch.arange(36).view(4, 9)
 
@@ -214,6 +214,14 @@ def test_explain_says_whose_product_runs(by_onednn, llama):
     assert "oneDNN" not in lines["model.layers.0.mlp.down_proj"]
     pe.unoptimize(model)
     assert not any("oneDNN" in line.reason for line in pe.explain(model).layers)
+
+
+def test_products_that_are_slow_here_are_counted(by_us, tiny_llama):
+    model = pe.attach(tiny_llama(torch.bfloat16), pe.LoraConfig(r=4, target_modules=["q_proj"]))
+    told = layer_lines.slow(pe.explain(model))
+    assert told.startswith("12 layers are multiplied by torch, which has no fast product of bfloat16")
+    assert layer_lines.slow(pe.explain(tiny_llama())) == ""
+    assert layer_lines.slow(pe.optimize(model)) == ""  # by ours: the projections inside fused layers
 
 
 def test_a_bias_may_lie_apart(by_onednn):

@@ -67,6 +67,7 @@ def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.Exi
     eval_rows = read_rows(settings.eval_data) if settings.eval_data else []
     documents, eval_documents = tokenized(settings, rows, eval_rows)
 
+    from peft_engine import layer_lines
     from peft_engine.train import trainer  # Trainer takes seconds to import: the data has been checked by now
 
     loop = settings.loop
@@ -74,6 +75,8 @@ def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.Exi
     _tell_memory(settings, say)
     model, report = prepare(settings, resume_from)
     say(f"Layers: {report.fused_count} of {report.total} fused (peft-engine explain says which and why)")
+    if lines := layer_lines.slow(report):
+        say(f"{lines}: --dtype float32 is many times faster")
     if is_new:  # not before all is checked: a run that is refused leaves what there was
         output.mkdir(parents=True, exist_ok=True)
         held.enter_context(sole_run(output))
