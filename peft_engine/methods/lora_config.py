@@ -34,7 +34,8 @@ class LoraConfig:
                          False: both random, so that the adapter changes the model at once
     layers_to_transform  indices of the layers to adapt, when target_modules is a list
     layers_pattern       the name of the list that the index is in
-    task_type            PEFT's word for the task ("CAUSAL_LM"), written to the file
+    task_type            PEFT's word for the task ("CAUSAL_LM"), written to the file; with "SEQ_CLS",
+                         "TOKEN_CLS" and "QUESTION_ANS" the model's head is trained whole
 
     Raises TypeError or ValueError that names the field.
     """

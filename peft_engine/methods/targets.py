@@ -78,9 +78,11 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
             )
         r = pattern_value(config.rank_pattern, path, config.r)
         if r > min(k, n) and n > 1 and path not in routers:  # gates: of so few outputs any rank is too many
+            mend = "lower r, or set a smaller one for this layer in rank_pattern, or exclude it"
+            if tasks := [repr(task) for task, names in HEADS.items() if path in names]:
+                mend = f"a head is trained whole, and left out here, with task_type={' or '.join(tasks)}"
             raise ValueError(
-                f"{who}: rank {r} is above what {path} ({n} x {k}) can hold, {min(k, n)}; lower r, or set a "
-                "smaller one for this layer in rank_pattern, or exclude it"
+                f"{who}: rank {r} is above what {path} ({n} x {k}) can hold, {min(k, n)}; {mend}"
             )
         layers[path] = settings_for(config, r, pattern_value(config.alpha_pattern, path, config.lora_alpha))
     for name, group in found.items():

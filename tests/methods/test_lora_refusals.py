@@ -2,6 +2,7 @@
 
 import time
 
+import families
 import pytest
 import torch
 import transformers
@@ -213,3 +214,16 @@ def test_a_weight_that_is_no_parameter_is_refused_by_name(tiny_llama, how):
     with pytest.raises((TypeError, ValueError), match=r"q_proj has a weight that is no parameter"):
         quantize_(model)
     attach(model, LoraConfig(target_modules=["k_proj"]))
+
+
+def test_a_rank_that_a_classifier_cannot_hold_is_refused_with_the_task_that_trains_it_whole():
+    model = families.build("bert")
+    before = state(model)
+    said = "rank 8 is above what classifier .* trained whole.*task_type='SEQ_CLS' or 'TOKEN_CLS'"
+    with pytest.raises(ValueError, match=said):
+        attach(model, LoraConfig(r=8, target_modules="all-linear"))
+    assert state(model) == before
+    attach(model, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
+    assert all(
+        p.requires_grad for name, p in model.named_parameters() if name.startswith("classifier.copies")
+    )

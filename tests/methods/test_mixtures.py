@@ -6,7 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
-from accuracy import assert_twice_as_good
+from accuracy import assert_together_twice_as_good
 from expert_cases import BOTH, FAMILIES, IDS, MORE, build, layer_of, logits, lora
 
 import peft_engine as pe
@@ -124,8 +124,9 @@ def test_loss_and_gradients_are_within_twice_the_error_of_peft(dtype):
     exact = copy.deepcopy(theirs).double()
     exact.base_model.model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     got, plain, truth = gradients(ours, ours_of), gradients(theirs, theirs_of), gradients(exact, theirs_of)
-    for a, b, c in zip(got, plain, truth, strict=True):
-        assert_twice_as_good(a.float(), as_ours(b, a).float(), as_ours(c, a))
+    assert_together_twice_as_good(
+        (a.float(), as_ours(b, a).float(), as_ours(c, a)) for a, b, c in zip(got, plain, truth, strict=True)
+    )
 
 
 @pytest.mark.parametrize("nf4", [False, True])
