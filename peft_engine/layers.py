@@ -126,25 +126,28 @@ class _TanhGELU:
     """GELU's approximation by tanh, which the model writes in eight passes, in torch's one."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        act = functools.partial(F.gelu, approximate="tanh")
-        return recompute.made_by(act(input), act, input)
+        return _gelu(input, "tanh")
 
 
 class _GELU:
-    """torch's own, whose output the layer behind it need not keep."""
+    """torch's own, whose output the layer behind it need not keep: as a module of transformers calls it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return recompute.made_by(super().forward(input), self.act, input)  # type: ignore[misc,attr-defined]
 
 
 class _TorchGELU:
-    """As above."""
+    """The same, as torch's module calls it."""
 
     approximate: str
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        act = functools.partial(F.gelu, approximate=self.approximate)
-        return recompute.made_by(act(input), act, input)
+        return _gelu(input, self.approximate)
+
+
+def _gelu(input: torch.Tensor, approximate: str) -> torch.Tensor:
+    act = functools.partial(F.gelu, approximate=approximate)
+    return recompute.made_by(act(input), act, input)
 
 
 # --- attention ----------------------------------------------------------------------------------------------

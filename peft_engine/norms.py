@@ -72,11 +72,11 @@ class LayerNorm:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         y = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if not y.requires_grad or torch.is_autocast_enabled(input.device.type):
+        if torch.is_autocast_enabled(input.device.type):
             return y  # autocast, which the backward is without, may have computed in float32
-        parts = [recompute.lasting(t) for t in (self.weight, self.bias) if t is not None]
+        parts = [t for t in (self.weight, self.bias) if t is not None]
         run = functools.partial(_layer_norm, self.normalized_shape, self.weight is not None, self.eps)
-        return recompute.made_by(y, run, input, *parts)
+        return recompute.made_by(y, run, input, weights=parts)
 
 
 def _layer_norm(shape, has_weight: bool, eps: float, x: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ saved may be dropped, moved or counted, and a mark would hold it. A write that a
 numpy) between the op and the layer is not seen here either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import distributed
@@ -50,22 +50,21 @@ class Again:
         self._value, self._left = None, self._users  # a graph that is kept may be gone through once more
 
 
-def made_by(y: torch.Tensor, run: Callable[..., torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-    """y, whose memory is marked as run(*saved), of tensors that y's own backward keeps.
+def made_by(
+    y: torch.Tensor,
+    run: Callable[..., torch.Tensor],
+    *saved: torch.Tensor,
+    weights: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """y, whose memory is marked as run(*saved, *weights), of tensors that y's own backward keeps.
 
     The mark lies on the memory and not on the tensor, whose attributes torch.save would write.
     """
     if y.requires_grad and _plain(y):
-        held = tuple(t.detach() for t in saved)
+        held = (*(t.detach() for t in saved), *map(_lasting, weights))
         layout = y.shape, y.stride(), y.storage_offset(), y.is_contiguous()
         setattr(y.untyped_storage(), _MARK, (Again(run), held, layout, _versions(y, *held)))
     return y
-
-
-def lasting(weight: torch.Tensor) -> torch.Tensor:
-    """A norm's weight as it can be kept: under fully_shard it may be freed before a layer asks for it."""
-    whole = not distributed.is_available() or not distributed.is_initialized()
-    return weight if whole else weight.detach().clone()
 
 
 def instead_of(x: torch.Tensor) -> tuple[Again | None, tuple[torch.Tensor, ...]]:
@@ -91,6 +90,12 @@ def _plain(x: torch.Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     )
+
+
+def _lasting(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as it can be kept: fully_shard may have freed it before a layer asks for it."""
+    alone = not distributed.is_available() or not distributed.is_initialized()
+    return weight.detach() if alone else weight.detach().clone()
 
 
 def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:

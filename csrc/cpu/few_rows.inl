@@ -30,20 +30,6 @@ inline void extras(const Extra& extra, int64_t n, int rows, float* out) {
   for (int m = 0; m < rows; ++m) out[m] = bias + sum16(lanes[m]);
 }
 
-// Adds row n of the adapter's product to the lanes that are summed up to y, for each row of x.
-template <int kRows>
-inline void add_adapter_lanes(const Extra& extra, int64_t n, Floats* total) {
-  with_type(extra.b.type, [&](auto t) {
-    using T = decltype(t);
-    const auto* up = static_cast<const typename T::Value*>(extra.b.data) + n * extra.rank;
-    for (int64_t r = 0; r < extra.rank; r += kWidth) {
-      const Floats of_row = load<T>(up + r, extra.rank - r);
-      for (int m = 0; m < kRows; ++m)
-        total[m] = multiply_add(of_row, load<F32>(extra.h + m * extra.stride + r), total[m]);
-    }
-  });
-}
-
 inline float sum_of_lanes(Floats v) {
 #if PE_LEVEL >= 2
   return _mm512_reduce_add_ps((__m512)v);
@@ -54,6 +40,22 @@ inline float sum_of_lanes(Floats v) {
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
+}
+
+// Adds the adapter and the bias to the lanes that sum up to row n of y, for each row of x, and writes them.
+template <int kRows>
+inline void finish_row(Floats* total, const Matrix& w, int64_t n, const Extra& extra, Type type, void* y) {
+  with_type(extra.b.type, [&](auto t) {
+    using T = decltype(t);
+    const auto* up = static_cast<const typename T::Value*>(extra.b.data) + n * extra.rank;
+    for (int64_t r = 0; r < extra.rank; r += kWidth) {
+      const Floats of_row = load<T>(up + r, extra.rank - r);
+      for (int m = 0; m < kRows; ++m)
+        total[m] = multiply_add(of_row, load<F32>(extra.h + m * extra.stride + r), total[m]);
+    }
+  });
+  const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n);
+  for (int m = 0; m < kRows; ++m) store_one(y, type, m * w.rows + n, sum_of_lanes(total[m]) + bias);
 }
 
 #include "cpu/few_rows_nf4.inl"
@@ -116,9 +118,7 @@ inline void few_rows_dense(const float* x, int64_t stride, const Matrix& w, int6
       for (int m = 0; m < kRows; ++m) total[m] = multiply_add(v, load<F32>(x + m * stride + c), total[m]);
     }
     for (int m = 0; m < kRows; ++m) total[m] += second[m];
-    add_adapter_lanes<kRows>(extra, n, total);
-    const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n);
-    for (int m = 0; m < kRows; ++m) store_one(y, type, m * w.rows + n, sum_of_lanes(total[m]) + bias);
+    finish_row<kRows>(total, w, n, extra, type, y);
   }
 }
 
@@ -147,8 +147,8 @@ inline void few_rows_f32(const float* x, int64_t stride, const Source& w, int64_
 // 109 / 133 and 1680 / 2300; dense bf16 of 576x1536 and 2048x2048, 4 rows 97 / 124 and 349 / 858, 8 rows 188 / 121 and
 // 666 / 841; dense float32, 4 rows 127 / 268 and 1177 / 1484, 12 rows 344 / 236. AMX, 4096x4096 dense bf16 with r=16, ms: 4
 // rows 0.84 / 1.09, 5 rows 1.10 / 1.08. AVX2 (a Zen 3), NF4 in float32, 12 rows of 576x576 and 4096x4096 137 / 178 and 4930 /
-// 5650, 16 rows 176 / 171 and 6540 / 5650; in bf16 the same; dense bf16
-// and float32, 8 rows of 4096x4096 with r=16, least ms beside other work: 3.9 / 10.5 and 4.9 / 9.9.
+// 5650, 16 rows 176 / 171 and 6540 / 5650; in bf16 the same; dense bf16 and float32, 8 rows of
+// 4096x4096 with r=16, least ms beside other work: 3.9 / 10.5 and 4.9 / 9.9.
 template <bool kPairs>
 inline int64_t most_few_rows(const Matrix& w) {
 #if PE_LEVEL >= 1

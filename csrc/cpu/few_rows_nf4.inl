@@ -169,9 +169,7 @@ inline void few_rows_nf4(const float* x, int64_t stride, const Matrix& w, const 
       for (int m = 0; m < kRows; ++m) total[m] = multiply_add((Floats)part[m], (Floats)scale, total[m]);
     }
   }
-  add_adapter_lanes<kRows>(extra, n, total);
-  const float bias = extra.bias == nullptr ? 0.0f : load_one(extra.bias, extra.bias_type, n);
-  for (int m = 0; m < kRows; ++m) store_one(y, type, m * w.rows + n, sum_of_lanes(total[m]) + bias);
+  finish_row<kRows>(total, w, n, extra, type, y);
 }
 #endif
 

@@ -123,7 +123,7 @@ def _kernels(x, weight, eps, offset) -> torch.Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         y = _RmsNorm.apply(x, weight, eps, offset)
         again = functools.partial(_alone, eps=eps, offset=offset)
-        return recompute.made_by(y, again, x, recompute.lasting(weight))
+        return recompute.made_by(y, again, x, weights=(weight,))
     return _alone(x, weight, eps, offset)
 
 
