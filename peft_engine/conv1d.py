@@ -9,8 +9,14 @@ from typing import Any
 from torch import nn
 
 
+def plain(kind: type) -> type:
+    """The class that a class of dense_layers.py stands for; any other class itself."""
+    return kind.__dict__.get("stands_for", kind)
+
+
 def is_conv1d(kind: type) -> bool:
-    """Whether a class is transformers' Conv1D, which is imported nowhere here."""
+    """Whether a class is transformers' Conv1D, which is imported nowhere here, or stands for it."""
+    kind = plain(kind)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 

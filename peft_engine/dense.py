@@ -3,26 +3,34 @@
 float32: torch multiplies with MKL. oneDNN, which it has for other dtypes and for torch.compile, takes less
 time on AMD's processors. On two cores of a Zen 4, torch 2.13, with weights of 576x576 up to 4096x4096 and the
 head of 49152x576, y was 1.06 to 3.9 times as fast from two rows on (1.09 to 1.22 times at 512 rows), dx 1.07
-to 2.9 times; with one row either was the faster. On two cores of a Zen 3, which has no AVX-512, y had 0.83 to
-2.3 times the speed of torch's choice from 2 to 128 rows (median 1.3), dx 0.96 to 3.2; at 256 even, from
-512 on 0.8 to 0.96. Not measured on other processors: they keep torch's choice.
+to 2.9 times; with one row either was the faster. On two cores of a Zen 3, which has no AVX-512, y had 0.88 to
+1.9 times the speed of torch's choice from 16 to 128 rows (median 1.15), 0.9 to 1.2 at 192, 0.88 to 1.13 at
+256, from 512 on 0.8 to 0.96; with a transposed weight (dx; y of a Conv1D) 0.9 to 1.6 up to 32 rows, and from
+64 on as little as 0.65 where rows are 3072 wide. There lora_linear's product of few rows, without an adapter,
+is the fastest of two to eight (oneDNN's takes 1.03 to 1.9 times as long), and of one row oneDNN's takes 0.5 to
+0.9 of torch's time. Not measured on other processors: they keep torch's choice.
 
 Half precision: oneDNN has no product of bfloat16 on processors without AVX-512, and none of float16 on those
 without AVX512-FP16. There torch's own runs, on the same machine, at 39 to 46 GFLOP/s for y, 1 to 3.4 for dx
-(the gradient through a head of 49152 takes 8 s), where lora_linear's, without an adapter, runs at 130 to 210.
-It takes torch's place from three rows on; of one or two rows torch's y is as fast.
+(the gradient through a head of 49152 takes 8 s), where lora_linear's runs at 130 to 210. It takes torch's
+place: of one row torch's y takes 1.15 to 1.7 times as long, of eight 3.3 to 4.2.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from peft_engine import dispatch, native
-from peft_engine.ops.lora_linear import flat_base
+from peft_engine.ops.lora_linear import flat_base, lora_linear
 
-LEAST_ROWS = {"oneDNN": 2, "peft-engine": 3, "torch": 0}
-MOST_ROWS = {} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {"oneDNN": 256}
+if torch.backends.cpu.get_cpu_capability() == "AVX512":
+    ONEDNN_ROWS = dict.fromkeys((True, False), range(2, sys.maxsize))  # by whether the weight is contiguous
+    FEW_ROWS = range(0)
+else:
+    ONEDNN_ROWS = {True: range(1, 193), False: range(1, 33)}
+    FEW_ROWS = range(2, 9)
 
 
 def _measured_faster() -> bool:
@@ -49,6 +57,7 @@ def _without_products() -> set[torch.dtype]:
     }
 
 
+_TYPES = (torch.Tensor, torch.nn.Parameter)
 _BY_ONEDNN = _measured_faster()
 _SLOW = _without_products()
 
@@ -60,21 +69,28 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 def library(weight: torch.Tensor) -> str:
     """Whose product multiplies by `weight`: "oneDNN", "peft-engine", or "torch" for torch's own choice."""
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or weight.device.type != "cpu":
+    if weight.device.type != "cpu" or type(weight) not in _TYPES:
         return "torch"
     if weight.dtype == torch.float32:
         return "oneDNN" if _BY_ONEDNN and torch._C._get_mkldnn_enabled() else "torch"
-    ours = weight.dtype in _SLOW and weight.is_contiguous() and dispatch.forced() in (None, "cpu")
-    return "peft-engine" if ours and native.load_error() is None else "torch"
+    return "peft-engine" if weight.dtype in _SLOW and _taken_by_us(weight) else "torch"
+
+
+def _taken_by_us(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous() and dispatch.forced() in (None, "cpu") and native.load_error() is None
 
 
 def _library(x: torch.Tensor, weight: torch.Tensor) -> str:
     """Whose product multiplies x (..., K) by `weight`."""
     whose = library(weight)
-    if 0 in (x.numel(), weight.numel()):
+    if whose == "torch" or 0 in (x.numel(), weight.numel()):
         return "torch"
-    rows = x.numel() // x.shape[-1]
-    return whose if LEAST_ROWS[whose] <= rows <= MOST_ROWS.get(whose, rows) else "torch"
+    if whose == "oneDNN":
+        rows = x.numel() // x.shape[-1]
+        if rows in FEW_ROWS and _taken_by_us(weight):
+            return "peft-engine"
+        return "oneDNN" if rows in ONEDNN_ROWS[weight.is_contiguous()] else "torch"
+    return whose
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,8 +139,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """F.linear, by another product where that is faster and nothing but x asks for a gradient, backwards."""
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    forward_mode = dispatch.has_tangents(x, weight, bias)
-    if learns or forward_mode or not plain or torch.compiler.is_compiling() or _library(x, weight) == "torch":
+    if learns or not plain or dispatch.has_tangents(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():  # the compiler has its own way to oneDNN
+        if weight.device.type == "cpu" and weight.dtype in _SLOW and type(weight) in _TYPES:
+            return lora_linear(x, weight, None, None, 1.0, bias=bias)
+        return F.linear(x, weight, bias)
+    if _library(x, weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Frozen.apply(x, weight, bias)

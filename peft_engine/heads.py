@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peft_engine import dense
+from peft_engine.conv1d import plain
 from peft_engine.dispatch import BackendError
 from peft_engine.lazy_logits import LazyLogits, lazy_cross_entropy
 from peft_engine.ops.linear_cross_entropy import LINEAR_CROSS_ENTROPY, LinearCrossEntropyCall
@@ -44,7 +45,7 @@ class FusedHeadLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         lazy, self.labels_given = self.labels_given, False
         if torch.compiler.is_compiling():
-            return super().forward(input)
+            return dense.linear(input, self.weight, self.bias)
         if lazy:
             return LazyLogits.of(input, self.weight, self.bias)
         few = input.numel() <= _FEW_ROWS * self.in_features
@@ -141,7 +142,7 @@ def describe_head(model: nn.Module) -> LayerReport:
     if head is None:
         return LayerReport("", OP, "none", False, "the model has no output head that transformers knows of")
     name = next((path for path, module in base.named_modules() if module is head), "")
-    stands_for = nn.Linear if type(head) is FusedHeadLinear else type(head)
+    stands_for = nn.Linear if type(head) is FusedHeadLinear else plain(type(head))
     kind = f"{stands_for.__module__.split('.')[0]}.{stands_for.__name__}"
     reason = _refuse(base, head, name)
     if reason is None and head.weight.dtype not in DTYPES:
@@ -195,7 +196,7 @@ def _refuse(model: Any, head: nn.Module, name: str) -> str | None:
 
     if not isinstance(model, PreTrainedModel):
         return "not a transformers model"
-    if type(head) not in (nn.Linear, FusedHeadLinear):
+    if plain(type(head)) not in (nn.Linear, FusedHeadLinear):
         return f"the head is a {type(head).__name__}, not a plain linear layer"
     if "forward" in head.__dict__:
         return "the head's forward was replaced on the instance (a hook of accelerate?)"

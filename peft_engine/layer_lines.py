@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from peft_engine import dense, dropout, native, projections, stand_ins
-from peft_engine.conv1d import is_conv1d, is_linear
+from peft_engine import dense, dense_layers, dropout, native, stand_ins
+from peft_engine.conv1d import is_conv1d, is_linear, plain
 from peft_engine.dispatch import BackendError, noted
 from peft_engine.heads import describe_head
 from peft_engine.methods import (
@@ -29,8 +29,10 @@ from peft_engine.report import LayerReport, Report
 ROUTER = "its own code, over W + s B A of its few values"
 NOT_YET = "its own code runs; peft_engine.optimize(model) fuses it"
 DENSE_ALONE = "a dense weight without an adapter: torch's product is as fast"
+FASTER = "a dense weight without an adapter: peft_engine.optimize(model) has a faster product for it"
 BY_ONEDNN = "a dense float32 weight without an adapter: multiplied by oneDNN where that is the faster one"
 SLOW = "a dense weight without an adapter, and torch has no fast product of {} here; float32 has"
+MEND = "; peft_engine.optimize(model) has"
 SHARDED = "fully_shard has made it a class of its own; call peft_engine.optimize first"
 REPLACED = "its forward was replaced on the instance (a hook of accelerate?), so a class would have no effect"
 
@@ -63,9 +65,9 @@ def lines(model: torch.nn.Module) -> Iterator[LayerReport]:
         elif lora_experts.is_router(module):
             yield _own(name, module, "router", ROUTER)
         elif isinstance(module, NF4Linear) or lora_layers.is_adapted(module):
-            yield _our_line(name, module) or _dense_line(model, name, module)
+            yield _our_line(name, module) or _dense_line(name, module)
         elif is_linear(module):
-            yield _dense_line(model, name, module)
+            yield _dense_line(name, module)
         else:
             own = _model_line(model, name, module, dtype, by_name)
             found = _virtual_tokens_line(name, module, dtype, own) or own
@@ -76,7 +78,8 @@ def lines(model: torch.nn.Module) -> Iterator[LayerReport]:
 def slow(report: Report) -> str:
     """A line on the layers whose products take torch many times as long as in float32; "" where none does."""
     dtypes = {SLOW.format(dtype): dtype for dtype in (torch.bfloat16, torch.float16)}
-    found = [dtypes[line.reason] for line in report.layers if line.reason in dtypes]
+    reasons = [line.reason.removesuffix(MEND) for line in report.layers]
+    found = [dtypes[reason] for reason in reasons if reason in dtypes]
     if not found:
         return ""
     name = str(found[0]).removeprefix("torch.")
@@ -95,14 +98,14 @@ def _head_line(name: str, model: torch.nn.Module, head: torch.nn.Module) -> Laye
         kind = _kind(head)
         reason = line.reason.replace(type(head).__name__, kind)
         line = dataclasses.replace(line, kind=kind, reason=reason)
-    if line.fused and type(head) is torch.nn.Linear:  # it could be, and is not
+    if line.fused and plain(type(head)) is torch.nn.Linear:  # it could be, and is not
         line = dataclasses.replace(line, backend="transformers", fused=False, reason=NOT_YET)
     return line
 
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:
     """A dense linear layer without an adapter, the fused head among them."""
-    return type(module) is torch.nn.Linear or type(module).__module__ == "peft_engine.heads"
+    return plain(type(module)) is torch.nn.Linear or type(module).__module__ == "peft_engine.heads"
 
 
 def _line(name: str, module: torch.nn.Module, op: str, backend: str, fused: bool, reason: str) -> LayerReport:
@@ -167,19 +170,21 @@ def _product_line(
     return _ran(name, module, op, choice.backend, reason)
 
 
-def _dense_line(model: torch.nn.Module, name: str, module: torch.nn.Module) -> LayerReport:
+def _dense_line(name: str, module: Any) -> LayerReport:
     """A line for a dense linear layer without an adapter."""
-    kind = class_of(module)
+    kind = plain(class_of(module))
     if kind is not torch.nn.Linear and not is_conv1d(kind) and not lora_layers.is_adapted(module):
         return _own(name, module, "linear", f"no kernel for {type(module).__name__}")
-    whose, weight = "torch", module.weight
-    if stand_ins.is_stand_in(model.get_submodule(name.rpartition(".")[0])):  # a fused layer calls it
-        whose = projections.library(module)
-    if whose == "peft-engine":
-        return _line(name, module, "linear", "cpu", True, "")
+    whose, weight = dense_layers.library(module), module.weight
+    if plain(class_of(module)) is not class_of(module):
+        if whose == "peft-engine":
+            return _line(name, module, "linear", "cpu", True, "")
+        mend, reason = "", BY_ONEDNN if whose == "oneDNN" else DENSE_ALONE
+    else:
+        mend, reason = ("", DENSE_ALONE) if whose == "torch" else (MEND, FASTER)
     if weight.device.type == "cpu" and dense.is_slow(weight.dtype):
-        return _line(name, module, "linear", "torch", False, SLOW.format(weight.dtype))
-    return _line(name, module, "linear", "torch", False, BY_ONEDNN if whose == "oneDNN" else DENSE_ALONE)
+        reason = SLOW.format(weight.dtype) + mend
+    return _line(name, module, "linear", "torch", False, reason)
 
 
 def _our_line(name: str, module: Any) -> LayerReport | None:
@@ -244,7 +249,7 @@ def _peft_line(name: str, module: Any, given: torch.dtype) -> LayerReport:
     names = peft_layers.active_names(module)
     why = peft_layers.own_reason(module, names)
     alone = peft_layers.base_alone(module)
-    if why is not None and (not alone or type(base) is torch.nn.Linear or is_conv1d(type(base))):
+    if why is not None and (not alone or plain(type(base)) is torch.nn.Linear or is_conv1d(type(base))):
         return _own(name, module, "lora_linear", why)
     weight = peft_layers.base_weight(base)
     if isinstance(weight, NF4Tensor) and not alone:

@@ -39,7 +39,7 @@ from peft_engine.ops.nf4 import DTYPES
 from peft_engine.ops.rms_norm import RMS_NORM, RmsNormCall
 from peft_engine.ops.rotary import rotary_by_token
 from peft_engine.ops.swiglu import NO_ROOM, SWIGLU, SwigluCall, swiglu
-from peft_engine.projections import project, spare_of
+from peft_engine.projections import spare_of
 from peft_engine.same_code import same_method
 
 # --- MLP ----------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def activation_of(act: Any) -> str:
 
 def _gated(gate_proj: Any, up_proj: Any, down_proj: Any, x: torch.Tensor, activation: str) -> torch.Tensor:
     """What a gated MLP gives down_proj."""
-    gate, up = project(gate_proj, x), project(up_proj, x)
+    gate, up = gate_proj(x), up_proj(x)
     spare = NO_ROOM
     if dispatch.direct(gate):  # elsewhere none is left
         down, of_gate, of_up = (spare_of(m, gate.dtype) for m in (down_proj, gate_proj, up_proj))
@@ -87,7 +87,7 @@ class _MLP:
             return super().forward(x)  # type: ignore[misc]
         down_proj = modules["down_proj"]
         between = _gated(modules["gate_proj"], modules["up_proj"], down_proj, x, activation)
-        return project(down_proj, between)
+        return down_proj(between)
 
 
 class _T5MLP:
@@ -103,7 +103,7 @@ class _T5MLP:
         wo = modules["wo"]
         between = modules["dropout"](_gated(modules["wi_0"], modules["wi_1"], wo, hidden_states, activation))
         kept = wo.weight.dtype if isinstance(wo.weight, torch.Tensor) else between.dtype
-        return project(wo, between if kept == torch.int8 else between.to(kept))
+        return wo(between if kept == torch.int8 else between.to(kept))
 
 
 class _PackedMLP:
@@ -116,10 +116,10 @@ class _PackedMLP:
         activation = activation_of(self.activation_fn)  # type: ignore[attr-defined]
         if not activation:
             return super().forward(hidden_states)  # type: ignore[misc]
-        gate, up = project(modules["gate_up_proj"], hidden_states).chunk(2, dim=-1)
+        gate, up = modules["gate_up_proj"](hidden_states).chunk(2, dim=-1)
         # The gradients of the halves are joined in new memory: room behind them would be lost.
         down = spare_of(modules["down_proj"], gate.dtype) if dispatch.direct(gate) else 0
-        return project(modules["down_proj"], swiglu(gate, up, activation, spare=(down, 0, 0)))
+        return modules["down_proj"](swiglu(gate, up, activation, spare=(down, 0, 0)))
 
 
 class _TanhGELU:
@@ -192,16 +192,16 @@ class _Attention:
         else:
             out, _ = _attend(self, q, k, v, attention_mask, **how)
         out = out.reshape(*hidden_states.shape[:-1], -1)
-        return project(self._modules["o_proj"], out), None
+        return self._modules["o_proj"](out), None
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v of x (B, T, H), each (B, T, heads, head_dim)."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         modules = self._modules  # a look-up of its own: Module.__getattr__ costs as much as a view
         return (
-            project(modules["q_proj"], x).view(shape),
-            project(modules["k_proj"], x).view(shape),
-            project(modules["v_proj"], x).view(shape),
+            modules["q_proj"](x).view(shape),
+            modules["k_proj"](x).view(shape),
+            modules["v_proj"](x).view(shape),
         )
 
     def _turned(self, q: torch.Tensor, k: torch.Tensor, angles: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +230,7 @@ class _PackedAttention(_Attention):
     """As Phi-3 has it: q, k and v are parts of one product, read in place."""
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads = project(self._modules["qkv_proj"], x).unflatten(-1, (-1, self.head_dim))
+        heads = self._modules["qkv_proj"](x).unflatten(-1, (-1, self.head_dim))
         kv: int = self.num_key_value_heads  # type: ignore[attr-defined]
         return heads.split((heads.shape[-2] - 2 * kv, kv, kv), dim=-2)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_engine.conv1d import features
+from peft_engine.conv1d import features, plain
 from peft_engine.ops.lora_linear import lora_linear
 from peft_engine.ops.nf4 import SCALES, NF4Tensor, nf4_quantize
 
@@ -172,7 +172,7 @@ class NF4Linear(NF4Weight, torch.nn.Linear):
 
         Raises TypeError for another class, and for a weight that is not float32, bfloat16 or float16.
         """
-        if type(linear) is not torch.nn.Linear:
+        if plain(type(linear)) is not torch.nn.Linear:
             raise TypeError(f"NF4Linear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
         q = nf4_quantize(linear.weight, blocksize=blocksize, double_quant=double_quant)
         new = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")

@@ -17,7 +17,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
-from peft_engine.conv1d import is_conv1d
+from peft_engine.conv1d import is_conv1d, plain
 from peft_engine.methods import derived, dora
 from peft_engine.methods.lora_layers import MAGNITUDE
 from peft_engine.nn import NF4Linear
@@ -118,7 +118,7 @@ def base_weight(base: Any) -> torch.Tensor | NF4Tensor:
     """The weight of a base layer that is fit, as ops.lora_linear takes it."""
     if is_conv1d(type(base)):
         return _weight(base).t()
-    return _weight(base) if type(base) is nn.Linear else base.nf4
+    return _weight(base) if plain(type(base)) is nn.Linear else base.nf4
 
 
 def own_reason(layer: Any, names: list[str]) -> str | None:
@@ -142,7 +142,7 @@ def own_reason(layer: Any, names: list[str]) -> str | None:
             return why
         for part in ("lora_A", "lora_B"):
             module = inner[part]._modules[name]
-            if type(module) is not nn.Linear or _hooked(module):
+            if plain(type(module)) is not nn.Linear or _hooked(module):
                 return f"{part}.{name} is wrapped or has hooks, which the fused product would pass by"
         if _hooked(inner["lora_dropout"]._modules[name]):
             return f"lora_dropout.{name} has hooks, which the fused product would pass by"
@@ -173,7 +173,7 @@ def _unfit(layer: Any) -> str | None:
     turned = is_conv1d(type(base))
     if layer.fan_in_fan_out and not turned:
         return "the weight is stored transposed (fan_in_fan_out)"
-    dense = type(base) is nn.Linear or turned
+    dense = plain(type(base)) is nn.Linear or turned
     if dense and "weight" not in base._parameters:
         return "the base weight is no parameter (pruned, or under weight_norm?)"
     if dense:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from peft_engine.conv1d import is_conv1d, is_linear
+from peft_engine.conv1d import is_conv1d, is_linear, plain
 from peft_engine.heads import FusedHeadLinear
 from peft_engine.methods import copies, experts, sharded
 from peft_engine.methods.read_directly import in_fast_path, never_called
@@ -175,7 +175,7 @@ def hold(model: torch.nn.Module, name: str, q: NF4Tensor) -> None:
 
 def is_dense(module: torch.nn.Module) -> bool:
     """Whether a module is of a class that is quantised."""
-    return type(module) is torch.nn.Linear or is_conv1d(type(module))
+    return plain(type(module)) is torch.nn.Linear or is_conv1d(type(module))
 
 
 def check_weight(weight: torch.Tensor, name: str, caller: str) -> None:
@@ -322,7 +322,7 @@ def _refusal(module: torch.nn.Module, blocksize: int) -> str | None:
     if is_linear(module) and "weight" not in module._parameters:
         return "has a weight that is no parameter (pruned, or under weight_norm?)"
     known = (torch.nn.Linear, NF4Linear, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if isinstance(module, torch.nn.Linear) and kind not in known:
+    if isinstance(module, torch.nn.Linear) and plain(kind) not in known:
         return f"is a {kind.__name__}, a subclass of nn.Linear"
     if experts.is_experts(module):
         return _unfused(module, blocksize)

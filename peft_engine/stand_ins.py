@@ -2,16 +2,20 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from peft_engine import dropout
-from peft_engine.conv1d import is_conv1d
+from peft_engine import dense, dense_layers, dropout
+from peft_engine.conv1d import as_made, is_conv1d, is_linear, plain
 from peft_engine.methods import experts
 from peft_engine.methods.sharded import class_of
 
 # The modules whose classes are fused stand-ins; those of peft_engine.nn and methods are layers of ours.
-_WHERE = ("layers", "methods.experts", "bnb_layers", "peft_layers", "peft_experts", "dropout")
+_WHERE = (
+    "layers", "dense_layers", "dense_conv1d", "methods.experts", "bnb_layers", "peft_layers", "peft_experts",
+    "dropout",
+)  # fmt: skip
 STAND_INS = tuple(f"peft_engine.{where}" for where in _WHERE)
 
 
@@ -31,6 +35,8 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         return bnb_layers.fused_class(module)
     if isinstance(module, torch.nn.Dropout):
         return dropout.fused_class(module)
+    if is_linear(module):
+        return dense_layers.fused_class(module), "", ""
     if experts.is_experts(module):
         return experts.fused_class(module)
     if "transformers" in sys.modules:
@@ -79,11 +85,13 @@ def set_class(module: torch.nn.Module, kind: type) -> None:
         module.__class__ = kind
 
 
-def lay_out(module: torch.nn.Module, how: Callable[[torch.nn.Module], None]) -> None:
-    """Of PEFT's layer around a Conv1D: the weight, for the kernels or back."""
+def lay_out(module: Any, how: Callable[[torch.nn.Module], None]) -> None:
+    """Of a Conv1D, or PEFT's layer around one: the weight, for the kernels or back."""
     base = module._modules.get("base_layer")
     if base is not None and is_conv1d(type(base)):
         how(base)
+    elif is_conv1d(type(module)) and (how is as_made or dense.is_slow(module.weight.dtype)):
+        how(module)
 
 
 def is_stand_in(module: torch.nn.Module) -> bool:
@@ -96,7 +104,10 @@ def stood_for(module: torch.nn.Module) -> type:
     """The class as the model had it."""
     if not is_stand_in(module):
         return as_it_was(module)
-    return next(c for c in as_it_was(module).__mro__ if not c.__module__.startswith("peft_engine."))
+    kind = as_it_was(module)
+    if plain(kind) is not kind:
+        return plain(kind)
+    return next(c for c in kind.__mro__ if not c.__module__.startswith("peft_engine."))
 
 
 def refuse_repacked(model: torch.nn.Module) -> None:

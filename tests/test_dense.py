@@ -57,12 +57,36 @@ def test_product(by_onednn, shape, with_bias):
 
 def test_of_many_rows_the_product_is_torchs_where_it_was_measured_faster(by_onednn, monkeypatch):
     x, weight = torch.randn(9, 24, requires_grad=True), torch.randn(40, 24)
-    monkeypatch.setattr(dense, "MOST_ROWS", {"oneDNN": 8})
+    monkeypatch.setattr(dense, "ONEDNN_ROWS", {True: range(1, 9), False: range(1, 5)})
+    monkeypatch.setattr(dense, "FEW_ROWS", range(0))
     for rows in (8, 9):
         y = dense.linear(x[:rows], weight)
         assert (type(y.grad_fn).__name__ == "_FrozenBackward") is (by_onednn and rows == 8)
         assert torch.equal(dense.product(x[:rows].detach(), weight), y)
     assert torch.equal(y, F.linear(x, weight))
+    turned = weight.t().contiguous().t()
+    for rows in (4, 5):
+        y = dense.linear(x[:rows], turned)
+        assert (type(y.grad_fn).__name__ == "_FrozenBackward") is (by_onednn and rows == 4)
+
+
+def test_of_few_rows_the_product_of_float32_is_ours_where_it_was_measured_faster(by_onednn, monkeypatch):
+    if native.load_error() is not None:
+        pytest.skip(native.load_error())
+    ran, ours = [], torch.ops.peft_engine.lora_linear_forward
+    monkeypatch.setattr(torch.ops.peft_engine, "lora_linear_forward", lambda *a: ran.append(1) or ours(*a))
+    monkeypatch.setattr(dense, "FEW_ROWS", range(2, 4))
+    x, weight, bias = torch.randn(4, 24, requires_grad=True), torch.randn(40, 24), torch.randn(40)
+    for rows in (1, 2, 3, 4):
+        y = dense.linear(x[:rows], weight, bias)
+        assert len(ran) == (by_onednn and rows in (2, 3)), rows
+        exact = F.linear(x[:rows].double(), weight.double(), bias.double())
+        assert_twice_as_good(y.detach(), F.linear(x[:rows], weight, bias).detach(), exact.detach())
+        y.sum().backward()
+        ran.clear()
+    with dispatch.force_backend("reference"):
+        dense.linear(x[:3], weight, bias)
+    assert not ran
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=str)

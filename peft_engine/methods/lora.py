@@ -64,16 +64,17 @@ class WithLora(nn.Module):
 class LoraLinear(WithLora, nn.Linear):
     """A linear layer with adapters; a name in a mixed batch stands for consecutive rows of the input.
 
-    Rows without an adapter run nn.Linear's own product: to the bit as before attach, and as fast. A fused
-    layer around it gives the one that it runs itself as `linear`.
+    Rows without an adapter run the product of the layer before attach, to the bit.
     """
+
+    linear: Callable[..., torch.Tensor] = staticmethod(F.linear)
 
     @property
     def base_weight(self) -> torch.Tensor:  # type: ignore[override]
         return self.weight
 
-    def forward(self, input: torch.Tensor, linear: Callable[..., torch.Tensor] = F.linear) -> torch.Tensor:
-        return run(self, input, self._parameters["weight"], linear)  # type: ignore[arg-type]
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return run(self, input, self._parameters["weight"], self.linear)  # type: ignore[arg-type]
 
 
 class LoraNF4Linear(WithLora, NF4Linear):

@@ -146,7 +146,7 @@ def test_explain_gives_dense_layers_without_their_adapter_the_line_of_plain_ones
         layers = [layer for layer in pe.explain(model).layers if layer.name.endswith("_proj")]
         return [(layer.name, layer.op, layer.backend, layer.fused, layer.reason) for layer in layers]
 
-    plain = lines(tiny_llama(torch.bfloat16))
+    plain = lines(tiny_llama(torch.bfloat16).requires_grad_(False))
     model = _adapted(tiny_llama, nf4=False)
     with pe.active(model, None):
         assert lines(model) == plain
