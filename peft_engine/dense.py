@@ -5,10 +5,10 @@ time on AMD's processors. On two cores of a Zen 4, torch 2.13, with weights of 5
 head of 49152x576, y was 1.06 to 3.9 times as fast from two rows on (1.09 to 1.22 times at 512 rows), dx 1.07
 to 2.9 times; with one row either was the faster. On two cores of a Zen 3, which has no AVX-512, y had 0.88 to
 1.9 times the speed of torch's choice from 16 to 128 rows (median 1.15), 0.9 to 1.2 at 192, 0.88 to 1.13 at
-256, from 512 on 0.8 to 0.96; with a transposed weight (dx; y of a Conv1D) 0.9 to 1.6 up to 32 rows, and from
-64 on as little as 0.65 where rows are 3072 wide. There lora_linear's product of few rows, without an adapter,
-is the fastest of two to eight (oneDNN's takes 1.03 to 1.9 times as long), and of one row oneDNN's takes 0.5 to
-0.9 of torch's time. Not measured on other processors: they keep torch's choice.
+256, from 512 on 0.8 to 0.96; with a transposed weight (dx; y of a Conv1D) 0.9 to 1.6 up to 32 rows, above
+as little as 0.65 where rows are 3072 wide. There lora_linear's product of few rows is the fastest of two to
+eight (oneDNN's takes 1.03 to 1.9 times as long), and of one row oneDNN's takes 0.5 to 0.9 of torch's time.
+Not measured on other processors: they keep torch's choice.
 
 Half precision: oneDNN has no product of bfloat16 on processors without AVX-512, and none of float16 on those
 without AVX512-FP16. There torch's own runs, on the same machine, at 39 to 46 GFLOP/s for y, 1 to 3.4 for dx
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from peft_engine import dispatch, native
 from peft_engine.ops.lora_linear import flat_base, lora_linear
+from peft_engine.ops.nf4 import DTYPES
 
 if torch.backends.cpu.get_cpu_capability() == "AVX512":
     ONEDNN_ROWS = dict.fromkeys((True, False), range(2, sys.maxsize))  # by whether the weight is contiguous
@@ -137,14 +138,19 @@ class _Frozen(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear, by another product where that is faster and nothing but x asks for a gradient, backwards."""
+    kind = x.device.type
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if learns or not plain or dispatch.has_tangents(x, weight, bias):
+    if learns or dispatch.has_tangents(x, weight, bias):
         return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():  # the compiler has its own way to oneDNN
-        if weight.device.type == "cpu" and weight.dtype in _SLOW and type(weight) in _TYPES:
+    cast = torch.is_autocast_enabled(kind)
+    if cast or torch.compiler.is_compiling():  # the compiler has a way of its own to oneDNN
+        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+        taken = {x.dtype, weight.dtype}.issubset(DTYPES) and type(weight) in _TYPES
+        if kind == "cpu" and dtype in _SLOW and taken and (cast or x.dtype == weight.dtype):
             return lora_linear(x, weight, None, None, 1.0, bias=bias)
         return F.linear(x, weight, bias)
+    if x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)  # which says what is wrong
     if _library(x, weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:

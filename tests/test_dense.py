@@ -143,6 +143,25 @@ def test_other_dtypes_are_torchs(by_onednn, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, *HALF], ids=str)
+def test_under_autocast_to_half_precision_without_a_product_in_torch(by_us, dtype, stored, monkeypatch):
+    x = torch.randn(2, 5, 24).to(stored).requires_grad_()
+    weight, bias, dy = torch.randn(40, 24).to(stored), torch.randn(40).to(stored), torch.randn(2, 5, 40)
+    with torch.autocast("cpu", dtype=dtype):
+        plain = F.linear(x, weight, bias)
+        (dx_plain,) = torch.autograd.grad(plain, x, dy.to(plain.dtype))
+        torchs = F.linear
+        monkeypatch.setattr(F, "linear", lambda *args: pytest.fail("torch's ran"))
+        y = dense.linear(x, weight, bias)
+    assert y.dtype == dtype and plain.dtype == dtype
+    (dx,) = torch.autograd.grad(y, x, dy.to(dtype))
+    assert dx.dtype == stored
+    wide = x.detach().to(dtype).double(), weight.to(dtype).double()
+    assert_twice_as_good(y.detach(), plain.detach(), torchs(*wide, bias.double()))
+    assert_twice_as_good(dx, dx_plain, dy.to(dtype).double() @ wide[1])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 40])
 def test_half_precision_without_a_product_in_torch_is_ours(by_us, dtype, rows):
     x = torch.randn(2, rows, 72).to(dtype).requires_grad_()

@@ -64,6 +64,11 @@ def stored_dtype(name: str, config: Any) -> Any:
     return torch.float32
 
 
+def dtype_in_words(name: str, dtype: str, config: Any) -> str:
+    """A --dtype as the command tells of it, "auto" with what it comes to."""
+    return dtype if dtype != "auto" else f"{stored_dtype(name, config)} as stored".removeprefix("torch.")
+
+
 def dtype_of(settings: RunSettings, config: Any) -> Any:
     """The dtype that the base is computed in."""
     import torch

@@ -20,7 +20,7 @@ from peft_engine.checkpoint import load_adapter, trained_on
 from peft_engine.methods import active, lora_layers
 from peft_engine.methods.attach import attached
 from peft_engine.quantize import load_quantized
-from peft_engine.train import encoder_decoder
+from peft_engine.train import encoder_decoder, memory
 from peft_engine.train.console import say
 from peft_engine.train.data import DataError
 from peft_engine.train.packing import why_no_decoder
@@ -157,7 +157,8 @@ def load(
 
     quantize and dtype: None takes what the adapters were trained on.
     """
-    merged = getattr(load_config(name), MERGED, None) or ()
+    config = load_config(name)
+    merged = getattr(config, MERGED, None) or ()
     for folder in adapters:
         adapter_fields(folder)
         if merged and merged_as(folder) in merged:
@@ -168,7 +169,8 @@ def load(
     quantize = quantize or recorded(adapters, "quantize") or _agreed(map(trained_on, adapters), "quantize")
     dtype = dtype or recorded(adapters, "dtype") or "auto"
     how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
-    say(f"Loading {name}, {how}, dtype {dtype}" + "".join(f", adapter {folder}" for folder in adapters))
+    words = memory.dtype_in_words(name, dtype, config)
+    say(f"Loading {name}, {how}, dtype {words}" + "".join(f", adapter {folder}" for folder in adapters))
     model = load_base(name, quantize=quantize, dtype=dtype)
     return model, load_adapters(model, adapters)
 

@@ -11,7 +11,7 @@ from typing import Any
 from peft_engine.train import encoder_decoder, progress
 from peft_engine.train import method_options as of_method
 from peft_engine.train.data import Document, Row, length_limit, read_rows, tokenize
-from peft_engine.train.memory import cannot_fit
+from peft_engine.train.memory import cannot_fit, dtype_in_words
 from peft_engine.train.models import (
     RECORD,
     check_vocabulary,
@@ -183,7 +183,8 @@ def _tell_plan(
     unit = "rows" if len(documents) == len(rows) else "pieces"
     tokens = sum(document.tokens for document in documents)
     labelled = sum(document.labelled for document in documents)
-    say(f"Model: {settings.model}, {'in NF4' if settings.base == 'nf4' else 'dense'}, dtype {settings.dtype}")
+    dtype = dtype_in_words(settings.model, settings.dtype, load_config(settings.model))
+    say(f"Model: {settings.model}, {'in NF4' if settings.base == 'nf4' else 'dense'}, dtype {dtype}")
     say(f"Data: {_counted(*data)} of {settings.data}, {tokens:,} tokens, {labelled:,} of them labelled")
     if settings.eval_data:
         say(f"Evaluation: {_counted(*eval_data)} of {settings.eval_data}; the best state is kept")
