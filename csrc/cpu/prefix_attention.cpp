@@ -49,14 +49,14 @@ Tensor by_token(const Tensor& x) {
 PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                               const Tensor& prefix_v, const std::optional<Tensor>& first,
                               const std::optional<Tensor>& last, const std::optional<Tensor>& bias, bool causal,
-                              double scale, double dropout_p, const std::optional<Tensor>& seed) {
+                              double scale, double dropout_p, const std::optional<Tensor>& seed, double softcap) {
   PrefixAttentionArgs x{};
   x.type = pe::type_of(q), x.prefix_type = pe::type_of(prefix_k);
   x.batch = q.size(0), x.heads = q.size(1), x.queries = q.size(2), x.head_dim = q.size(3);
   x.kv_heads = k.size(1), x.keys = k.size(2), x.prefix = prefix_k.size(2);
   x.shared = prefix_k.size(0) == 1;
   x.causal = causal;
-  x.scale = static_cast<float>(scale);
+  x.scale = static_cast<float>(scale), x.softcap = static_cast<float>(softcap);
   x.first = first ? static_cast<const int32_t*>(pe::values_of(*first)) : nullptr;
   x.last = last ? static_cast<const int32_t*>(pe::values_of(*last)) : nullptr;
   x.q = heads4(q), x.k = heads4(k), x.v = heads4(v), x.prefix_k = heads4(prefix_k), x.prefix_v = heads4(prefix_v);
@@ -148,10 +148,11 @@ void forward_few(const PrefixAttentionArgs& x) {
 std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v,
                                                     std::optional<Tensor> first, std::optional<Tensor> last,
                                                     std::optional<Tensor> bias, bool causal, double scale,
-                                                    double dropout_p, std::optional<Tensor> seed) {
+                                                    double dropout_p, std::optional<Tensor> seed, double softcap) {
   Tensor out = by_token(q);
   Tensor lse = pe::empty({q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
-  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed);
+  PrefixAttentionArgs x =
+      arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed, softcap);
   x.out = heads4(out), x.lse = static_cast<float*>(lse.data_ptr());
   // That path has no dropout: training asks for few queries seldom.
   if (x.rows() > 0 && x.rows() <= pe::kFewRows && x.dropout_p == 0.0f) {
@@ -173,11 +174,12 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, std::optional<Tensor>,
     std::optional<Tensor>, std::optional<Tensor> first, std::optional<Tensor> last, std::optional<Tensor> bias,
-    bool causal, double scale, double dropout_p, std::optional<Tensor> seed) {
+    bool causal, double scale, double dropout_p, std::optional<Tensor> seed, double softcap) {
   Tensor dq = by_token(q), dk = by_token(k), dv = by_token(v);
   const auto empty_like = [](const Tensor& t) { return pe::like(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
   Tensor dprefix_k = empty_like(prefix_k), dprefix_v = empty_like(prefix_v);
-  PrefixAttentionArgs x = arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed);
+  PrefixAttentionArgs x =
+      arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed, softcap);
   x.dout = heads4(dout);
   x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
   x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);

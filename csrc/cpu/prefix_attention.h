@@ -23,8 +23,8 @@ inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 struct PrefixAttentionArgs {
   Type type, prefix_type, bias_type;
   int64_t batch, heads, kv_heads, queries, keys, prefix, head_dim;
-  bool shared, causal;  // one prefix for all rows of the batch; the last query sees the last key, and so on
-  float scale;
+  bool shared, causal;          // one prefix for all rows of the batch; the last query sees the last key, and so on
+  float scale, softcap;         // softcap 0: scores are not capped
   const int32_t *first, *last;  // (batch, queries) each, or both null
   Heads4 q, k, v, prefix_k, prefix_v, out, dout, dq, dk, dv, dprefix_k, dprefix_v;
   const void* bias;  // null, or (batch, heads, queries, keys) with these strides

@@ -1,6 +1,7 @@
 // Attention over a prefix and real keys. Included once per instruction set; the maths is in
 // peft_engine/ops/prefix_attention.py. A row of the batch is computed in the same steps whatever stands beside it.
 #include "cpu/attention_tiles.inl"
+#include "cpu/activation.inl"
 #include "cpu/dropout_mask.inl"
 
 // Parts of a buffer, each on a cache line of its own.
@@ -135,17 +136,21 @@ inline const float* bias_of(const PrefixAttentionArgs& x, int64_t b, int64_t h, 
   return buffer;
 }
 
-// Product to score: scaled, with the bias, -inf outside of [first, last).
-inline Floats score(const float* row, int64_t j, int64_t first, int64_t last, float scale, const float* bias) {
-  Floats v = load<F32>(row + j) * scale;
-  if (bias != nullptr) v += load<F32>(bias + j);
-  return j >= first && j + kWidth <= last ? v : select(inside(j, first, last), v, all(-__builtin_inff()));
-}
-
-inline Floats score_part(float* row, int64_t count, int64_t first, int64_t last, float scale, const float* bias,
-                         Floats most) {
+// Products to scores: scaled, capped, with the bias, -inf outside of [first, last). Where they are capped, `slopes`, if
+// there is one, gets their derivatives by what was capped.
+inline Floats score_part(const PrefixAttentionArgs& x, float* row, int64_t count, int64_t first, int64_t last,
+                         const float* bias, Floats most, float* slopes = nullptr) {
+  const bool capped = x.softcap > 0.0f;
+  const float inverse = 1.0f / x.softcap;
   for (int64_t j = 0; j < count; j += kWidth) {
-    const Floats v = score(row, j, first, last, scale, bias);
+    Floats v = load<F32>(row + j) * x.scale;
+    if (capped) {
+      const Floats t = Tanh::value(v * inverse);
+      if (slopes != nullptr) store<F32>(slopes + j, 1.0f - t * t);
+      v = t * x.softcap;
+    }
+    if (bias != nullptr) v += load<F32>(bias + j);
+    if (j < first || j + kWidth > last) v = select(inside(j, first, last), v, all(-__builtin_inff()));
     store<F32>(row + j, v);
     most = at_least(v, most);
   }
@@ -222,8 +227,8 @@ inline void forward_rows(const PrefixAttentionArgs& x, int64_t b, int64_t g, int
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t t = (i + r) / group, h = g * group + (i + r) % group, at = origin + seen.first;
       float *row = scores + r * n.stride, *real = row + n.prefix;
-      Floats most = score_part(row, n.prefix, 0, x.prefix, x.scale, nullptr, all(-__builtin_inff()));
-      most = score_part(real, seen.count, x.first_key(b, t) - at, x.last_key(b, t) - at, x.scale,
+      Floats most = score_part(x, row, n.prefix, 0, x.prefix, nullptr, all(-__builtin_inff()));
+      most = score_part(x, real, seen.count, x.first_key(b, t) - at, x.last_key(b, t) - at,
                         bias_of(x, b, h, t, at, seen.count, bias), most);
       const float top = largest(most), safe = top == -__builtin_inff() ? 0.0f : top;
       uint32_t* to = pairs + r * n.stride / 2;

@@ -16,7 +16,8 @@ inline Sums carve_sums(Carver& from, int64_t keys, int64_t width) {
 // What one block of rows works on.
 struct Block {
   float *scores, *dscores, *dq, *bias;
-  uint32_t *ds, *query, *dout, *query_along, *dout_along;
+  uint32_t* ds;  // dS as pairs, and before that what capping multiplies it with
+  uint32_t *query, *dout, *query_along, *dout_along;
 };
 
 template <class T>
@@ -126,15 +127,20 @@ inline void backward_block(const PrefixAttentionArgs& x, const Sizes<T>& n, int6
     const int64_t t = (i + r) / group, h = g * group + (i + r) % group, at = origin + seen.first;
     float *row = s.scores + r * n.stride, *behind = row + n.prefix;
     // The largest and the sum once more: lse is rounded, and its rounding would be one of every P of the row.
-    Floats most = score_part(row, n.prefix, 0, x.prefix, x.scale, nullptr, all(-__builtin_inff()));
-    most = score_part(behind, seen.count, x.first_key(b, t) - at, x.last_key(b, t) - at, x.scale,
-                      bias_of(x, b, h, t, at, seen.count, s.bias), most);
+    float* slopes = x.softcap > 0.0f ? reinterpret_cast<float*>(s.ds) + r * n.stride : nullptr;
+    Floats most = score_part(x, row, n.prefix, 0, x.prefix, nullptr, all(-__builtin_inff()), slopes);
+    most =
+        score_part(x, behind, seen.count, x.first_key(b, t) - at, x.last_key(b, t) - at,
+                   bias_of(x, b, h, t, at, seen.count, s.bias), most, slopes == nullptr ? slopes : slopes + n.prefix);
     const float top = largest(most), safe = top == -__builtin_inff() ? 0.0f : top;
     const float total = exponentials<F32>(row, n.prefix + seen.count, safe, nullptr);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     float* drow = s.dscores + r * n.stride;
     if (x.dropout_p > 0.0f) dropped_gradient_row(row, drow, n.prefix + seen.count, inverse, {x, b, h, t, n.prefix, at});
     else gradient_row(row, drow, n.prefix + seen.count, inverse);
+    if (slopes != nullptr)
+      for (int64_t j = 0; j < n.prefix + seen.count; j += kWidth)
+        store<F32>(drow + j, load<F32>(drow + j) * load<F32>(slopes + j));
   }
   if constexpr (W == 2) pair_rows(s, rows, n.prefix + seen.count, n.stride);
   const uint32_t* ds = W == 2 ? s.ds : reinterpret_cast<const uint32_t*>(s.dscores);

@@ -78,8 +78,7 @@ inline void few_rows(const PrefixAttentionArgs& x, const Heads4& keys, const Hea
     for (int64_t j = (count + kWidth - 1) / kWidth * kWidth; j < columns; j += kWidth) store<F32>(line + j, Floats{});
     const int64_t first = real ? x.first_key(b, t) - key0 : 0, last = real ? x.last_key(b, t) - key0 : count;
     const float* added = real ? bias_of(x, b, h, t, key0, columns, bias) : nullptr;
-    end[0] =
-        largest(score_part(line, columns, first, last < count ? last : count, x.scale, added, all(-__builtin_inff())));
+    end[0] = largest(score_part(x, line, columns, first, last < count ? last : count, added, all(-__builtin_inff())));
     end[1] = exponentials<F32>(line, columns, end[0] == -__builtin_inff() ? 0.0f : end[0], nullptr);
   }
   few_values<From, To, ROWS>(row_of<From>(values, kv_b, g, key0), values.token, count, x.head_dim, scores, out,

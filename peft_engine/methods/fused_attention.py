@@ -3,6 +3,7 @@
 The config of such layers, set to sdpa, names IMPLEMENTATION instead, registered with sdpa's masks; calls that
 kernels take on a CPU run ops.prefix_attention without a prefix (causal, bidirectional, padding, windows,
 packed rows, T5's bias, attention dropout), all others transformers' sdpa. Virtual tokens go in front of it.
+Models that cap their scores (Gemma 2), which sdpa cannot, are set to eager: theirs names CAPPED.
 """
 
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ from peft_engine.ops.attention import kept_intervals
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall
 
 IMPLEMENTATION = "fused_sdpa"
+CAPPED = "fused_capped"
+OWN = {IMPLEMENTATION: "sdpa", CAPPED: "eager"}
 MARK = "_peft_engine_attention"
 
 
@@ -32,27 +35,28 @@ def _registered() -> Registered:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    AttentionInterface.register(IMPLEMENTATION, attend)
+    for name, function in ((IMPLEMENTATION, attend), (CAPPED, attend_capped)):
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionInterface.register(name, function)
     return Registered()
 
 
 def put(model: nn.Module, left: Iterable[nn.Module]) -> None:
     """Sets the configs of the model's attention layers; not those of the layers in `left`."""
     others = {id(module.config) for module in left} | refused(model)
-    wanted = [c for c in _configs(model) if _own(c) == "sdpa" and id(c) not in others]
+    wanted = [(c, _fused(c)) for c in _configs(model) if _fused(c) and id(c) not in others]
     if wanted:
         model.__dict__[MARK] = _registered()
-    for config in wanted:
-        _rename(config, IMPLEMENTATION)
+    for config, name in wanted:
+        _rename(config, name)
 
 
 def take(model: nn.Module) -> None:
     """Undoes `put`."""
     model.__dict__.pop(MARK, None)
     for config in _configs(model):
-        if _own(config) == IMPLEMENTATION:
-            _rename(config, "sdpa")
+        if _own(config) in OWN:
+            _rename(config, OWN[_own(config)])
 
 
 def attend(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:
@@ -66,20 +70,46 @@ def attend(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.T
     return how(sdpa, module, query, key, value, attention_mask, none, none, **kwargs), None
 
 
-def _by_torch(module, query, key, value, mask, *, dropout=0.0, position_bias=None, **kwargs) -> bool:
+def attend_capped(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:
+    """The same of a model that caps its scores; where no kernel takes a call, the model's own attention."""
+    if _by_torch(module, query, key, value, attention_mask, **kwargs):
+        return _eager(module, query, key, value, attention_mask, **kwargs)
+    none = key.detach()[:1, :, :0]
+    how = virtual_attention.with_prefix
+    return how(_eager, module, query, key, value, attention_mask, none, none, **kwargs), None
+
+
+def _eager(module, query, key, value, mask, *, is_causal=None, **kwargs) -> tuple[torch.Tensor, Any]:
+    """The attention that the model writes out, which adds its mask, given one of sdpa's."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and query.shape[2] > 1:
+        shape = query.shape[2], key.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
+    return virtual_attention.eager(module)(module, query, key, value, mask, **kwargs)
+
+
+def _by_torch(
+    module, query, key, value, mask, *, dropout=0.0, position_bias=None, softcap=None, **kwargs
+) -> bool:
     """Whether a call is one that no kernel takes, or that torch's runs as fast (layers._attend)."""
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return True
-    if query.shape[2] == 1 and query.dtype == torch.float32:
+    if query.shape[2] == 1 and query.dtype == torch.float32 and softcap is None:
         return True
     if any(kwargs.get(name) is not None for name in virtual_attention.SPECIAL) or key.shape != value.shape:
+        return True
+    if kwargs.get("output_attentions"):  # no kernel holds them
         return True
     learns = position_bias is not None and _learns(module, position_bias)
     if mask is not None and (mask.shape[-1] != key.shape[2] or kept_intervals(mask) is None):
         return True
     if learns or dispatch.forced() is not None:
         return learns
-    return _choose("cpu", query.dtype, query.shape[3], dropout > 0.0).backend == "reference"
+    dropped, capped = dropout > 0.0, softcap is not None
+    return _choose("cpu", query.dtype, query.shape[3], dropped, capped).backend == "reference"
 
 
 def _learns(module: Any, bias: torch.Tensor) -> bool:
@@ -89,8 +119,9 @@ def _learns(module: Any, bias: torch.Tensor) -> bool:
     return own or virtual_attention.bias_learns(bias)
 
 
-def _choose(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Any:
-    return PREFIX_ATTENTION.choose(PrefixAttentionCall(device, dtype, head_dim, dropout=dropout))
+def _choose(device: str, dtype: torch.dtype, head_dim: int, dropout: bool, softcap: bool) -> Any:
+    call = PrefixAttentionCall(device, dtype, head_dim, dropout=dropout, softcap=softcap)
+    return PREFIX_ATTENTION.choose(call)
 
 
 # --- which configs ------------------------------------------------------------------------------------------
@@ -114,6 +145,13 @@ def _own(config: Any) -> str:
     return str(config._attn_implementation).removeprefix(virtual_attention.NAME)
 
 
+def _fused(config: Any) -> str:
+    """What the config names once it is fused; "" where nothing stands for its attention."""
+    if _own(config) == "eager" and virtual_attention.is_capped(config):
+        return CAPPED
+    return IMPLEMENTATION if _own(config) == "sdpa" else ""
+
+
 def _rename(config: Any, own: str) -> None:
     behind = config._attn_implementation.startswith(virtual_attention.NAME)
     virtual_attention.set_attention(config, virtual_attention.register(own) if behind else own)
@@ -133,10 +171,11 @@ def describe(module: Any, device: str, dtype: torch.dtype, others: set[int]) -> 
     own = _own(module.config)
     if device != "cpu":
         return "", "on a GPU torch's own kernels run"
-    if own == "sdpa":
+    if _fused(module.config):
         asks = id(module.config) in others
         return "", 'the model does something of its own where attention is named "sdpa"' if asks else ""
-    if own != IMPLEMENTATION:
+    if own not in OWN:
         return "", f"attention is set to {own}; the fused one stands for sdpa"
-    choice = _choose(device, dtype, heads_of(module)[1], module.training and dropout_of(module) > 0.0)
+    dropped = module.training and dropout_of(module) > 0.0
+    choice = _choose(device, dtype, heads_of(module)[1], dropped, own == CAPPED)
     return ("" if choice.backend == "reference" else choice.backend), choice.reason

@@ -22,7 +22,7 @@ from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCa
 SITE = "peft_engine_site"
 NAME = "peft_engine_"  # + the implementation that rows without virtual tokens run
 # Arguments with which a layer's attention is not the softmax that the op computes.
-SPECIAL = ("softcap", "s_aux", "cache")
+SPECIAL = ("s_aux", "cache")
 Part = tuple[list[int] | None, torch.Tensor, torch.Tensor]
 
 
@@ -118,7 +118,19 @@ def forward_over_fused(module, query, key, value, attention_mask, **kwargs):
     return attend(fused_attention.attend, module, query, key, value, attention_mask, **kwargs)
 
 
-FORWARDS = {"sdpa": forward_over_sdpa, "eager": forward_over_eager, "fused_sdpa": forward_over_fused}
+def forward_over_capped(module, query, key, value, attention_mask, **kwargs):
+    """Attention behind virtual tokens, for a model of capped scores whose attention optimize has fused."""
+    from peft_engine.methods import fused_attention
+
+    return attend(fused_attention.attend_capped, module, query, key, value, attention_mask, **kwargs)
+
+
+FORWARDS = {
+    "sdpa": forward_over_sdpa,
+    "eager": forward_over_eager,
+    "fused_sdpa": forward_over_fused,
+    "fused_capped": forward_over_capped,
+}
 
 
 def register(own: str) -> str:
@@ -143,8 +155,18 @@ def _base(own: str, module: Any) -> Any:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward
+    return eager(module)
+
+
+def eager(module: Any) -> Any:
+    """The attention that an attention layer's own file writes out."""
     kind = next(k for k in type(module).__mro__ if k.__module__.startswith("transformers."))
     return vars(sys.modules[kind.__module__])["eager_attention_forward"]
+
+
+def is_capped(config: Any) -> bool:
+    """Whether the attention layers of a config cap their scores."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def bias_learns(bias: torch.Tensor) -> bool:
@@ -164,18 +186,17 @@ def why_by_cat(call: PrefixAttentionCall, kwargs: dict) -> str:
     special = [name for name in SPECIAL if kwargs.get(name) is not None]
     if special:
         return f"{special[0]} changes the softmax: prefix and keys are joined, the model's attention runs"
-    if call.dropout and dispatch.forced() is None:
+    if (call.dropout or call.softcap) and dispatch.forced() is None:
         choice = PREFIX_ATTENTION.choose(call)
-        if choice.backend == "reference":  # which would hold the mask: torch's attention has dropout itself
-            return (
-                f"attention dropout, and {choice.reason}: prefix and keys are joined, torch's attention runs"
-            )
+        if choice.backend == "reference":  # which would hold the mask: the model's attention has both itself
+            what = "capped scores" if call.softcap else "attention dropout"
+            return f"{what}, and {choice.reason}: prefix and keys are joined, the model's attention runs"
     return ""
 
 
 def with_prefix(
     base, module, query, key, value, mask, prefix_k, prefix_v, *, dropout=0.0, scaling=None, is_causal=None,
-    position_bias=None, intervals=None, **kwargs,
+    position_bias=None, intervals=None, softcap=None, **kwargs,
 ):  # fmt: skip
     """Attention of `module` over [prefix ; keys] as (B, T, heads, head_dim)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -184,11 +205,14 @@ def with_prefix(
         causal and key.shape[2] > query.shape[2]
     ):  # a static cache before its first token: later slots are empty
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    call = PrefixAttentionCall(query.device.type, query.dtype, query.shape[3], dropout=dropout > 0.0)
+    capped = {} if softcap is None else {"softcap": softcap}
+    call = PrefixAttentionCall(
+        query.device.type, query.dtype, query.shape[3], dropout=dropout > 0.0, softcap=bool(capped)
+    )
     if why_by_cat(call, kwargs):
         return _by_cat(
             base, module, query, key, value, mask, prefix_k, prefix_v, causal,
-            dropout=dropout, scaling=scaling, position_bias=position_bias, **kwargs,
+            dropout=dropout, scaling=scaling, position_bias=position_bias, **capped, **kwargs,
         )  # fmt: skip
     if intervals is None and mask is not None:
         intervals = kept_intervals(mask)
@@ -200,7 +224,7 @@ def with_prefix(
     out = prefix_attention(
         query, key, value, prefix_k, prefix_v, is_causal=causal, scale=scaling,
         attn_mask=mask if intervals is None else None, position_bias=position_bias, intervals=intervals,
-        dropout_p=dropout, seed=draw_seed(dropout, query.device),
+        dropout_p=dropout, seed=draw_seed(dropout, query.device), softcap=softcap,
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -260,8 +284,9 @@ def describe(module: Any, device: str, dtype: torch.dtype) -> tuple[str, str] | 
     if SITE not in module.__dict__ or not module.config._attn_implementation.startswith(NAME):
         return None
     _, head_dim = heads_of(module)
-    call = PrefixAttentionCall(device, dtype, head_dim, dropout=module.training and dropout_of(module) > 0.0)
-    why = why_by_cat(call, {"softcap": getattr(module.config, "attn_logit_softcapping", None)})
+    dropped, capped = module.training and dropout_of(module) > 0.0, is_capped(module.config)
+    call = PrefixAttentionCall(device, dtype, head_dim, dropout=dropped, softcap=capped)
+    why = why_by_cat(call, {})
     if why:
         return "", why
     choice = PREFIX_ATTENTION.choose(call)

@@ -101,6 +101,26 @@ def check_causal(who: str, q: torch.Tensor, keys: int) -> None:
         )
 
 
+def check_mask(who: str, name: str, t: torch.Tensor | None, q: torch.Tensor, keys: int) -> None:
+    """ValueError or TypeError for a mask, or what is added to scores, that does not fit (B, Hq, T, keys)."""
+    if t is None:
+        return
+    b, heads, queries = q.shape[:3]
+    sizes = tuple(t.shape)
+    if len(sizes) != 4 or sizes[3] != keys or any(
+        size not in (1, n) for size, n in zip(sizes, (b, heads, queries), strict=False)
+    ):  # fmt: skip
+        raise ValueError(
+            f"{who}: {name} must be ({b} or 1, {heads} or 1, {queries} or 1, {keys}), the real "
+            f"keys without the prefix, got {sizes}"
+        )
+    kinds = (torch.float32, q.dtype, *((torch.bool,) if name == "attn_mask" else ()))
+    if t.dtype not in kinds:
+        raise TypeError(
+            f"{who}: {name} must be of {', '.join(map(str, dict.fromkeys(kinds)))}, got {t.dtype}; cast it"
+        )
+
+
 def fit_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> Intervals:
     """Both ends as the raw ops read them: one row, or one query, that stands for all is written out.
 

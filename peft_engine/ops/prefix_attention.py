@@ -1,10 +1,12 @@
 """Attention over learned keys and values in front of the real ones (Li and Liang 2021, arXiv 2101.00190).
 
-    S = scale q [P_k ; K]^T + [0 ; bias]      -inf where a query does not see a key
+    S = cap(scale q [P_k ; K]^T) + [0 ; bias]      -inf where a query does not see a key
     P = softmax(S) = exp(S - lse)             lse = log sum exp S             out = P [P_v ; V]
     d[P_v ; V] = P^T dout      dP = dout [P_v ; V]^T      dS = P (dP - sum(dout out))
     dq = scale dS [P_k ; K]    d[P_k ; K] = scale dS^T q  where a prefix is shared, summed over the batch
 
+With a softcap c, as Gemma 2 has it, cap(x) = c tanh(x / c), and dS then counts times 1 - (cap(x) / c)^2;
+without, cap(x) = x.
 With dropout, m = keep / (1 - p), and out = (m P) [P_v ; V], d[P_v ; V] = (m P)^T dout, dP = m (dout [P_v ;
 V]^T); lse is that of all. keep is the hash of peft_engine/ops/dropout.py, of the row (b Hq + h) T + t and the
 column in [P_k ; K]: the backward makes it again.
@@ -27,6 +29,7 @@ from peft_engine.ops.attention import (
     by_token,
     check_causal,
     check_heads,
+    check_mask,
     dense,
     drop,
     fit_intervals,
@@ -48,6 +51,7 @@ class PrefixAttentionCall(NamedTuple):
     bias_learns: bool = False
     learns: bool = False
     dropout: bool = False
+    softcap: bool = False
 
 
 PREFIX_ATTENTION = dispatch.Op("prefix_attention")
@@ -69,6 +73,7 @@ def prefix_attention(
     intervals: Intervals | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """softmax over [prefix_k ; k], times [prefix_v ; v]; (B, Hq, T, D), a view of (B, T, Hq, D).
 
@@ -87,6 +92,8 @@ def prefix_attention(
 
     position_bias (B or 1, Hq or 1, T or 1, S), as T5's, is added to the scaled scores. Both, where they are
     added, are of q's dtype or float32. A query that sees nothing at all gives zeros.
+    softcap, a number above 0: scaled scores, the prefix's too, become softcap * tanh(scores / softcap) before
+    anything is added to them.
     dropout_p of what the softmax gives is dropped; seed is then an int64 tensor of one element (draw it with
     torch.randint, so that checkpointing draws it again).
     Gradients: q, k, v, prefix_k, prefix_v, in the dtype of each; a shared prefix's is summed over the batch
@@ -99,6 +106,8 @@ def prefix_attention(
         prefix_k, prefix_v = in_autocast(prefix_k, prefix_v)
     _check(q, k, v, prefix_k, prefix_v)
     check_dropout("prefix_attention", "q", q, dropout_p, seed)
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"prefix_attention: softcap must be a number above 0, or None, got {softcap}")
     keys = k.shape[2]
     intervals, is_causal = _structure(q, keys, is_causal, cu_seqlens, window, intervals)
     intervals, bias = _masks(q, keys, is_causal, attn_mask, position_bias, intervals)
@@ -116,10 +125,11 @@ def prefix_attention(
         grad and bias is not None and bias.requires_grad,
         grad and any(t.requires_grad for t in tensors),
         dropout_p > 0.0,
+        softcap is not None,
     )
     first, last = (None, None) if intervals is None else intervals
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    arguments = *tensors, first, last, bias, is_causal, scale, float(dropout_p), seed
+    arguments = *tensors, first, last, bias, is_causal, scale, float(dropout_p), seed, float(softcap or 0.0)
     return PREFIX_ATTENTION.choose(call, *tensors, bias).run(*arguments)
 
 
@@ -221,7 +231,7 @@ def _documents(q, keys: int, at, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor
 def _masks(q, keys: int, is_causal: bool, attn_mask, position_bias, intervals):
     """Intervals and what is added to the scores, each or both None."""
     for name, t in (("attn_mask", attn_mask), ("position_bias", position_bias)):
-        _check_mask(name, t, q, keys)
+        check_mask("prefix_attention", name, t, q, keys)
     _check_devices(q, attn_mask=attn_mask, position_bias=position_bias)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         if intervals is not None or is_causal:
@@ -241,31 +251,11 @@ def _masks(q, keys: int, is_causal: bool, attn_mask, position_bias, intervals):
     return intervals, dense(bias).expand(q.shape[0], q.shape[1], q.shape[2], keys)
 
 
-def _check_mask(name: str, t: torch.Tensor | None, q: torch.Tensor, keys: int) -> None:
-    if t is None:
-        return
-    b, heads, queries = q.shape[:3]
-    sizes = tuple(t.shape)
-    if len(sizes) != 4 or sizes[3] != keys or any(
-        size not in (1, n) for size, n in zip(sizes, (b, heads, queries), strict=False)
-    ):  # fmt: skip
-        raise ValueError(
-            f"prefix_attention: {name} must be ({b} or 1, {heads} or 1, {queries} or 1, {keys}), the real "
-            f"keys without the prefix, got {sizes}"
-        )
-    kinds = (torch.float32, q.dtype, *((torch.bool,) if name == "attn_mask" else ()))
-    if t.dtype not in kinds:
-        raise TypeError(
-            f"prefix_attention: {name} must be of {', '.join(map(str, dict.fromkeys(kinds)))}, got "
-            f"{t.dtype}; cast it"
-        )
-
-
 # --- reference ----------------------------------------------------------------------------------------------
 
 
 def reference(
-    q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float, dropout_p=0.0, seed=None
+    q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p=0.0, seed=None, softcap=0.0
 ) -> torch.Tensor:
     """prefix_attention in plain torch: keys concatenated, the softmax in float32 (float64 stays)."""
     keys, prefix, repeats = k.shape[2], prefix_k.shape[2], q.shape[1] // k.shape[1]
@@ -276,6 +266,8 @@ def reference(
     )
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     scores = q @ k.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + F.pad(bias, (prefix, 0))
     if first is not None or causal:
@@ -293,9 +285,13 @@ def reference(
 
 # The prefix is (G, Hkv, P, D), G 1 or B. first and last are int32 (B, T), contiguous, both or neither;
 # without them the real keys are all seen, or with `causal` those up to the query's place. bias is
-# (B, Hq, T, S), its strides often 0. lse (B, Hq, T) is float32, -inf where a query sees nothing.
+# (B, Hq, T, S), its strides often 0. lse (B, Hq, T) is float32, -inf where a query sees nothing. softcap 0
+# is none.
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
-_MASKS = "Tensor? first, Tensor? last, Tensor? bias, bool causal, float scale, float dropout_p, Tensor? seed"
+_MASKS = (
+    "Tensor? first, Tensor? last, Tensor? bias, bool causal, float scale, float dropout_p, Tensor? seed,"
+    " float softcap"
+)
 native.library.define(f"prefix_attention_forward({_INPUTS}, {_MASKS}) -> (Tensor, Tensor)")
 native.library.define(
     f"prefix_attention_backward(Tensor dout, {_INPUTS}, Tensor? out, Tensor? lse, {_MASKS})"
@@ -304,18 +300,20 @@ native.library.define(
 
 
 @torch.library.register_fake("peft_engine::prefix_attention_forward")
-def _(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed):
+def _(q, k, v, prefix_k, prefix_v, *how):
     return by_token(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("peft_engine::prefix_attention_backward")
-def _(dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal, scale, dropout_p, seed):
+def _(dout, q, k, v, prefix_k, prefix_v, *rest):
     shares = (prefix_k.new_empty(prefix_k.shape), prefix_v.new_empty(prefix_v.shape))
     return by_token(q), by_token(k), by_token(v), *shares
 
 
 # Triton is imported when the first tensor on a GPU asks for it.
-def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed):
+def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed, softcap):
+    if softcap:  # dispatch hands them no such call
+        raise NotImplementedError("prefix_attention: on a GPU scores are not capped; give no softcap")
     from peft_engine.kernels.prefix_attention import decode
 
     # By the number of queries, inside the op, so that no trace depends on it.
@@ -336,17 +334,18 @@ def _(*arguments):
 def _backward_on_gpu(*arguments):
     from peft_engine.kernels.prefix_attention.backward import backward
 
-    return backward(*arguments)
+    return backward(*arguments[:-1])  # without softcap, which the forward refuses
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed):
+    def forward(ctx: Any, q, k, v, prefix_k, prefix_v, *how):
         run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward
-        out, lse = run(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed)
+        out, lse = run(q, k, v, prefix_k, prefix_v, *how)
+        first, last, bias, causal, scale, dropout_p, seed, softcap = how
         results = (out, lse) if dispatch.on_gpu(q) else (None, None)  # the CPU's backward reads neither
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, *results, first, last, bias, seed)
-        ctx.settings = causal, scale, dropout_p
+        ctx.settings = causal, scale, dropout_p, softcap
         return out
 
     @staticmethod
@@ -354,16 +353,17 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dout):
         run = _backward_on_gpu if dispatch.direct(dout) else torch.ops.peft_engine.prefix_attention_backward
         *saved, seed = ctx.saved_tensors
-        grads = run(dense(dout), *saved, *ctx.settings, seed)
+        *settings, softcap = ctx.settings
+        grads = run(dense(dout), *saved, *settings, seed, softcap)
         needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *needed, *(None,) * 7
+        return *needed, *(None,) * 8
 
 
 def kernels(
-    q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p=0.0, seed=None
+    q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p=0.0, seed=None, softcap=0.0
 ) -> torch.Tensor:
     tensors = [dense(t) for t in (q, k, v, prefix_k, prefix_v)]
-    arguments = (*tensors, first, last, bias, causal, scale, dropout_p, seed)
+    arguments = (*tensors, first, last, bias, causal, scale, dropout_p, seed, softcap)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _PrefixAttention.apply(*arguments)
     run = _forward_on_gpu if dispatch.direct(q) else torch.ops.peft_engine.prefix_attention_forward.default
@@ -391,7 +391,8 @@ def refuse_head_dim(head_dim: int) -> str | None:
 
 def refuse_unless_triton(call: PrefixAttentionCall) -> str | None:
     """Why the Triton kernels do not take a call."""
-    return refuse_head_dim(call.head_dim) or refuse(call) or refuse_unless_cuda(call)
+    capped = "its kernels do not cap scores" if call.softcap else None
+    return refuse_head_dim(call.head_dim) or refuse(call) or capped or refuse_unless_cuda(call)
 
 
 def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:

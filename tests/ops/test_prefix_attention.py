@@ -46,7 +46,7 @@ def by_reference(*tensors, **masks):
         return prefix_attention(*tensors, **masks)
 
 
-def terms(tensors, dout, seen, bias, dropped=1.0):
+def terms(tensors, dout, seen, bias, dropped=1.0, softcap=None):
     """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left.
 
     dropped: what dropout multiplies P by.
@@ -58,12 +58,15 @@ def terms(tensors, dout, seen, bias, dropped=1.0):
         torch.cat((p.expand(batch, -1, -1, -1), t), 2).repeat_interleave(repeats, 1)
         for p, t in ((pk, k), (pv, v))
     )
-    scores = q @ k.mT * scale
+    scores, slope = q @ k.mT * scale, 1.0
+    if softcap is not None:
+        capped = (scores / softcap).tanh()
+        scores, slope = capped * softcap, 1.0 - capped.square()
     if bias is not None:
         scores = scores + F.pad(bias.double(), (prefix, 0))
     p = scores.masked_fill(~F.pad(seen, (prefix, 0), value=True), float("-inf")).softmax(-1).nan_to_num(0)
     dp = dout.abs() @ v.abs().mT * dropped
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * slope * scale
     p = p * dropped
     dk, dv = (t.unflatten(1, (-1, repeats)).sum(2) for t in (ds.mT @ q.abs(), p.mT @ dout.abs()))
     dpk, dpv = (t[:, :, :prefix].sum(0) if shared else t[:, :, :prefix] for t in (dk, dv))
@@ -90,7 +93,7 @@ def check(tensors, what="", **masks):
         columns = tensors[3].shape[-2] + k.shape[2]
         kept = dropout_mask(masks["seed"], q.shape[:3].numel(), columns, p)
         dropped = kept.view(*q.shape[:3], columns) / (1.0 - p)
-    sizes = terms(wide, dout, seen, bias, dropped)
+    sizes = terms(wide, dout, seen, bias, dropped, masks.get("softcap"))
     for name, *results in zip(NAMES, got, plain, exact, sizes, strict=True):
         assert results[0].isfinite().all(), f"{name} {what}"
         assert_twice_as_good(*results, f"{name} {what}")
@@ -234,7 +237,7 @@ def raw_lse(tensors, intervals, bias):
     first, last = intervals or (None, None)
     bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
     op = torch.ops.peft_engine.prefix_attention_forward
-    return op(q, k, v, pk[None], pv[None], first, last, bias, False, q.shape[-1] ** -0.5, 0.0, None)[1]
+    return op(q, k, v, pk[None], pv[None], first, last, bias, False, q.shape[-1] ** -0.5, 0.0, None, 0.0)[1]
 
 
 def test_lse_is_the_log_of_the_sum(isa):

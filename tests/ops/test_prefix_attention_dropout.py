@@ -129,7 +129,7 @@ def test_lse_is_that_of_all(isa):
     q, k, v, pk, pv = case(2, 4, 2, 9, 11, 5, 16)
     op = torch.ops.peft_engine.prefix_attention_forward
     rest = q, k, v, pk[None], pv[None], None, None, None, False, 0.25
-    torch.testing.assert_close(op(*rest, 0.5, SEED)[1], op(*rest, 0.0, None)[1])
+    torch.testing.assert_close(op(*rest, 0.5, SEED, 0.0)[1], op(*rest, 0.0, None, 0.0)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,11 +182,11 @@ def test_it_traces_whole(isa, dtype):
     assert all(map(torch.equal, *(torch.autograd.grad(t.square().sum(), tensors) for t in (got, want))))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_opcheck_of_the_raw_ops(p):
+@pytest.mark.parametrize("p,softcap", [(0.0, 0.0), (0.3, 0.0), (0.3, 5.0)])
+def test_opcheck_of_the_raw_ops(p, softcap):
     q, k, v, pk, pv = case(2, 4, 2, 5, 5, 3, 8)
     ops, inputs = torch.ops.peft_engine, (q, k, v, pk[None], pv[None])
-    rest = None, None, None, True, 0.3, p, SEED if p else None
+    rest = None, None, None, True, 0.3, p, SEED if p else None, softcap
     torch.library.opcheck(ops.prefix_attention_forward.default, (*inputs, *rest))
     torch.library.opcheck(ops.prefix_attention_backward.default, (q, *inputs, None, None, *rest))
 

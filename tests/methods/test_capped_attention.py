@@ -1,0 +1,188 @@
+"""Models that cap their attention's scores (Gemma 2 and its relatives) with fused attention."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+
+import peft_engine as pe
+from peft_engine import native
+from peft_engine.methods import fused_attention
+
+pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=str(native.load_error()))
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 101, "sliding_window": 6,
+    "attn_logit_softcapping": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = ("Gemma2", "VaultGemma", "T5Gemma")
+IDS = torch.arange(51).view(3, 17) * 7 % 98 + 3
+MASK = torch.ones_like(IDS)
+MASK[1, 12:] = 0
+
+
+def build(family: str = "Gemma2", dtype: torch.dtype = torch.float32, **changes):
+    torch.manual_seed(0)
+    if family == "T5Gemma":
+        sizes = SIZES | {"dropout_rate": 0.0} | changes
+        config = transformers.T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), vocab_size=101)
+        config.decoder_start_token_id = 1
+        kind = transformers.T5GemmaForConditionalGeneration
+    else:
+        config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
+        kind = getattr(transformers, f"{family}ForCausalLM")
+    model = kind(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # scores of some size, which the cap changes
+            if p.dim() == 2:
+                p.mul_(8.0)
+    return model.to(dtype).requires_grad_(False)
+
+
+def logits(model, mask=MASK):
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=IDS, attention_mask=mask, **more).logits + 0
+
+
+def loss_of(model):
+    return model(input_ids=IDS, attention_mask=MASK, labels=IDS.masked_fill(MASK == 0, -100)).loss
+
+
+def lora(model):
+    return pe.attach(model, pe.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+
+
+def gradients(model):
+    model.zero_grad()
+    loss_of(model).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype,within", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients_are_the_models_own(family, dtype, within):
+    model = build(family, dtype)
+    other = copy.deepcopy(model)
+    uncapped = build(family, dtype, attn_logit_softcapping=1e6)
+    before = logits(model)
+    report = pe.optimize(other)
+    lines = [line for line in report.layers if line.op == "attention"]
+    assert lines and all(line.fused and line.backend == "cpu" and not line.reason for line in lines)
+    for mask in (None, MASK):
+        want, got = logits(model, mask), logits(other, mask)
+        seen = slice(None) if mask is None or model.config.is_encoder_decoder else MASK.bool()
+        assert (got - want)[seen].abs().max() < within * want.abs().max()
+    assert (logits(uncapped) - before).abs().max() > 0.1 * before.abs().max()  # the cap is felt
+    grads = []
+    for one in (model, other):
+        torch.manual_seed(1)
+        grads.append(gradients(lora(one)))
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    for name, want in grads[0].items():
+        assert (grads[1][name] - want).abs().max() <= 20 * within * want.abs().max(), name
+    pe.unoptimize(other)
+    assert torch.equal(logits(other), logits(model))
+    assert {c._attn_implementation for c in fused_attention._configs(other)} == {"eager"}
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_is_the_models_own(family, how):
+    model = build(family)
+    left = MASK.flip(1)
+    settings = {"max_new_tokens": 12, "do_sample": False, **how}
+    want = model.generate(IDS, attention_mask=left, **settings)
+    pe.optimize(model)
+    assert torch.equal(model.generate(IDS, attention_mask=left, **settings), want)
+
+
+@pytest.mark.parametrize("method", [pe.PrefixTuningConfig, pe.PromptTuningConfig])
+def test_behind_virtual_tokens(method):
+    results = []
+    for fused in (False, True):
+        model = build()
+        torch.manual_seed(1)
+        pe.attach(model, method(num_virtual_tokens=3))
+        report = pe.optimize(model) if fused else pe.explain(model)
+        line = next(line for line in report.layers if line.name.endswith("0.self_attn"))
+        assert line.op == "prefix_attention" and line.backend == "cpu"
+        results.append((logits(model)[MASK.bool()], gradients(model)))
+        with pe.active(model, None):
+            assert not torch.equal(logits(model)[MASK.bool()], results[-1][0])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-4)
+    for name, want in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], want, rtol=1e-3, atol=1e-6)
+
+
+def test_a_prefix_is_what_stands_in_the_cache():
+    """As PEFT has it: the cap is on the prefix's scores too."""
+    model = build()
+    pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=3))
+    got = logits(model, None)
+    live = model.model.layers[0].self_attn.__dict__["peft_engine_site"].parts
+    with pe.force_backend("reference"):
+        torch.testing.assert_close(logits(model, None), got, rtol=1e-4, atol=1e-4)
+    assert live
+
+
+def test_where_no_kernel_takes_a_call_the_models_own_attention_runs(monkeypatch):
+    model, eager = build(), []
+    own = transformers.models.gemma2.modeling_gemma2.eager_attention_forward
+    want, maps = logits(model), model(IDS, attention_mask=MASK, output_attentions=True).attentions
+    pe.optimize(model)
+
+    def counted(*args, **kwargs):
+        eager.append(args[4])
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.gemma2.modeling_gemma2, "eager_attention_forward", counted)
+    logits(model)
+    assert not eager
+    found = model(IDS, attention_mask=MASK, output_attentions=True).attentions
+    assert len(eager) == 2 and len(found) == len(maps)
+    seen = MASK.bool()[:, None].expand(3, 4, 17)
+    for got, wanted in zip(found, maps, strict=True):
+        torch.testing.assert_close(got[seen], wanted[seen])
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled)[MASK.bool()], want[MASK.bool()], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(fused_attention, "_by_torch", lambda *args, **kwargs: True)  # as on a GPU
+    eager.clear()
+    for mask in (MASK, None):
+        torch.testing.assert_close(logits(model, mask)[MASK.bool()], logits(build(), mask)[MASK.bool()])
+    assert len(eager) == 8  # four by the model that is not optimised
+
+
+def test_attention_dropout_is_drawn_and_checkpoints_draw_it_again():
+    model = build(attention_dropout=0.5)
+    pe.optimize(lora(model))
+    model.train()
+    torch.manual_seed(2)
+    one = gradients(model)
+    torch.manual_seed(2)
+    model.gradient_checkpointing_enable()
+    two = gradients(model)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    torch.manual_seed(3)
+    assert not all(torch.equal(gradients(model)[name], one[name]) for name in one)
+
+
+def test_copies_and_pickles_are_fused():
+    model = build()
+    pe.optimize(model)
+    want = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.config._attn_implementation == "fused_capped"
+        assert torch.equal(logits(other), want)
+
+
+def test_without_a_cap_eager_stays_eager():
+    model = build(attn_logit_softcapping=None)
+    model.set_attn_implementation("eager")
+    report = pe.optimize(model)
+    assert model.config._attn_implementation == "eager"
+    line = next(line for line in report.layers if line.op == "attention")
+    assert "attention is set to eager" in line.reason
