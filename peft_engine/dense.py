@@ -121,6 +121,11 @@ def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return dy @ weight
 
 
+def _transformed(*tensors: torch.Tensor) -> bool:
+    """Whether torch.jit.trace records a product or torch.func takes it apart, which know torch's alone."""
+    return torch.jit.is_tracing() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
+
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -149,8 +154,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         if kind == "cpu" and dtype in _SLOW and taken and (cast or x.dtype == weight.dtype):
             return lora_linear(x, weight, None, None, 1.0, bias=bias)
         return F.linear(x, weight, bias)
-    if x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)  # which says what is wrong
+    if x.dtype != weight.dtype or _transformed(x, weight):
+        return F.linear(x, weight, bias)  # of two dtypes it says what is wrong
     if _library(x, weight) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:

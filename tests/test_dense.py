@@ -105,6 +105,21 @@ def test_forward_mode_derivatives_are_torchs(by_onednn):
         assert torch.autograd.forward_ad.unpack_dual(dense.linear(dual, weight)).tangent is not None
 
 
+def test_what_torch_transforms_is_torchs(by_onednn, by_us):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.randn(3, 24).to(dtype), torch.randn(40, 24).to(dtype)
+
+        def total(x, weight=weight):
+            return dense.linear(x, weight).square().sum()
+
+        want = torch.func.grad(lambda x, w=weight: F.linear(x, w).square().sum())(x)
+        assert torch.equal(torch.func.grad(total)(x), want)
+        each = torch.func.vmap(torch.func.grad(total))(x)
+        torch.testing.assert_close(each, want, rtol=0.05, atol=0.05)
+        traced = torch.jit.trace(lambda x, w=weight: dense.linear(x, w), (x,))
+        assert torch.equal(traced(x), F.linear(x, weight))
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradient_is_that_of_x_alone(by_onednn, with_bias):
     x, weight = torch.randn(2, 7, 24, requires_grad=True), torch.randn(40, 24)
