@@ -137,7 +137,7 @@ def _check_site(model: nn.Module, site: Site, config: BottleneckConfig, who: str
         raise ValueError(
             f"{who}: original_ln_before=True needs to know what {site.path} is added to, and "
             f"{type(model).__name__} is of no family known here; take original_ln_before=False, as "
-            "the placement houlsby has it"
+            "the placement houlsby has it (--placement houlsby), or --placement parallel"
         )
     if config.is_parallel and site.path.endswith("fc2"):
         raise ValueError(

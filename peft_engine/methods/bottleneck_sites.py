@@ -113,13 +113,40 @@ def _has(module: Any, *names: str) -> bool:
     return all(isinstance(module._modules.get(name), nn.Module) for name in names)
 
 
+# The sublayers of layers with Llama's names: the module that gets s, and the one that gives h.
+_LLAMAS = (
+    # Norms before them: Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, Phi-3, SmolLM3, ...; VaultGemma.
+    (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
+    (("input_layernorm", "self_attn"), ("pre_feedforward_layernorm", "mlp")),
+    # Before and behind: Gemma 2 and 3; GLM 4; T5Gemma's encoder and decoder.
+    (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    (("input_layernorm", "post_self_attn_layernorm"), ("post_attention_layernorm", "post_mlp_layernorm")),
+    (
+        ("pre_self_attn_layernorm", "post_self_attn_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    (
+        ("pre_self_attn_layernorm", "post_self_attn_layernorm"),
+        ("pre_cross_attn_layernorm", "post_cross_attn_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    # Behind: OLMo 2 and 3.
+    (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
+)
+
+
 def _llama(at: str, layer: Any) -> Iterator[Found]:
-    """Norms before the sublayers: Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, Phi-3, SmolLM3, ..."""
+    """A norm behind a sublayer is part of it: h is what it gives."""
     norms = {name for name in layer._modules if "norm" in name}
-    if not _has(layer, "self_attn", "mlp") or norms != {"input_layernorm", "post_attention_layernorm"}:
-        return
-    yield f"{at}self_attn", f"{at}{HOLDERS[ATTENTION]}", ATTENTION, f"{at}input_layernorm", 0, None
-    yield f"{at}mlp", f"{at}{HOLDERS[OUTPUT]}", OUTPUT, f"{at}post_attention_layernorm", 0, None
+    for parts in _LLAMAS if _has(layer, "self_attn", "mlp") else ():
+        if norms == {name for part in parts for name in part if "norm" in name}:
+            kinds = (ATTENTION, *(CROSS_ATTENTION,) * (len(parts) - 2), OUTPUT)
+            for (source, end), kind in zip(parts, kinds, strict=True):
+                yield at + end, at + HOLDERS[kind], kind, at + source, 0, None
+            return
 
 
 def _gpt2(at: str, layer: Any) -> Iterator[Found]:
@@ -173,9 +200,9 @@ def _bart(at: str, layer: Any) -> Iterator[Found]:
     ]
     for first, last, kind in (*parts, ("fc1", "fc2", OUTPUT)):
         norm = f"{at}final_layer_norm" if kind == OUTPUT else f"{at}{first}_layer_norm"
-        if family in POST_NORM:
+        if family in POST_NORM or (family == "opt" and not layer.do_layer_norm_before):
             yield at + last, at + HOLDERS[kind], kind, at + first, 0, norm
-        elif family in PRE_NORM:
+        elif family in PRE_NORM or family == "opt":
             yield at + last, at + HOLDERS[kind], kind, norm, 0, None
 
 

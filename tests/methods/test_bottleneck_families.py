@@ -1,4 +1,4 @@
-"""Families with BART's names: what a site says is added to its sublayer is what the model adds there."""
+"""What a site says is added to its sublayer is what the model adds there, in each family known by names."""
 
 import pytest
 import torch
@@ -19,6 +19,18 @@ ALONE = {
         "vocab_size": 60,
     },
 }  # fmt: skip
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60, "pad_token_id": 1, "bos_token_id": 0,
+    "eos_token_id": 2,
+}  # fmt: skip
+OPT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 60,
+    "word_embed_proj_dim": 32, "dropout": 0.0,
+}  # fmt: skip
+LLAMAS = ("llama", "gemma2", "gemma3_text", "vaultgemma", "glm4", "olmo2", "olmo3")
+ALONE |= {family: LLAMA for family in LLAMAS}
+ALONE |= {"opt": OPT, "opt, post-norm": OPT | {"do_layer_norm_before": False}}
 MORE = {
     "led": {"attention_window": 4, "max_encoder_position_embeddings": 32},
     "bigbird_pegasus": {"attention_type": "original_full"},
@@ -29,9 +41,14 @@ SOUND = {"whisper": (2, 80, 32), "speech_to_text": (2, 32, 80)}
 
 
 def build(family):
-    name = family.replace("blenderbot_", "blenderbot-")
-    config = transformers.AutoConfig.for_model(name, **(ALONE.get(family) or SIZES | MORE.get(family, {})))
+    name = family.replace("blenderbot_", "blenderbot-").split(",")[0]
     torch.manual_seed(0)
+    if family == "t5gemma":
+        sizes = LLAMA | {"dropout_rate": 0.0}
+        config = transformers.T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), vocab_size=60)
+        config.decoder_start_token_id = 0
+        return transformers.T5GemmaForConditionalGeneration(config).eval()
+    config = transformers.AutoConfig.for_model(name, **(ALONE.get(family) or SIZES | MORE.get(family, {})))
     auto = transformers.AutoModelForCausalLM if family in ALONE else transformers.AutoModelForSeq2SeqLM
     auto = transformers.AutoModelForSpeechSeq2Seq if family in SOUND else auto
     return auto.from_config(config).eval()
@@ -45,7 +62,7 @@ def inputs(family):
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("family", [*POST_NORM, *PRE_NORM])
+@pytest.mark.parametrize("family", [*POST_NORM, *PRE_NORM, *LLAMAS, "t5gemma", "opt", "opt, post-norm"])
 def test_the_sum_at_a_site_is_the_model_s(family):
     model = build(family)
     sites = find(model)
@@ -73,12 +90,14 @@ def test_the_sum_at_a_site_is_the_model_s(family):
             mine = [site for site in sites if site.holder.rpartition(".")[0] == layer]
             ends = [seen[site.source, "in"] for site in mine[1:]] + [seen[layer, "out"]]
             for site, end in zip(mine, ends, strict=True):
-                total = seen[site.path, "out"] + seen[site.source, "in"]
+                total = seen[site.path, "out"] + seen[site.source, "in"].view_as(seen[site.path, "out"])
                 total = total if site.norm is None else model.get_submodule(site.norm)(total)
-                torch.testing.assert_close(total, end)
+                torch.testing.assert_close(total.view_as(end), end)
 
 
-@pytest.mark.parametrize("family", ["mbart", "blenderbot_small", "xglm"])
+@pytest.mark.parametrize(
+    "family", ["mbart", "blenderbot_small", "xglm", "gemma2", "olmo2", "t5gemma", "opt", "opt, post-norm"]
+)
 def test_each_placement_trains(family):
     for preset in ("houlsby", "pfeiffer", "parallel"):
         model = build(family)
