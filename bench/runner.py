@@ -25,6 +25,7 @@ import transformers
 
 from bench import (
     bench_bottleneck,
+    bench_capped_attention,
     bench_dense,
     bench_domains,
     bench_dora_linear,
@@ -52,6 +53,7 @@ SUITES: dict[str, Callable[[measure.Settings], Iterable[measure.Row]]] = {
     "bottleneck": bench_bottleneck.layer,
     "prompt_embedding": bench_prompt_embedding.embedding,
     "prefix_attention": bench_prefix_attention.suite,
+    "capped_attention": bench_capped_attention.capped_attention,
     "methods_step": bench_methods.methods_step,
     "families": bench_families.families,
     "mixture": bench_mixture.mixture,

@@ -113,8 +113,9 @@ def _has(module: Any, *names: str) -> bool:
     return all(isinstance(module._modules.get(name), nn.Module) for name in names)
 
 
-# The sublayers of layers with Llama's names: the module that gets s, and the one that gives h.
-_LLAMAS = (
+# The sublayers of layers that name their parts so, and no other norm: what gets s, and what gives h.
+# Those that stand side by side both get the layer's input.
+_BY_NAMES = (
     # Norms before them: Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, Phi-3, SmolLM3, ...; VaultGemma.
     (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
     (("input_layernorm", "self_attn"), ("pre_feedforward_layernorm", "mlp")),
@@ -135,14 +136,26 @@ _LLAMAS = (
     ),
     # Behind: OLMo 2 and 3.
     (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
+    # Side by side: Cohere, Phi; GPT-NeoX, which may have them one after the other; Falcon; GPT-J, CodeGen.
+    (("input_layernorm", "self_attn"), ("input_layernorm", "mlp")),
+    (("input_layernorm", "attention"), ("post_attention_layernorm", "mlp")),
+    (("ln_attn", "self_attention"), ("ln_mlp", "mlp")),
+    (("input_layernorm", "self_attention"), ("input_layernorm", "mlp")),
+    (("input_layernorm", "self_attention"), ("post_attention_layernorm", "mlp")),
+    (("ln_1", "attn"), ("ln_1", "mlp")),
 )
 
 
-def _llama(at: str, layer: Any) -> Iterator[Found]:
+def _is_norm(name: str) -> bool:
+    return "norm" in name or name.startswith("ln_")
+
+
+def _by_names(at: str, layer: Any) -> Iterator[Found]:
     """A norm behind a sublayer is part of it: h is what it gives."""
-    norms = {name for name in layer._modules if "norm" in name}
-    for parts in _LLAMAS if _has(layer, "self_attn", "mlp") else ():
-        if norms == {name for part in parts for name in part if "norm" in name}:
+    norms = {name for name in layer._modules if _is_norm(name)}
+    for parts in _BY_NAMES if _has(layer, "mlp") else ():
+        names = {name for part in parts for name in part}
+        if norms == set(filter(_is_norm, names)) and _has(layer, *names):
             kinds = (ATTENTION, *(CROSS_ATTENTION,) * (len(parts) - 2), OUTPUT)
             for (source, end), kind in zip(parts, kinds, strict=True):
                 yield at + end, at + HOLDERS[kind], kind, at + source, 0, None
@@ -206,7 +219,7 @@ def _bart(at: str, layer: Any) -> Iterator[Found]:
             yield at + last, at + HOLDERS[kind], kind, norm, 0, None
 
 
-FAMILIES = (_llama, _gpt2, _bert, _t5, _bart)
+FAMILIES = (_by_names, _gpt2, _bert, _t5, _bart)
 
 
 def _generic(path: str, module: nn.Module, hidden: int | None) -> Iterator[Found]:

@@ -30,6 +30,17 @@ OPT = {
 }  # fmt: skip
 LLAMAS = ("llama", "gemma2", "gemma3_text", "vaultgemma", "glm4", "olmo2", "olmo3")
 ALONE |= {family: LLAMA for family in LLAMAS}
+SIDE_BY_SIDE = ("cohere", "phi", "gpt_neox", "gptj", "falcon", "falcon, new", "codegen")
+ALONE |= {family: LLAMA for family in SIDE_BY_SIDE}
+FALCON = {key: value for key, value in LLAMA.items() if key not in ("head_dim", "num_key_value_heads")}
+ALONE |= {
+    "falcon": FALCON,
+    "falcon, new": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, one by one": FALCON | {"parallel_attn": False},
+    "gpt_neox, one by one": LLAMA | {"use_parallel_residual": False},
+}
+GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 60}
+ALONE |= {"gptj": GPTJ, "codegen": GPTJ}
 ALONE |= {"opt": OPT, "opt, post-norm": OPT | {"do_layer_norm_before": False}}
 MORE = {
     "led": {"attention_window": 4, "max_encoder_position_embeddings": 32},
@@ -62,7 +73,10 @@ def inputs(family):
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("family", [*POST_NORM, *PRE_NORM, *LLAMAS, "t5gemma", "opt", "opt, post-norm"])
+NORMS = ("t5gemma", "opt", "opt, post-norm", "gpt_neox, one by one", "falcon, one by one")
+
+
+@pytest.mark.parametrize("family", [*POST_NORM, *PRE_NORM, *LLAMAS, *NORMS, *SIDE_BY_SIDE])
 def test_the_sum_at_a_site_is_the_model_s(family):
     model = build(family)
     sites = find(model)
@@ -75,7 +89,8 @@ def test_the_sum_at_a_site_is_the_model_s(family):
             seen[path, "in"] = given[argument]
 
         def after(module, args, output):
-            seen[path, "out"] = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple) else output
+            seen[path, "out"] = output.clone()  # Falcon adds to it in place
 
         module = model.get_submodule(path)
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -88,6 +103,12 @@ def test_the_sum_at_a_site_is_the_model_s(family):
         model(**inputs(family))
         for layer in layers:
             mine = [site for site in sites if site.holder.rpartition(".")[0] == layer]
+            if family in SIDE_BY_SIDE:
+                first, second = mine
+                assert seen[first.source, "in"] is seen[second.source, "in"]
+                total = seen[first.source, "in"] + seen[first.path, "out"] + seen[second.path, "out"]
+                torch.testing.assert_close(total, seen[layer, "out"])
+                continue
             ends = [seen[site.source, "in"] for site in mine[1:]] + [seen[layer, "out"]]
             for site, end in zip(mine, ends, strict=True):
                 total = seen[site.path, "out"] + seen[site.source, "in"].view_as(seen[site.path, "out"])
@@ -96,7 +117,20 @@ def test_the_sum_at_a_site_is_the_model_s(family):
 
 
 @pytest.mark.parametrize(
-    "family", ["mbart", "blenderbot_small", "xglm", "gemma2", "olmo2", "t5gemma", "opt", "opt, post-norm"]
+    "family",
+    [
+        "mbart",
+        "blenderbot_small",
+        "xglm",
+        "gemma2",
+        "olmo2",
+        "t5gemma",
+        "opt",
+        "opt, post-norm",
+        "cohere",
+        "gpt_neox",
+        "gptj",
+    ],
 )
 def test_each_placement_trains(family):
     for preset in ("houlsby", "pfeiffer", "parallel"):
