@@ -1,6 +1,7 @@
 """The tuner on CPU tensors, its kernels in Triton's interpreter: what it times, and what it concludes."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -87,7 +88,10 @@ def test_who_compiles_beforehand_is_gone_before_anything_is_timed(monkeypatch, c
     before = set(multiprocessing.active_children())
     tune.compile_all([600, 0, 600], 2, 5.0)
     assert "not ready" in capsys.readouterr().out
-    assert set(multiprocessing.active_children()) <= before
+    # The pool's own thread may have waited for one, which stays in the list until that thread goes on.
+    for worker in set(multiprocessing.active_children()) - before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker.pid, 0)
 
 
 def test_the_best_tile_is_the_best_over_all_shapes():

@@ -77,7 +77,7 @@ def test_an_op_that_torch_compile_calls_keeps_nothing(monkeypatch, op):
     monkeypatch.setattr(kernels, "forward", forward)
     monkeypatch.setattr(decode, "refuse", lambda *arguments: "not asked here")
     overload = getattr(torch.ops.peft_engine, op).default
-    given = {"Tensor": torch.empty(1, 1), "int": 1, "float": 1.0, "bool": False, "str": "relu"}
+    given = {"Tensor": torch.empty(1, 1), "int": 1, "float": 0.0, "bool": False, "str": "relu"}
     overload.redispatch(
         torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
         *(given.get(str(a.type)) for a in overload._schema.arguments),
