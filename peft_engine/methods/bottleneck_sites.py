@@ -146,6 +146,13 @@ _BY_NAMES = (
 )
 
 
+_OTHER_SUMS = ("bloom", "gpt_neox_japanese")  # whose sublayers add s, or a bias of h, where nobody sees it
+
+
+def _family(layer: Any) -> str:
+    return next(iter(type(layer).__module__.split(".")[-2:-1]), "")
+
+
 def _is_norm(name: str) -> bool:
     return "norm" in name or name.startswith("ln_")
 
@@ -153,7 +160,8 @@ def _is_norm(name: str) -> bool:
 def _by_names(at: str, layer: Any) -> Iterator[Found]:
     """A norm behind a sublayer is part of it: h is what it gives."""
     norms = {name for name in layer._modules if _is_norm(name)}
-    for parts in _BY_NAMES if _has(layer, "mlp") else ():
+    known = _has(layer, "mlp") and _family(layer) not in _OTHER_SUMS
+    for parts in _BY_NAMES if known else ():
         names = {name for part in parts for name in part}
         if norms == set(filter(_is_norm, names)) and _has(layer, *names):
             kinds = (ATTENTION, *(CROSS_ATTENTION,) * (len(parts) - 2), OUTPUT)
@@ -203,7 +211,7 @@ def _bart(at: str, layer: Any) -> Iterator[Found]:
     """BART's names, norms after the sums or before the sublayers. The layer drops what a sublayer gives in a
     function: an adapter comes before.
     """
-    family = next(iter(type(layer).__module__.split(".")[-2:-1]), "")
+    family = _family(layer)
     if not _has(layer, "self_attn", "fc1", "fc2", "final_layer_norm"):
         return
     parts = [

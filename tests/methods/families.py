@@ -41,6 +41,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         },
     ),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}),
     "bert": ("BertConfig", BERT),
     "roberta": ("RobertaConfig", BERT | {"pad_token_id": 1, "max_position_embeddings": 66}),
     "t5": (

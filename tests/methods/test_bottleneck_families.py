@@ -116,6 +116,12 @@ def test_the_sum_at_a_site_is_the_model_s(family):
                 torch.testing.assert_close(total.view_as(end), end)
 
 
+def test_layers_of_known_names_and_other_sums_are_of_no_known_family():
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
+    sites = find(transformers.BloomForCausalLM(config))
+    assert len(sites) == 4 and all(site.generic for site in sites)
+
+
 @pytest.mark.parametrize(
     "family",
     [

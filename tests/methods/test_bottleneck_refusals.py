@@ -65,7 +65,7 @@ def test_a_field_that_cannot_be_is_named_with_the_reason(fields, message):
             "no attention to an encoder was found in GPT2LMHead",
         ),
         ("bert", pe.BottleneckConfig(reduction_factor={"0": 4}), "says nothing of layer 1; add a 'default'"),
-        ("falcon", pe.BottleneckConfig.pfeiffer(), "FalconForCausalLM is of no family known here"),
+        ("bloom", pe.BottleneckConfig.pfeiffer(), "BloomForCausalLM is of no family known here"),
         ("bert", pe.BottleneckConfig(modules_to_save=["nose"]), "modules_to_save names 'nose'"),
     ),
 )
@@ -83,7 +83,7 @@ def test_a_model_without_sublayers_is_refused_with_what_to_do():
 
 @pytest.mark.parametrize("preset", ("houlsby", "parallel"))
 def test_an_unknown_family_gets_adapters_by_name_and_the_report_says_so(preset):
-    model, ids = build("falcon"), torch.arange(12).view(2, 6) + 3
+    model, ids = build("bloom"), torch.arange(12).view(2, 6) + 3
     base = model(ids).logits
     pe.attach(model, getattr(pe.BottleneckConfig, preset)(width=4))
     with torch.no_grad():
