@@ -1,9 +1,12 @@
 """The GPU suite's prefix attention in training: ours beside torch over [prefix; keys].
 
-PEFT joins prefix and keys anew in every layer, as torch does here. Decoding is in gpu_decode.py.
+PEFT joins prefix and keys anew in every layer, as torch does here. Scores with a softcap, as Gemma 2 has
+them, are beside the attention that transformers runs for it. Decoding is in gpu_decode.py.
 """
 
+from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
@@ -16,13 +19,18 @@ from peft_engine import ops
 
 OURS = peers.OURS
 TORCH = "torch, cat + SDPA"
+EAGER, SOFTCAP = "transformers, eager", 50.0
 Tensors = list[torch.Tensor]  # q, k, v, prefix_k, prefix_v
 
 
 def prefix_attention(section: Section, sizes: Sizes) -> None:
     """Forward and backward of a causal batch; bf16, grouped heads."""
     for batch, tokens, prefix in sizes.prefix_training:
-        training(section, sizes.prefix_heads, batch, tokens, prefix)
+        functions = {OURS: partial(ops.prefix_attention, is_causal=True), TORCH: by_torch}
+        training(section, sizes.prefix_heads, batch, tokens, prefix, functions)
+    for batch, tokens, prefix in sizes.capped_training:
+        functions = {OURS: partial(ops.prefix_attention, is_causal=True, softcap=SOFTCAP), EAGER: by_eager}
+        training(section, sizes.capped_heads, batch, tokens, prefix, functions)
 
 
 def tensors(section: Section, heads, batch: int, queries: int, keys: int, prefix: int) -> Tensors:
@@ -46,8 +54,25 @@ def by_torch(q, k, v, prefix_k, prefix_v) -> torch.Tensor:
     )
 
 
-def training(section: Section, heads, batch: int, tokens: int, prefix: int) -> None:
-    if not section.begin(f"training, {batch}x{tokens} tokens, prefix {prefix}, heads {heads}"):
+def by_eager(q, k, v, prefix_k, prefix_v) -> torch.Tensor:
+    """The same with capped scores. (The mask a model makes once for all its layers.)"""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    layer = SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], head_dim=q.shape[3], training=True)
+    size, lowest = q.shape[2], torch.finfo(q.dtype).min
+    mask = torch.full((size, size), lowest, dtype=q.dtype, device=q.device).triu(1)
+    mask = F.pad(mask, (prefix_k.shape[-2], 0))[None, None]
+    k, v = joined(prefix_k, k), joined(prefix_v, v)
+    how = {"scaling": q.shape[3] ** -0.5, "softcap": SOFTCAP}
+    return eager_attention_forward(layer, q, k, v, mask, **how)[0].transpose(1, 2)
+
+
+def training(
+    section: Section, heads, batch: int, tokens: int, prefix: int, functions: dict[str, Callable]
+) -> None:
+    *_, plain = functions.values()
+    capped = ", capped" if plain is by_eager else ""
+    if not section.begin(f"training, {batch}x{tokens} tokens, prefix {prefix}, heads {heads}{capped}"):
         return
     given = [t.requires_grad_() for t in tensors(section, heads, batch, tokens, tokens, prefix)]
     dout = torch.randn_like(given[0])
@@ -56,8 +81,7 @@ def training(section: Section, heads, batch: int, tokens: int, prefix: int) -> N
         out = function(*given)
         return [out.detach(), *torch.autograd.grad(out, given, dout)]
 
-    exact = step(by_torch, [t.detach().float().requires_grad_() for t in given], dout.float())
-    functions = {OURS: partial(ops.prefix_attention, is_causal=True), TORCH: by_torch}
+    exact = step(plain, [t.detach().float().requires_grad_() for t in given], dout.float())
     makers = {name: (lambda f=f: partial(step, f)) for name, f in functions.items()}
 
     def check(name: str, call: Call) -> None:

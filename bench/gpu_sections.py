@@ -43,6 +43,8 @@ class Sizes:
         (8, 2048, 32),
         (2, 8192, 128),
     )  # batch, tokens, prefix
+    capped_heads: tuple[int, int, int] = (16, 8, 256)  # Gemma 2 (9B)
+    capped_training: tuple[tuple[int, int, int], ...] = ((1, 4096, 32),)
     bottlenecks: tuple[tuple[int, int, bool], ...] = (
         (4096, 64, False), (4096, 64, True), (576, 64, False), (2048, 128, False), (4096, 256, False),
     )  # features, width, LayerNorm  # fmt: skip

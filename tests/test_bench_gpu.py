@@ -35,6 +35,7 @@ TINY = Sizes(
     copied_bytes=(1 << 16,), product=32, dequantise=((64, 128),), products=((64, 128),), few_rows=(1, 3),
     layers=((64, 128),), layer_rows=(16,), head=(16, 256, 64),
     prefix_heads=(4, 2, 16), prefix_training=((2, 16, 3),),
+    capped_heads=(4, 2, 16), capped_training=((2, 16, 3),),
     bottlenecks=((32, 4, True), (48, 8, False)), bottleneck_rows=(5,), bottleneck_few_rows=(1, 3),
     row_ops=(5,), row_hidden=64, row_intermediate=96, step_layers=1, step_tokens=((2, 8),),
     decode_heads=(4, 2, 16), decode_batch=(1, 2), decode_keys=(20,), decode_prefix=(3,),
@@ -97,7 +98,7 @@ def test_suites_can_be_named_by_option_too(tmp_path: Path, monkeypatch):
         ("linear_cross_entropy", {peers.OURS, "torch, dense logits"}),
         ("row_ops", {peers.OURS, gpu_rows.EAGER}),
         ("train_step", {peers.OURS, peers.PEFT_BNB, gpu_step.PEFT_BF16}),
-        ("prefix_attention", {peers.OURS, gpu_prefix.TORCH}),
+        ("prefix_attention", {peers.OURS, gpu_prefix.TORCH, gpu_prefix.EAGER}),
         ("bottleneck", {peers.OURS, gpu_bottleneck.EAGER}),
         ("prefix_decode", {gpu_decode.CAT, gpu_decode.HELD}),
         (

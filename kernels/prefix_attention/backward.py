@@ -18,7 +18,7 @@ from peft_engine.ops.attention import by_token
 
 def backward(
     dout, q, k, v, prefix_k, prefix_v, out, lse, first, last, bias, causal: bool, scale: float,
-    dropout_p=0.0, seed=None,
+    dropout_p=0.0, seed=None, softcap=0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk, dv, dprefix_k, dprefix_v; the arguments of the raw op prefix_attention_backward."""
     dq, dk, dv = by_token(q), by_token(k), by_token(v)
@@ -28,7 +28,7 @@ def backward(
         for t in grads:
             t.zero_()
         return grads
-    call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal, dropout_p, seed)
+    call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal, dropout_p, seed, softcap)
     delta = torch.empty_like(lse)
     gradient_of_queries(call, dout, out, lse, delta, dq, scale)
     if k.shape[2]:

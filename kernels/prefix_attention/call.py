@@ -26,6 +26,7 @@ class Call:
     causal: bool
     dropout_p: float = 0.0
     seed: torch.Tensor | None = None
+    softcap: float = 0.0
 
     @property
     def group(self) -> int:
@@ -61,6 +62,11 @@ class Call:
         return self.seed, round(self.dropout_p * 2**32), 1.0 / (1.0 - self.dropout_p)
 
     @property
+    def cap(self) -> float | None:
+        """The softcap; without one None, which leaves no argument."""
+        return self.softcap or None
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """queries, keys, prefix, kv_heads."""
         return self.q.shape[2], self.k.shape[2], self.prefix_k.shape[2], self.k.shape[1]
@@ -85,6 +91,7 @@ class Call:
         return {
             "GROUP": self.group, "CAUSAL": self.causal and self.first is None,
             "INTERVALS": self.first is not None, "BIAS": self.bias is not None,
-            "DROPOUT": self.dropout_p > 0.0, "EXACT": self.q.dtype == torch.float32, "HEAD_DIM": head_dim,
+            "DROPOUT": self.dropout_p > 0.0, "CAPPED": self.softcap > 0.0,
+            "EXACT": self.q.dtype == torch.float32, "HEAD_DIM": head_dim,
             "D": max(16, triton.next_power_of_2(head_dim)),
         }  # fmt: skip

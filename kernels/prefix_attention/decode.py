@@ -16,21 +16,23 @@ MAX_QUERIES, MAX_ROWS = 8, 16  # rows: queries times the query heads of a key he
 MAX_HEAD_DIM, MAX_TARGETS = 256, 16384
 
 
-def refuse(q, k, bias) -> str | None:
+def refuse(q, k, bias, softcap=0.0) -> str | None:
     """Why the CUDA kernel does not run a call; None when it does."""
     if not q.is_cuda:
         return f"the tensors are on {q.device}"
     if dispatch.forced() == "triton":
         return "backend 'triton' is pinned"
-    return refuse_sizes(q, k, bias) or native.cuda_error(q.device.index)
+    return refuse_sizes(q, k, bias, softcap) or native.cuda_error(q.device.index)
 
 
-def refuse_sizes(q, k, bias) -> str | None:
+def refuse_sizes(q, k, bias, softcap=0.0) -> str | None:
     """The same, of what does not depend on the machine."""
     batch, heads, queries, head_dim = q.shape
     rows = queries * (heads // k.shape[1])
     if bias is not None:
         return "it adds no bias"
+    if softcap:
+        return "it does not cap scores"
     if q.dtype not in DTYPES:
         return f"it computes in float32, which is less than {q.dtype}"
     if head_dim > MAX_HEAD_DIM:

@@ -11,7 +11,6 @@ from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
     LENGTHS,
-    LOG2_E,
     at_rows,
     block,
     blocks_of,
@@ -25,6 +24,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     scores,
     seen_by,
     sum_product,
+    units,
     unless_empty,
 )
 
@@ -35,19 +35,27 @@ SCANNED = tl.constexpr(1024)  # queries in a turn of `queries_that_see`
 
 @triton.jit
 def gradient_of_keys(
-    dk, dv, keys, values, q_at, g_at, lse, delta, s_bias, n, a, z, unit, inside,
+    dk, dv, keys, values, k_at, v_at, q_at, g_at, lse, delta, s_bias, n, a, z, unit, cap, inside,
     row_key, column, threshold, inverse_keep,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv of a block of keys (n, D), with what a tile of rows adds to them.
 
-    q_at and g_at: pointers to the rows of q and dout; lse inf for rows that are none.
+    q_at and g_at: pointers to the rows of q and dout; lse inf for rows that are none. With EXACT keys and
+    values are read at k_at and v_at anew.
     """
+    if EXACT:  # volatile, or the registers of both keys and values would be held through the loop, and spill
+        keys = tl.load(k_at, inside, other=0.0, volatile=True)
     q = tl.load(q_at, inside, other=0.0)
     s = product(keys, tl.trans(q))  # transposed, (n, m), so that p is in place for its product
-    s = scores(s, n[:, None], a[None, :], z[None, :], s_bias[None, :], unit, MASKED, BIAS, EXACT)
+    s, slope = scores(
+        s, n[:, None], a[None, :], z[None, :], s_bias[None, :], unit, cap, MASKED, BIAS, CAPPED, EXACT
+    )
     p = probabilities(s, lse[None, :], EXACT)
     g = tl.load(g_at, inside, other=0.0)
+    if EXACT:
+        values = tl.load(v_at, inside, other=0.0, volatile=True)
     if DROPOUT:
         keep = kept(row_key[None, :], column[:, None], threshold)
         dv = sum_product(tl.where(keep, p * inverse_keep, 0.0), g, dv)
@@ -55,18 +63,21 @@ def gradient_of_keys(
     else:
         dv = sum_product(p, g, dv)
         dp = product(values, tl.trans(g))
-    dk = sum_product(p * (dp - delta[None, :]), q, dk)
+    ds = p * (dp - delta[None, :])
+    if CAPPED:
+        ds *= slope
+    dk = sum_product(ds, q, dk)
     return dk, dv
 
 
 @triton.jit
 def over_rows(
-    dk, dv, keys, values, q, dout, lse, delta, first, last, bias, batch, head, n, queries, key_count, start,
-    blocks, lead, free, unit, d, seed, row0, column, threshold, inverse_keep,
+    dk, dv, keys, values, k_at, v_at, q, dout, lse, delta, first, last, bias, batch, head, n, queries,
+    key_count, start, blocks, lead, free, unit, cap, d, seed, row0, column, threshold, inverse_keep,
     stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAPPED: tl.constexpr,
+    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """`gradient_of_keys` over tiles of packed rows from `start`; `free` tiles after `lead` left out."""
     for i in range(blocks):
@@ -85,10 +96,10 @@ def over_rows(
             lse_of = tl.where(m < queries * GROUP, lse_of, float("inf"))
             a, z = seen_by(first, last, batch, t, queries, key_count, CAUSAL, INTERVALS)
         dk, dv = gradient_of_keys(
-            dk, dv, keys, values, at_rows(q, h, t, stride_qh, stride_qt)[:, None] + d[None, :],
+            dk, dv, keys, values, k_at, v_at, at_rows(q, h, t, stride_qh, stride_qt)[:, None] + d[None, :],
             at_rows(dout, h, t, stride_gh, stride_gt)[:, None] + d[None, :], lse_of, tl.load(delta + row),
-            at_rows(bias, h, t, stride_bh, stride_bt), n, a, z, unit, (d < HEAD_DIM)[None, :],
-            row_key, column, threshold, inverse_keep, MASKED, BIAS, DROPOUT, EXACT,
+            at_rows(bias, h, t, stride_bh, stride_bt), n, a, z, unit, cap, (d < HEAD_DIM)[None, :],
+            row_key, column, threshold, inverse_keep, MASKED, BIAS, DROPOUT, CAPPED, EXACT,
         )  # fmt: skip
     return dk, dv
 
@@ -128,13 +139,13 @@ def queries_that_see(first, last, queries, start, end, STEP: tl.constexpr):
 @triton.jit(do_not_specialize=LENGTHS)
 def dkv_kernel(
     q, k, v, first, last, bias, dout, lse, delta, dk, dv, queries, keys, kv_heads, tiles, scale,
-    prefix, seed, threshold, inverse_keep,
+    prefix, softcap, seed, threshold, inverse_keep,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bb, stride_bh, stride_bt, stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dks,
     stride_dvb, stride_dvh, stride_dvs, stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of real keys."""
     tile, head, batch = program(tiles, kv_heads)
@@ -147,6 +158,8 @@ def dkv_kernel(
     v += batch * stride_vb + head * stride_vh
     key = block(k, stride_ks, place, d, HEAD_DIM, D, q.dtype.element_ty)
     value = block(v, stride_vs, place, d, HEAD_DIM, D, q.dtype.element_ty)
+    key_at = k + place.to(tl.int64)[:, None] * stride_ks + d[None, :]
+    value_at = v + place.to(tl.int64)[:, None] * stride_vs + d[None, :]
     q += batch * stride_qb
     dout += batch * stride_gb
     bias += batch * stride_bb
@@ -165,28 +178,30 @@ def dkv_kernel(
         some_from = some_to * 0
         all_from = some_from
     some_from, some_to = some_from * GROUP, some_to * GROUP
-    masked, lead, free = blocks_of(
-        some_from, some_to, all_from * GROUP, all_to * GROUP, EXACT or BIAS or DROPOUT, BLOCK_M
-    )
-    unit = scale if EXACT else scale * LOG2_E
+    ONE_LOOP: tl.constexpr = EXACT or BIAS or DROPOUT or CAPPED
+    masked, lead, free = blocks_of(some_from, some_to, all_from * GROUP, all_to * GROUP, ONE_LOOP, BLOCK_M)
+    unit, cap = units(scale, softcap, CAPPED, EXACT)
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
     dv_sum = dk_sum
     column = n
     if DROPOUT:
         column = prefix + n
-    if not (EXACT or BIAS or DROPOUT):
+    if not ONE_LOOP:
         dk_sum, dv_sum = over_rows(
-            dk_sum, dv_sum, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries,
-            keys, some_from + lead * BLOCK_M, free, 0, 0, unit, d, seed, batch * stride_lb, column, threshold,
-            inverse_keep, stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
-            GROUP, CAUSAL, INTERVALS, False, BIAS, DROPOUT, EXACT, HEAD_DIM, BLOCK_M,
+            dk_sum, dv_sum, key, value, key_at, value_at, q, dout, lse, delta, first, last, bias, batch, head,
+            place, queries, keys, some_from + lead * BLOCK_M, free, 0, 0, unit, cap, d, seed,
+            batch * stride_lb, column, threshold, inverse_keep,
+            stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
+            GROUP, CAUSAL, INTERVALS, False, BIAS, DROPOUT, CAPPED, EXACT, HEAD_DIM, BLOCK_M,
         )  # fmt: skip
     dk_sum, dv_sum = over_rows(
-        dk_sum, dv_sum, key, value, q, dout, lse, delta, first, last, bias, batch, head, place, queries, keys,
-        some_from, masked, lead, free, unit, d, seed, batch * stride_lb, column, threshold, inverse_keep,
+        dk_sum, dv_sum, key, value, key_at, value_at, q, dout, lse, delta, first, last, bias, batch, head,
+        place, queries, keys, some_from, masked, lead, free, unit, cap, d, seed, batch * stride_lb, column,
+        threshold, inverse_keep,
         stride_qh, stride_qt, stride_gh, stride_gt, stride_bh, stride_bt,
-        GROUP, CAUSAL, INTERVALS, True, BIAS, DROPOUT, EXACT, HEAD_DIM, BLOCK_M,
+        GROUP, CAUSAL, INTERVALS, True, BIAS, DROPOUT, CAPPED, EXACT, HEAD_DIM, BLOCK_M,
     )  # fmt: skip
+    n = rows_anew(tile, masked, BLOCK_N)
     stored = (n < keys)[:, None] & (d < HEAD_DIM)[None, :]
     row = n.to(tl.int64)
     dk_at = (dk + batch * stride_dkb + head * stride_dkh + row * stride_dks)[:, None] + d[None, :]
@@ -198,9 +213,10 @@ def dkv_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def prefix_kernel(
     q, prefix_k, prefix_v, dout, lse, delta, dk, dv, queries, prefix, kv_heads, blocks, per_copy, share,
-    scale, seed, threshold, inverse_keep, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh,
+    scale, softcap, seed, threshold, inverse_keep, stride_qb, stride_qh, stride_qt, stride_pkb, stride_pkh,
     stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_gb, stride_gh, stride_gt, stride_lb, stride_s,
-    GROUP: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    GROUP: tl.constexpr, DROPOUT: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of the prefix, from `share` tiles of the packed rows of `per_copy` batch rows.
@@ -219,7 +235,9 @@ def prefix_kernel(
     prefix_v += copy * stride_pvb + head * stride_pvh
     key = block(prefix_k, stride_pkp, place, d, HEAD_DIM, D, q.dtype.element_ty)
     value = block(prefix_v, stride_pvp, place, d, HEAD_DIM, D, q.dtype.element_ty)
-    unit = scale if EXACT else scale * LOG2_E
+    key_at = prefix_k + place.to(tl.int64)[:, None] * stride_pkp + d[None, :]
+    value_at = prefix_v + place.to(tl.int64)[:, None] * stride_pvp + d[None, :]
+    unit, cap = units(scale, softcap, CAPPED, EXACT)
     dk_sum = tl.zeros((BLOCK_N, D), tl.float32)
     dv_sum = dk_sum
     each = tl.cdiv(queries * GROUP, BLOCK_M)
@@ -236,9 +254,9 @@ def prefix_kernel(
         if DROPOUT:
             row_key = row_keys(seed, row)
         dk_sum, dv_sum = gradient_of_keys(
-            dk_sum, dv_sum, key, value, q_at[:, None] + d[None, :], g_at[:, None] + d[None, :], lse_of,
-            tl.load(delta + row), q_at, n, t, t, unit, inside, row_key, n, threshold, inverse_keep,
-            False, False, DROPOUT, EXACT,
+            dk_sum, dv_sum, key, value, key_at, value_at, q_at[:, None] + d[None, :],
+            g_at[:, None] + d[None, :], lse_of, tl.load(delta + row), q_at, n, t, t, unit, cap, inside,
+            row_key, n, threshold, inverse_keep, False, False, DROPOUT, CAPPED, EXACT,
         )  # fmt: skip
     n = rows_anew(tile, share, BLOCK_N)
     stored = (n < prefix)[:, None] & inside
@@ -271,7 +289,8 @@ def gradient_of_real(call: Call, dout, lse, delta, dk, dv, scale: float) -> None
         dkv_kernel, (programs * call.heads,),
         (
             q, k, v, *call.inputs[-3:], dout, lse, delta, dk, dv, q.shape[2], k.shape[2], k.shape[1],
-            programs, scale, call.prefix_k.shape[2] if call.dropout_p else None, *call.dropout,
+            programs, scale, call.prefix_k.shape[2] if call.dropout_p else None, call.cap,
+            *call.dropout,
             *call.strides[:9], *call.strides[-3:], *dout.stride()[:3], *dk.stride()[:3],
             *dv.stride()[:3], lse.stride(0),
         ),
@@ -290,12 +309,12 @@ def gradient_of_prefix(call: Call, dout, lse, delta, dk, dv, scale: float) -> No
     parts = dk, dv
     if shares > 1:
         parts = tuple(torch.empty(shares, *t.shape, dtype=torch.float32, device=t.device) for t in parts)
-    constants = {n: call.constants[n] for n in ("GROUP", "DROPOUT", "EXACT", "HEAD_DIM", "D")}
+    constants = {n: call.constants[n] for n in ("GROUP", "DROPOUT", "CAPPED", "EXACT", "HEAD_DIM", "D")}
     launch(
         prefix_kernel, (programs * kv_heads * copies, shares),
         (
             q, prefix_k, call.prefix_v, dout, lse, delta, *parts, q.shape[2], prefix, kv_heads, programs,
-            per_copy, share, scale, *call.dropout, *call.strides[:3], *call.strides[9:15],
+            per_copy, share, scale, call.cap, *call.dropout, *call.strides[:3], *call.strides[9:15],
             *dout.stride()[:3], lse.stride(0), dk.numel(),
         ),
         {**constants, "BLOCK_N": block_n, "BLOCK_M": block_m},

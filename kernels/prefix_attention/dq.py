@@ -6,7 +6,6 @@ from peft_engine.kernels.prefix_attention import tiles
 from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
     LENGTHS,
-    LOG2_E,
     at_rows,
     block,
     blocks_of,
@@ -20,6 +19,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     scores,
     seen_by,
     sum_product,
+    units,
     unless_empty,
 )
 
@@ -29,9 +29,9 @@ from peft_engine.kernels.launch import cdiv, launch
 @triton.jit
 def gradient_of_rows(
     dq, q, dout, q_at, g_at, inside, lse, delta, k, v, stride_k, stride_v, start, end, blocks, lead, free, a,
-    z, bias_at, unit, d, row_key, column, threshold, inverse_keep,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, EXACT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    z, bias_at, unit, cap, d, row_key, column, threshold, inverse_keep,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, CAPPED: tl.constexpr,
+    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq / scale, added up over blocks of keys from `start`; `free` blocks after `lead` left out."""
     for i in tl.range(blocks, num_stages=STAGES):
@@ -44,7 +44,9 @@ def gradient_of_rows(
             q = tl.load(q_at, inside, other=0.0, volatile=True)
         keys = block(k, stride_k, place, d, HEAD_DIM, D, q.dtype)
         s = product(q, tl.trans(keys))
-        s = scores(s, n[None, :], a[:, None], z[:, None], bias_at[:, None], unit, MASKED, BIAS, EXACT)
+        s, slope = scores(
+            s, n[None, :], a[:, None], z[:, None], bias_at[:, None], unit, cap, MASKED, BIAS, CAPPED, EXACT
+        )
         if EXACT:
             dout = tl.load(g_at, inside, other=0.0, volatile=True)
         p = probabilities(s, lse[:, None], EXACT)
@@ -52,7 +54,10 @@ def gradient_of_rows(
         if DROPOUT:
             keep = kept(row_key[:, None], (column + n)[None, :], threshold)
             dp = tl.where(keep, dp * inverse_keep, 0.0)
-        dq = sum_product(p * (dp - delta[:, None]), keys, dq)
+        ds = p * (dp - delta[:, None])
+        if CAPPED:
+            ds *= slope
+        dq = sum_product(ds, keys, dq)
     return dq
 
 
@@ -70,14 +75,15 @@ def row_sums(a_at, b_at, columns, ROWS: tl.constexpr, STEP: tl.constexpr):
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, dout, out, lse, delta, dq,
-    queries, keys, prefix, kv_heads, tiles, scale, seed, threshold, inverse_keep,
+    queries, keys, prefix, kv_heads, tiles, scale, softcap, seed, threshold, inverse_keep,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_bb, stride_bh, stride_bt,
     stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot, stride_dqb, stride_dqh, stride_dqt,
     stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PREFIX_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq and delta (B, Hq, T) of a tile of packed rows."""
     tile, head, batch = program(tiles, kv_heads)
@@ -99,7 +105,8 @@ def dq_kernel(
     tl.store(delta + at, delta_of, m < queries * GROUP)
     lse_of = unless_empty(tl.load(lse + at), EXACT)
     bias_at = at_rows(bias + batch * stride_bb, h, t, stride_bh, stride_bt)
-    unit = scale if EXACT else scale * LOG2_E
+    unit, cap = units(scale, softcap, CAPPED, EXACT)
+    ONE_LOOP: tl.constexpr = EXACT or BIAS or DROPOUT or CAPPED
 
     none = tl.zeros((BLOCK_M,), tl.int32)
     row_key = none
@@ -109,24 +116,24 @@ def dq_kernel(
         tl.zeros((BLOCK_M, D), tl.float32), q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of,
         prefix_k + batch * stride_pkb + head * stride_pkh, prefix_v + batch * stride_pvb + head * stride_pvh,
         stride_pkp, stride_pvp, 0, prefix, tl.cdiv(prefix, BLOCK_N), 0, 0, none, none + prefix, bias_at, unit,
-        d, row_key, 0, threshold, inverse_keep, True, False, DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N,
-        PREFIX_STAGES,
+        cap, d, row_key, 0, threshold, inverse_keep, True, False, DROPOUT, CAPPED, EXACT, HEAD_DIM, D,
+        BLOCK_N, PREFIX_STAGES,
     )  # fmt: skip
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
     start, end = tl.min(a, 0), tl.max(z, 0)
-    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS or DROPOUT, BLOCK_N)
+    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), ONE_LOOP, BLOCK_N)
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
-    if not (EXACT or BIAS or DROPOUT):
+    if not ONE_LOOP:
         acc = gradient_of_rows(
             acc, q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of, k, v, stride_ks, stride_vs,
-            start + lead * BLOCK_N, end, free, 0, 0, a, z, bias_at, unit, d, row_key, prefix, threshold,
-            inverse_keep, False, BIAS, DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
+            start + lead * BLOCK_N, end, free, 0, 0, a, z, bias_at, unit, cap, d, row_key, prefix,
+            threshold, inverse_keep, False, BIAS, DROPOUT, CAPPED, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
         )  # fmt: skip
     acc = gradient_of_rows(
         acc, q_tile, g_tile, q_at, g_at, inside, lse_of, delta_of, k, v, stride_ks, stride_vs, start,
-        end, masked, lead, free, a, z, bias_at, unit, d, row_key, prefix, threshold, inverse_keep, True, BIAS,
-        DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
+        end, masked, lead, free, a, z, bias_at, unit, cap, d, row_key, prefix, threshold, inverse_keep, True,
+        BIAS, DROPOUT, CAPPED, EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
     )  # fmt: skip
     m = rows_anew(tile, masked, BLOCK_M)
     t, h = packed(m, head, queries, GROUP)
@@ -141,7 +148,7 @@ def gradient_of_queries(call: Call, dout, out, lse, delta, dq, scale: float) -> 
     launch(
         dq_kernel, (programs * call.heads,),
         (
-            *call.inputs, dout, out, lse, delta, dq, *call.sizes, programs, scale, *call.dropout,
+            *call.inputs, dout, out, lse, delta, dq, *call.sizes, programs, scale, call.cap, *call.dropout,
             *call.strides, *dout.stride()[:3], *out.stride()[:3], *dq.stride()[:3], lse.stride(0),
         ),
         {

@@ -13,7 +13,6 @@ from peft_engine.kernels.prefix_attention.call import Call
 from peft_engine.kernels.prefix_attention.parts import (
     LENGTHS,
     LN_2,
-    LOG2_E,
     at_rows,
     block,
     blocks_of,
@@ -27,6 +26,7 @@ from peft_engine.kernels.prefix_attention.parts import (
     scores,
     seen_by,
     sum_product,
+    units,
 )
 
 from peft_engine.kernels.launch import cdiv, launch
@@ -35,9 +35,10 @@ from peft_engine.ops.attention import by_token
 
 @triton.jit
 def attend(
-    acc, top, total, q, k, v, stride_k, stride_v, start, end, blocks, lead, free, a, z, bias_at, unit, d,
-    row_key, column, threshold, MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    acc, top, total, q, k, v, stride_k, stride_v, start, end, blocks, lead, free, a, z, bias_at, unit, cap,
+    d, row_key, column, threshold, MASKED: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    CAPPED: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The online softmax carried on over blocks of keys from `start`; `free` blocks after `lead` left out.
 
@@ -51,7 +52,9 @@ def attend(
         place = tl.minimum(n, end - 1) if MASKED else n
         keys = block(k, stride_k, place, d, HEAD_DIM, D, q.dtype)
         s = product(q, tl.trans(keys))
-        s = scores(s, n[None, :], a[:, None], z[:, None], bias_at[:, None], unit, MASKED, BIAS, EXACT)
+        s, _ = scores(
+            s, n[None, :], a[:, None], z[:, None], bias_at[:, None], unit, cap, MASKED, BIAS, CAPPED, EXACT
+        )
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
         p = power(s - base[:, None], EXACT)
@@ -68,13 +71,14 @@ def attend(
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q, k, v, prefix_k, prefix_v, first, last, bias, out, lse, queries, keys, prefix, kv_heads, tiles, chunk,
-    scale, seed, threshold, inverse_keep,
+    scale, softcap, seed, threshold, inverse_keep,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkb, stride_pkh, stride_pkp, stride_pvb, stride_pvh, stride_pvp, stride_bb, stride_bh, stride_bt,
     stride_oc, stride_ob, stride_oh, stride_ot, stride_lc, stride_lb,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, INTERVALS: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFIX_STAGES: tl.constexpr,
+    DROPOUT: tl.constexpr, CAPPED: tl.constexpr, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PREFIX_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of packed rows, over the chunk's part of [prefix; keys].
 
@@ -90,7 +94,8 @@ def forward_kernel(
         (d < HEAD_DIM)[None, :], other=0.0,
     )  # fmt: skip
     bias_at = at_rows(bias + batch * stride_bb, h, t, stride_bh, stride_bt)
-    unit = scale if EXACT else scale * LOG2_E
+    unit, cap = units(scale, softcap, CAPPED, EXACT)
+    ONE_LOOP: tl.constexpr = EXACT or BIAS or DROPOUT or CAPPED
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = total - float("inf")
@@ -105,26 +110,26 @@ def forward_kernel(
     acc, top, total = attend(
         acc, top, total, q_tile, prefix_k + batch * stride_pkb + head * stride_pkh,
         prefix_v + batch * stride_pvb + head * stride_pvh, stride_pkp, stride_pvp,
-        start, end, tl.cdiv(end - start, BLOCK_N), 0, 0, none, none + end, bias_at, unit, d, row_key, 0,
-        threshold, True, False, DROPOUT, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
+        start, end, tl.cdiv(end - start, BLOCK_N), 0, 0, none, none + end, bias_at, unit, cap, d, row_key,
+        0, threshold, True, False, DROPOUT, CAPPED, EXACT, HEAD_DIM, D, BLOCK_N, PREFIX_STAGES,
     )  # fmt: skip
 
     a, z = seen_by(first, last, batch, t, queries, keys, CAUSAL, INTERVALS)
     start = tl.maximum(tl.min(a, 0), begin - prefix)
     end = tl.minimum(tl.max(z, 0), begin + chunk - prefix)
-    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), EXACT or BIAS or DROPOUT, BLOCK_N)
+    masked, lead, free = blocks_of(start, end, tl.max(a, 0), tl.min(z, 0), ONE_LOOP, BLOCK_N)
     k += batch * stride_kb + head * stride_kh
     v += batch * stride_vb + head * stride_vh
-    if not (EXACT or BIAS or DROPOUT):
+    if not ONE_LOOP:
         acc, top, total = attend(
             acc, top, total, q_tile, k, v, stride_ks, stride_vs, start + lead * BLOCK_N, end, free, 0, 0, a,
-            z, bias_at, unit, d, row_key, prefix, threshold, False, BIAS, DROPOUT, EXACT, HEAD_DIM, D,
-            BLOCK_N, STAGES,
+            z, bias_at, unit, cap, d, row_key, prefix, threshold, False, BIAS, DROPOUT, CAPPED, EXACT,
+            HEAD_DIM, D, BLOCK_N, STAGES,
         )  # fmt: skip
     acc, top, total = attend(
         acc, top, total, q_tile, k, v, stride_ks, stride_vs, start, end, masked, lead, free, a,
-        tl.minimum(z, end), bias_at, unit, d, row_key, prefix, threshold, True, BIAS, DROPOUT, EXACT,
-        HEAD_DIM, D, BLOCK_N, STAGES,
+        tl.minimum(z, end), bias_at, unit, cap, d, row_key, prefix, threshold, True, BIAS, DROPOUT, CAPPED,
+        EXACT, HEAD_DIM, D, BLOCK_N, STAGES,
     )  # fmt: skip
 
     empty = total == 0.0
@@ -178,14 +183,15 @@ def merge_kernel(
 
 
 def forward(
-    q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float, dropout_p=0.0, seed=None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, prefix_k, prefix_v, first, last, bias, causal: bool, scale: float, dropout_p=0.0, seed=None,
+    softcap=0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out (B, Hq, T, D) and lse (B, Hq, T) float32; the arguments of the raw op prefix_attention_forward."""
     out = by_token(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if not q.numel():
         return out, lse
-    call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal, dropout_p, seed)
+    call = Call(q, k, v, prefix_k, prefix_v, first, last, bias, causal, dropout_p, seed, softcap)
     block_m, block_n, warps, stages = tiles.tile("attend", call)
     chunk, chunks = tiles.chunks(call.rows, prefix_k.shape[2] + k.shape[2])
     programs = cdiv(call.rows, block_m)
@@ -196,7 +202,7 @@ def forward(
     launch(
         forward_kernel, (programs * call.heads, chunks),
         (
-            *call.inputs, to, to_lse, *call.sizes, programs, chunk, scale, *call.dropout,
+            *call.inputs, to, to_lse, *call.sizes, programs, chunk, scale, call.cap, *call.dropout,
             *call.strides, to.stride(0) if chunks > 1 else 0, *to.stride()[-4:-1], lse.numel(), lse.stride(0),
         ),
         {

@@ -7,6 +7,7 @@ Rows and keys beyond the last are read as the last (no mask on the loads) and ne
 
 import triton
 import triton.language as tl
+from peft_engine.kernels.bottleneck.parts import tanh
 from peft_engine.kernels.lora_linear.parts import mix
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -111,12 +112,36 @@ def blocks_of(start, end, whole_start, whole_end, ALL_MASKED: tl.constexpr, BLOC
 
 
 @triton.jit
-def scores(s, n, a, z, bias_at, unit, MASKED: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr):
-    """Products scaled, the bias added, -inf where key n is not in [a, z); any two shapes that spread to s's.
+def units(scale, softcap, CAPPED: tl.constexpr, EXACT: tl.constexpr):
+    """What products are multiplied by, and what their tanh is where scores are capped."""
+    if CAPPED:
+        unit = scale / softcap if EXACT else scale * (2.0 * LOG2_E) / softcap
+        cap = softcap if EXACT else softcap * LOG2_E
+    else:
+        unit = scale if EXACT else scale * LOG2_E
+        cap = unit
+    return unit, cap
 
-    bias_at: pointers to key 0 of each row of the bias.
+
+@triton.jit
+def scores(
+    s, n, a, z, bias_at, unit, cap, MASKED: tl.constexpr, BIAS: tl.constexpr, CAPPED: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Products scaled, capped, the bias added, -inf where key n is not in [a, z); and, with CAPPED, what the
+    cap multiplies gradients by. Of n and a, z any two shapes that spread to s's.
+
+    bias_at: pointers to key 0 of each row of the bias. unit, cap: of `units`.
     """
     s *= unit
+    slope = s
+    if CAPPED:
+        if EXACT:
+            capped = tanh(s)
+        else:  # of small scores few digits are left, but more than those of half precision
+            capped = 1.0 - 2.0 / (1.0 + tl.exp2(s))
+        slope = 1.0 - capped * capped
+        s = capped * cap
     if MASKED:
         there = (n >= a) & (n < z)
         if BIAS:
@@ -126,7 +151,7 @@ def scores(s, n, a, z, bias_at, unit, MASKED: tl.constexpr, BIAS: tl.constexpr, 
     elif BIAS:
         added = tl.load(bias_at + n).to(tl.float32)
         s += added if EXACT else added * LOG2_E
-    return s
+    return s, slope
 
 
 @triton.jit

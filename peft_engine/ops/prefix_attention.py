@@ -312,16 +312,14 @@ def _(dout, q, k, v, prefix_k, prefix_v, *rest):
 
 # Triton is imported when the first tensor on a GPU asks for it.
 def _forward_on_gpu(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed, softcap):
-    if softcap:  # dispatch hands them no such call
-        raise NotImplementedError("prefix_attention: on a GPU scores are not capped; give no softcap")
     from peft_engine.kernels.prefix_attention import decode
 
     # By the number of queries, inside the op, so that no trace depends on it.
-    if not dropout_p and decode.refuse(q, k, bias) is None:
+    if not dropout_p and decode.refuse(q, k, bias, softcap) is None:
         return decode.forward(q, k, v, prefix_k, prefix_v, first, last, causal, scale)
     from peft_engine.kernels.prefix_attention.forward import forward
 
-    return forward(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed)
+    return forward(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed, softcap)
 
 
 @torch.library.impl(native.library, "prefix_attention_forward", "CUDA")
@@ -334,7 +332,7 @@ def _(*arguments):
 def _backward_on_gpu(*arguments):
     from peft_engine.kernels.prefix_attention.backward import backward
 
-    return backward(*arguments[:-1])  # without softcap, which the forward refuses
+    return backward(*arguments)
 
 
 class _PrefixAttention(torch.autograd.Function):
@@ -391,8 +389,7 @@ def refuse_head_dim(head_dim: int) -> str | None:
 
 def refuse_unless_triton(call: PrefixAttentionCall) -> str | None:
     """Why the Triton kernels do not take a call."""
-    capped = "its kernels do not cap scores" if call.softcap else None
-    return refuse_head_dim(call.head_dim) or refuse(call) or capped or refuse_unless_cuda(call)
+    return refuse_head_dim(call.head_dim) or refuse(call) or refuse_unless_cuda(call)
 
 
 def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:
@@ -401,6 +398,8 @@ def _refuse_unless_decode(call: PrefixAttentionCall) -> str | None:
         why = "its kernel of few queries adds no bias"
     if why is None and call.dropout:
         why = "its kernel of few queries has no dropout"
+    if why is None and call.softcap:
+        why = "its kernel of few queries does not cap scores"
     return why or dispatch.available_backends()["triton"]  # which runs what has more queries
 
 

@@ -62,6 +62,14 @@ def with_dropout():
     )
 
 
+def capped(**changes):
+    prefix_test.check(*prefix_test.case(size=2.0, **changes), prefix_test.CAUSAL, softcap=2.0)
+
+
+def capped_halves():
+    capped(dtype=torch.bfloat16)
+
+
 # file, what is replaced, by what, how it is found, by which check
 FAULTS = [
     # a mask dropped: of keys beyond the last, causal, intervals, bias, rows beyond the last
@@ -107,6 +115,14 @@ FAULTS = [
     ("dkv", "row_keys(seed, row)", "row_keys(seed, row - batch * stride_lb)", WRONG, with_dropout),
     ("parts", "(bits >> 32)", "(bits >> 31)", WRONG, with_dropout),
     ("parts", "(row >> 32)", "(row >> 1)", WRONG, with_dropout),
+    # the cap: of another height, dropped with float32's digits, its slope dropped in either gradient
+    ("parts", "cap = softcap if EXACT else softcap * LOG2_E", "cap = softcap", WRONG, capped_halves),
+    ("parts", "scale * (2.0 * LOG2_E) / softcap", "scale * LOG2_E / softcap", WRONG, capped_halves),
+    ("parts", "capped = tanh(s)", "capped = s", WRONG, capped),
+    ("parts", "slope = 1.0 - capped * capped", "slope = 1.0 - capped", WRONG, capped),
+    ("dq", "ds *= slope", "ds *= 1.0", WRONG, capped),
+    ("dkv", "ds *= slope", "ds *= 1.0", WRONG, capped),
+    ("call", "return self.softcap or None", "return 2.0 * self.softcap or None", WRONG, capped),
     # the split keys: not merged by their weights; two programs at one place
     ("forward", "weight = tl.exp(of - base)", "weight = tl.exp(of - of)", WRONG, split),
     ("forward", "program_id(1).to(tl.int64) * stride_oc", "program_id(1).to(tl.int64) * 0", Race, split),

@@ -32,16 +32,16 @@ def small_tiles():
         yield
 
 
-def ours(dout, tensors, masks, scale, dropout=()):
+def ours(dout, tensors, masks, scale, dropout=(), softcap=0.0):
     """out, its gradients and lse; dropout: p and the seed."""
-    out, lse = forward(*tensors, *masks, scale, *dropout)
-    return [out, *backward(dout, *tensors, out, lse, *masks, scale, *dropout)], lse
+    out, lse = forward(*tensors, *masks, scale, *dropout, softcap=softcap)
+    return [out, *backward(dout, *tensors, out, lse, *masks, scale, *dropout, softcap=softcap)], lse
 
 
-def plain(dout, tensors, masks, scale, dropout=()):
+def plain(dout, tensors, masks, scale, dropout=(), softcap=0.0):
     """The same of the reference, by autograd."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = reference(*leaves, *masks, scale, *dropout)
+    out = reference(*leaves, *masks, scale, *dropout, softcap=softcap)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -50,7 +50,7 @@ def wide(tensors):
             for t in tensors]  # fmt: skip
 
 
-def terms(dout, tensors, masks, scale, dropout=()):
+def terms(dout, tensors, masks, scale, dropout=(), softcap=0.0):
     """The magnitudes added up to each result: of dS = P (dP - sum(P dP)) little may be left.
 
     Those added up to a score count as often as they are rounded, in the scores and in lse: P = exp(S - lse)
@@ -63,16 +63,21 @@ def terms(dout, tensors, masks, scale, dropout=()):
         for p, t in ((prefix_k, k), (prefix_v, v))
     )
     eye = torch.eye(k.shape[2], dtype=torch.double, device=q.device)  # as values: out is the probabilities
-    p = reference(q, k[:, :, prefix:], eye[prefix:].expand(*k.shape[:2], -1, -1), k[:, :, :prefix],
-                  eye[:prefix].expand(*k.shape[:2], -1, -1), *wide(masks), scale)  # fmt: skip
-    depth = q.abs() @ k.abs().mT * abs(scale)
+    eye = eye.expand(*k.shape[:2], -1, -1)
+    p = reference(q, k[:, :, prefix:], eye[:, :, prefix:], k[:, :, :prefix], eye[:, :, :prefix],
+                  *wide(masks), scale, softcap=softcap)  # fmt: skip
+    depth, slope = q.abs() @ k.abs().mT * abs(scale), 1.0
+    if softcap:
+        capped = (q @ k.mT * scale / softcap).tanh()
+        slope = 1.0 - capped.square()
+        depth = depth * slope + softcap * capped.abs()
     p = p * (1 + torch.where(depth < 1e3, depth, 0))
     m = 1.0
     if dropout:
         rate, seed = dropout
         m = dropout_mask(seed, p.shape[:3].numel(), p.shape[3], rate).view(p.shape) / (1 - rate)
     dp = dout.double().abs() @ v.abs().mT * m
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * slope * abs(scale)
     p = p * m
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (ds.mT @ q.abs(), p.mT @ dout.double().abs()))
     shares = [t[:, :, :prefix] for t in (dk, dv)]
@@ -81,12 +86,12 @@ def terms(dout, tensors, masks, scale, dropout=()):
     return [p @ v.abs(), ds @ k.abs(), dk[:, :, prefix:], dv[:, :, prefix:], *shares]
 
 
-def check(dout, tensors, masks=NOTHING, scale=None, what="", dropout=()):
+def check(dout, tensors, masks=NOTHING, scale=None, what="", dropout=(), softcap=0.0):
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    got, lse = ours(dout, tensors, masks, scale, dropout)
-    same = plain(dout, tensors, masks, scale, dropout)
-    exact = plain(dout.double(), wide(tensors), wide(masks), scale, dropout)
-    sizes = terms(dout, tensors, masks, scale, dropout)
+    got, lse = ours(dout, tensors, masks, scale, dropout, softcap)
+    same = plain(dout, tensors, masks, scale, dropout, softcap)
+    exact = plain(dout.double(), wide(tensors), wide(masks), scale, dropout, softcap)
+    sizes = terms(dout, tensors, masks, scale, dropout, softcap)
     assert not lse.isnan().any(), what
     for name, *results in zip(NAMES, got, same, exact, sizes, strict=True):
         results = [r.cpu() for r in results]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft_engine.kernels.prefix_attention import decode
 from test_prefix_attention import by_reference, case, check, run
 
 from peft_engine.ops.attention import Intervals
@@ -94,15 +95,14 @@ def test_it_traces_whole(isa):
     assert all(map(torch.equal, *(torch.autograd.grad(t.square().sum(), tensors) for t in (got, want))))
 
 
-def test_on_a_gpu_the_reference_takes_it_and_says_why():
+def test_on_a_gpu_triton_takes_it_and_few_queries_too():
     call = PrefixAttentionCall("cuda", torch.bfloat16, 64, softcap=True)
     refuse = {entry.name: entry.refuse for entry in PREFIX_ATTENTION._entries}
-    assert refuse["triton"](call) == refuse["cuda"](call) == "its kernels do not cap scores"
-    q, k, v, pk, pv = case(1, 2, 2, 4, 4, 1, 16)
-    from peft_engine.ops.prefix_attention import _forward_on_gpu
-
-    with pytest.raises(NotImplementedError, match="scores are not capped"):
-        _forward_on_gpu(q, k, v, pk[None], pv[None], None, None, None, True, 1.0, 0.0, None, 2.0)
+    assert refuse["cuda"](call) == "its kernel of few queries does not cap scores"
+    assert "cap" not in (refuse["triton"](call) or "")
+    q, k = case(1, 2, 2, 1, 4, 1, 16, torch.bfloat16)[:2]
+    assert decode.refuse_sizes(q, k, None) is None
+    assert decode.refuse_sizes(q, k, None, softcap=2.0) == "it does not cap scores"
 
 
 @pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])
