@@ -3,7 +3,8 @@
 The config of such layers, set to sdpa, names IMPLEMENTATION instead, registered with sdpa's masks; calls that
 kernels take on a CPU run ops.prefix_attention without a prefix (causal, bidirectional, padding, windows,
 packed rows, T5's bias, attention dropout), all others transformers' sdpa. Virtual tokens go in front of it.
-Models that cap their scores (Gemma 2), which sdpa cannot, are set to eager: theirs names CAPPED.
+Models that cap their scores (Gemma 2), which sdpa cannot, are set to eager: theirs names CAPPED, whose calls
+kernels take on a GPU too.
 """
 
 from collections.abc import Iterable
@@ -25,18 +26,18 @@ MARK = "_peft_engine_attention"
 
 
 class Registered:
-    """Stands in the model: whoever reads a pickle of it knows the name that the config has."""
+    """Stands in an attention layer: whoever reads a pickle of it knows the name that its config has."""
 
     def __reduce__(self) -> tuple:
         return _registered, ()
 
 
 def _registered() -> Registered:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     for name, function in ((IMPLEMENTATION, attend), (CAPPED, attend_capped)):
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionMaskInterface.register(name, virtual_attention.masks(name))
         AttentionInterface.register(name, function)
     return Registered()
 
@@ -45,15 +46,18 @@ def put(model: nn.Module, left: Iterable[nn.Module]) -> None:
     """Sets the configs of the model's attention layers; not those of the layers in `left`."""
     others = {id(module.config) for module in left} | refused(model)
     wanted = [(c, _fused(c)) for c in _configs(model) if _fused(c) and id(c) not in others]
-    if wanted:
-        model.__dict__[MARK] = _registered()
+    named = {id(config) for config, _ in wanted}
+    for module in model.modules():
+        if _through(module) and id(module.config) in named:
+            module.__dict__[MARK] = _registered()
     for config, name in wanted:
         _rename(config, name)
 
 
 def take(model: nn.Module) -> None:
     """Undoes `put`."""
-    model.__dict__.pop(MARK, None)
+    for module in model.modules():
+        module.__dict__.pop(MARK, None)
     for config in _configs(model):
         if _own(config) in OWN:
             _rename(config, OWN[_own(config)])
@@ -71,7 +75,11 @@ def attend(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.T
 
 
 def attend_capped(module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, Any]:
-    """The same of a model that caps its scores; where no kernel takes a call, the model's own attention."""
+    """The same of a model that caps its scores; where no kernel takes a call, the model's own attention.
+
+    Without a mask every query sees all keys, as with the model's own, whatever the layer's is_causal says.
+    """
+    kwargs["is_causal"] = False
     if _by_torch(module, query, key, value, attention_mask, **kwargs):
         return _eager(module, query, key, value, attention_mask, **kwargs)
     none = key.detach()[:1, :, :0]
@@ -79,12 +87,8 @@ def attend_capped(module, query, key, value, attention_mask, **kwargs) -> tuple[
     return how(_eager, module, query, key, value, attention_mask, none, none, **kwargs), None
 
 
-def _eager(module, query, key, value, mask, *, is_causal=None, **kwargs) -> tuple[torch.Tensor, Any]:
+def _eager(module, query, key, value, mask, *, is_causal, **kwargs) -> tuple[torch.Tensor, Any]:
     """The attention that the model writes out, which adds its mask, given one of sdpa's."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and causal and query.shape[2] > 1:
-        shape = query.shape[2], key.shape[2]
-        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])[None, None]
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
@@ -95,21 +99,22 @@ def _by_torch(
     module, query, key, value, mask, *, dropout=0.0, position_bias=None, softcap=None, **kwargs
 ) -> bool:
     """Whether a call is one that no kernel takes, or that torch's runs as fast (layers._attend)."""
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
+    device = query.device.type
+    if (device != "cpu" and softcap is None) or torch.compiler.is_compiling():
         return True
     if query.shape[2] == 1 and query.dtype == torch.float32 and softcap is None:
         return True
     if any(kwargs.get(name) is not None for name in virtual_attention.SPECIAL) or key.shape != value.shape:
         return True
-    if kwargs.get("output_attentions"):  # no kernel holds them
-        return True
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        return True  # no kernel holds them
     learns = position_bias is not None and _learns(module, position_bias)
     if mask is not None and (mask.shape[-1] != key.shape[2] or kept_intervals(mask) is None):
         return True
     if learns or dispatch.forced() is not None:
         return learns
     dropped, capped = dropout > 0.0, softcap is not None
-    return _choose("cpu", query.dtype, query.shape[3], dropped, capped).backend == "reference"
+    return _choose(device, query.dtype, query.shape[3], dropped, capped).backend == "reference"
 
 
 def _learns(module: Any, bias: torch.Tensor) -> bool:
@@ -169,7 +174,7 @@ def describe(module: Any, device: str, dtype: torch.dtype, others: set[int]) -> 
     if not _through(module):
         return None
     own = _own(module.config)
-    if device != "cpu":
+    if device != "cpu" and not virtual_attention.is_capped(module.config):
         return "", "on a GPU torch's own kernels run"
     if _fused(module.config):
         asks = id(module.config) in others

@@ -122,6 +122,7 @@ def forward_over_capped(module, query, key, value, attention_mask, **kwargs):
     """Attention behind virtual tokens, for a model of capped scores whose attention optimize has fused."""
     from peft_engine.methods import fused_attention
 
+    kwargs["is_causal"] = False  # what a mask does not hide is seen, as in fused_attention.attend_capped
     return attend(fused_attention.attend_capped, module, query, key, value, attention_mask, **kwargs)
 
 
@@ -135,14 +136,33 @@ FORWARDS = {
 
 def register(own: str) -> str:
     """The name under which transformers knows our attention, for a model set to `own`."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     name = NAME + own
     # Without a mask function of that name, masks would arrive as None, and padding and causality be lost.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager" if own == "eager" else "sdpa"])
+    AttentionMaskInterface.register(name, masks(own))
     AttentionInterface.register(name, FORWARDS[own])
     return name
+
+
+def masks(own: str) -> Any:
+    """The function that makes the masks of a model set to `own`."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    if own == "fused_capped":
+        return whole_mask
+    return ALL_MASK_ATTENTION_FUNCTIONS["eager" if own == "eager" else "sdpa"]
+
+
+def whole_mask(*args, **kwargs) -> torch.Tensor | None:
+    """sdpa's boolean mask where eager has one: also of what is causal, which sdpa leaves to the layer to say.
+
+    Some layers say otherwise than their eager mask (Gemma 2 with use_bidirectional_attention, PaliGemma 2).
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 def set_attention(config: Any, name: str) -> None:

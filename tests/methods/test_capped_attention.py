@@ -1,11 +1,15 @@
 """Models that cap their attention's scores (Gemma 2 and its relatives) with fused attention."""
 
+import contextlib
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
+from peft_engine.kernels.prefix_attention import forward as prefix_forward
 
 import peft_engine as pe
 from peft_engine import native
@@ -149,7 +153,7 @@ def test_where_no_kernel_takes_a_call_the_models_own_attention_runs(monkeypatch)
         torch.testing.assert_close(got[seen], wanted[seen])
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(logits(compiled)[MASK.bool()], want[MASK.bool()], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(fused_attention, "_by_torch", lambda *args, **kwargs: True)  # as on a GPU
+    monkeypatch.setattr(fused_attention, "_by_torch", lambda *args, **kwargs: True)  # as in a captured graph
     eager.clear()
     for mask in (MASK, None):
         torch.testing.assert_close(logits(model, mask)[MASK.bool()], logits(build(), mask)[MASK.bool()])
@@ -170,6 +174,27 @@ def test_attention_dropout_is_drawn_and_checkpoints_draw_it_again():
     assert not all(torch.equal(gradients(model)[name], one[name]) for name in one)
 
 
+def test_on_a_gpu_the_kernels_run_with_and_without_a_prefix(as_on_a_gpu, monkeypatch):
+    """Gemma 2's windows and padding are intervals."""
+    ran, run = [], prefix_forward.forward
+    monkeypatch.setattr(prefix_forward, "forward", lambda *given: (ran.append(given[-1]), run(*given))[1])
+    for method in (lora, lambda model: pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=3))):
+        found = []
+        for fused in (False, True):
+            torch.manual_seed(1)
+            model = method(build())
+            if fused:
+                pe.optimize(model)
+            ran.clear()
+            with contextlib.nullcontext() if fused else pe.force_backend("reference"):
+                found.append((logits(model)[MASK.bool()], gradients(model)))
+            assert ran == [0.2] * 4 * fused
+        (want, slopes), (got, ours) = found
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        for name, slope in slopes.items():
+            torch.testing.assert_close(ours[name], slope, rtol=1e-3, atol=1e-5)
+
+
 def test_copies_and_pickles_are_fused():
     model = build()
     pe.optimize(model)
@@ -186,3 +211,76 @@ def test_without_a_cap_eager_stays_eager():
     assert model.config._attn_implementation == "eager"
     line = next(line for line in report.layers if line.op == "attention")
     assert "attention is set to eager" in line.reason
+
+
+@pytest.mark.parametrize("how", ["asked", "config", "compiled"])
+def test_the_models_own_attention_of_a_static_cache_before_its_first_token(how):
+    """Its later slots are empty: the mask is None, and a query sees those up to its own place."""
+    model = build()
+    if how == "config":
+        for config in fused_attention._configs(model):
+            config.output_attentions = True
+    results = []
+    for _ in range(2):
+        run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+        cache = transformers.StaticCache(config=model.config, max_cache_len=24)
+        more = {"output_attentions": True} if how == "asked" else {}
+        results.append(run(IDS, past_key_values=cache, **more))
+        pe.optimize(model)
+    torch.testing.assert_close(results[1].logits, results[0].logits, rtol=1e-4, atol=1e-4)
+    if how != "compiled":
+        for got, want in zip(results[1].attentions, results[0].attentions, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_pickle_of_a_part_is_read_where_nothing_was_optimised(tmp_path):
+    model = build()
+    pe.optimize(model)
+    torch.save(model.model.layers[0], tmp_path / "layer.pt")
+    code = (
+        "import sys, torch; layer = torch.load(sys.argv[1], weights_only=False)\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
+        "print(layer.self_attn.config._attn_implementation in ALL_ATTENTION_FUNCTIONS)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "layer.pt")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["True"]
+    pe.optimize(model.model)
+    pe.unoptimize(model)
+    assert not any(fused_attention.MARK in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("method", [None, pe.PrefixTuningConfig])
+def test_a_mask_says_who_sees_what_whatever_the_layer_says_of_itself(method):
+    """Eager's mask is causal where the layer is not, and there is none where the config is not."""
+    for changes in ({"use_bidirectional_attention": True}, {"is_causal": False}):
+        results = []
+        for fused in (False, True):
+            model = build(**changes)
+            if method is not None:
+                torch.manual_seed(1)
+                pe.attach(model, method(num_virtual_tokens=3))
+            if fused:
+                pe.optimize(model)
+            results.append(logits(model, None))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_paligemma_2_are_seen_from_both_sides():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.SiglipVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision.to_dict(), text_config=transformers.Gemma2Config(**SIZES).to_dict(),
+        image_token_index=100, projection_dim=64, hidden_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.PaliGemmaForConditionalGeneration(config).eval()
+    ids, kinds = IDS[:2].clone(), torch.zeros(2, 17, dtype=torch.long)
+    ids[:, :4], kinds[:, 10:] = 100, 1
+    given = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    for more in ({}, {"token_type_ids": kinds, "labels": ids.masked_fill(kinds == 0, -100)}):
+        want = model(**given, attention_mask=torch.ones_like(ids), **more).logits
+        pe.optimize(model)
+        assert model.config.text_config._attn_implementation == "fused_capped"
+        got = model(**given, attention_mask=torch.ones_like(ids), **more).logits
+        torch.testing.assert_close(got + 0, want + 0, rtol=1e-4, atol=1e-4)
+        pe.unoptimize(model)
