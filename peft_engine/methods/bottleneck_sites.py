@@ -116,7 +116,7 @@ def _has(module: Any, *names: str) -> bool:
 # The sublayers of layers that name their parts so, and no other norm: what gets s, and what gives h.
 # Those that stand side by side both get the layer's input.
 _BY_NAMES = (
-    # Norms before them: Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, Phi-3, SmolLM3, ...; VaultGemma.
+    # Norms before them: Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, SmolLM3, ...; VaultGemma.
     (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
     (("input_layernorm", "self_attn"), ("pre_feedforward_layernorm", "mlp")),
     # Before and behind: Gemma 2 and 3; GLM 4; T5Gemma's encoder and decoder.
@@ -146,7 +146,12 @@ _BY_NAMES = (
 )
 
 
-_OTHER_SUMS = ("bloom", "gpt_neox_japanese")  # whose sublayers add s, or a bias of h, where nobody sees it
+# Whose sublayers add s, or a bias of h, where nobody sees it, or whose layers add something else: a multiple
+# of h or of s, several streams.
+_OTHER_SUMS = (
+    "bloom", "gpt_neox_japanese", "granite", "granite_swa", "minimax", "doge", "beam", "inkling", "inkling2",
+    "deepseek_v4", "hy_v4",
+)  # fmt: skip
 
 
 def _family(layer: Any) -> str:

@@ -116,10 +116,14 @@ def test_the_sum_at_a_site_is_the_model_s(family):
                 torch.testing.assert_close(total.view_as(end), end)
 
 
-def test_layers_of_known_names_and_other_sums_are_of_no_known_family():
-    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
-    sites = find(transformers.BloomForCausalLM(config))
-    assert len(sites) == 4 and all(site.generic for site in sites)
+@pytest.mark.parametrize("family", ["Bloom", "Granite", "Doge", "MiniMax"])
+def test_layers_of_known_names_and_other_sums_are_of_no_known_family(family):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    with torch.device("meta"):
+        sites = find(getattr(transformers, f"{family}ForCausalLM")(config))
+    assert sites and all(site.generic for site in sites)
 
 
 @pytest.mark.parametrize(
