@@ -13,7 +13,8 @@ Not measured on other processors: they keep torch's choice.
 Half precision: oneDNN has no product of bfloat16 on processors without AVX-512, and none of float16 on those
 without AVX512-FP16. There torch's own runs, on the same machine, at 39 to 46 GFLOP/s for y, 1 to 3.4 for dx
 (the gradient through a head of 49152 takes 8 s), where lora_linear's runs at 130 to 210. It takes torch's
-place: of one row torch's y takes 1.15 to 1.7 times as long, of eight 3.3 to 4.2.
+place: of one row torch's y takes 1.15 to 1.7 times as long, of eight 3.3 to 4.2. With a transposed weight its
+y is our dx: as fast from 16 rows on, of one row 4 times as long, where torch takes 6 to 10 times that.
 """
 
 import sys
@@ -78,34 +79,61 @@ def library(weight: torch.Tensor) -> str:
 
 
 def _taken_by_us(weight: torch.Tensor) -> bool:
-    return weight.is_contiguous() and dispatch.forced() in (None, "cpu") and native.load_error() is None
+    whole = weight.dim() == 2 and (weight.is_contiguous() or weight.t().is_contiguous())
+    return whole and dispatch.forced() in (None, "cpu") and native.load_error() is None
 
 
-def _library(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Whose product multiplies x (..., K) by `weight`."""
+def _library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> str:
+    """Whose product multiplies x (..., K) by `weight`; torch's, which says what is wrong, where they do not
+    fit.
+    """
     whose = library(weight)
-    if whose == "torch" or 0 in (x.numel(), weight.numel()):
+    if whose == "torch" or not _fit(x, weight, bias) or 0 in (x.numel(), weight.numel()):
         return "torch"
     if whose == "oneDNN":
         rows = x.numel() // x.shape[-1]
-        if rows in FEW_ROWS and _taken_by_us(weight):
+        if rows in FEW_ROWS and weight.is_contiguous() and _taken_by_us(weight):
             return "peft-engine"
         return "oneDNN" if rows in ONEDNN_ROWS[weight.is_contiguous()] else "torch"
     return whose
 
 
+def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether x (..., K), weight (N, K) and bias (N,) are dense, and of these shapes and one dtype."""
+    if x.is_nested or x.layout != torch.strided or weight.layout != torch.strided:
+        return False
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
+
+
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b, no gradient recorded: x (..., K), weight (N, K), bias (N,), of one dtype."""
-    whose = _library(x, weight)
+    whose = _library(x, weight, bias)
     if bias is not None and whose != "torch":
         bias = bias.contiguous()  # neither asks how it lies
     if whose == "oneDNN":
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if whose == "peft-engine":
-        x, base, no_adapter = x.contiguous(), flat_base(weight), (None, None)
-        forward = torch.ops.peft_engine.lora_linear_forward
-        return forward(x, *base, weight.shape[0], *no_adapter, 1.0, bias, 0.0, None)[0]
-    return F.linear(x, weight, bias)
+    if whose != "peft-engine":
+        return F.linear(x, weight, bias)
+    if weight.is_contiguous():
+        return _rows(x, weight, bias)
+    y = _columns(x, weight.t())
+    return y if bias is None else y.add_(bias)
+
+
+def _rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b by our kernel, W contiguous."""
+    forward = torch.ops.peft_engine.lora_linear_forward
+    return forward(x.contiguous(), *flat_base(weight), weight.shape[0], None, None, 1.0, bias, 0.0, None)[0]
+
+
+def _columns(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dy W by our kernel, W contiguous."""
+    like_x = dy.new_empty(()).expand(*dy.shape[:-1], weight.shape[1])  # its shape alone is read
+    backward = torch.ops.peft_engine.lora_linear_backward
+    no_adapter = (None, None, None)
+    return backward(dy.contiguous(), like_x, *flat_base(weight), *no_adapter, 1.0, 0.0, None, True, False)[0]
 
 
 def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -114,16 +142,14 @@ def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if whose == "oneDNN":
         return product(dy, weight.t())  # a view: oneDNN takes any strides
     if whose == "peft-engine":
-        dy, base, no_adapter = dy.contiguous(), flat_base(weight), (None, None, None)
-        like_x = dy.new_empty(()).expand(*dy.shape[:-1], weight.shape[1])  # its shape alone is read
-        backward = torch.ops.peft_engine.lora_linear_backward
-        return backward(dy, like_x, *base, *no_adapter, 1.0, 0.0, None, True, False)[0]
+        return _columns(dy, weight) if weight.is_contiguous() else _rows(dy, weight.t())
     return dy @ weight
 
 
-def _transformed(*tensors: torch.Tensor) -> bool:
+def _transformed(*tensors: torch.Tensor | None) -> bool:
     """Whether torch.jit.trace records a product or torch.func takes it apart, which know torch's alone."""
-    return torch.jit.is_tracing() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return torch.jit.is_tracing() or any(t is not None and wrapped(t) for t in tensors)
 
 
 class _Frozen(torch.autograd.Function):
@@ -143,20 +169,21 @@ class _Frozen(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear, by another product where that is faster and nothing but x asks for a gradient, backwards."""
-    kind = x.device.type
+    if not isinstance(x, torch.Tensor) or x.device.type != "cpu":  # as torch.fx's proxies
+        return F.linear(x, weight, bias)
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     if learns or dispatch.has_tangents(x, weight, bias):
         return F.linear(x, weight, bias)
-    cast = torch.is_autocast_enabled(kind)
-    if cast or torch.compiler.is_compiling():  # the compiler has a way of its own to oneDNN
-        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+    cast, compiling = torch.is_autocast_enabled("cpu"), torch.compiler.is_compiling()
+    if not compiling and _transformed(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if cast or compiling:  # the compiler has a way of its own to oneDNN
+        dtype = torch.get_autocast_dtype("cpu") if cast else weight.dtype
         taken = {x.dtype, weight.dtype}.issubset(DTYPES) and type(weight) in _TYPES
-        if kind == "cpu" and dtype in _SLOW and taken and (cast or x.dtype == weight.dtype):
+        if dtype in _SLOW and taken and (cast or x.dtype == weight.dtype):
             return lora_linear(x, weight, None, None, 1.0, bias=bias)
         return F.linear(x, weight, bias)
-    if x.dtype != weight.dtype or _transformed(x, weight):
-        return F.linear(x, weight, bias)  # of two dtypes it says what is wrong
-    if _library(x, weight) == "torch":
+    if _library(x, weight, bias) == "torch":
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Frozen.apply(x, weight, bias)

@@ -50,7 +50,4 @@ def library(module: Any) -> str:
     learns = any(p.requires_grad for p in (module.weight, module.bias) if p is not None)
     if learns or fused is None:
         return "torch"
-    weight = getattr(module, "base_weight", module.weight)
-    # Of a Conv1D that is not fused the rows are those that optimize would give it.
-    turned = is_conv1d(type(module)) and fused is class_of(module)
-    return dense.library(weight.t() if turned else weight)
+    return dense.library(getattr(module, "base_weight", module.weight))

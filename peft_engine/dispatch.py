@@ -108,6 +108,11 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def in_autocast(device: str) -> bool:
+    """Whether autocast is on for a kind of device; of the meta device torch does not say."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def direct(x: torch.Tensor) -> bool:
     """Whether to pass a raw op by: on a GPU, where nothing traces, its dispatcher costs 20 us a call."""
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)

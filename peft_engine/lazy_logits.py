@@ -160,7 +160,7 @@ class LazyLogits(torch.Tensor):
     def of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> "LazyLogits":
         """What F.linear(hidden, weight, bias) would be, autocast included."""
         kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = torch.get_autocast_dtype(kind) if dispatch.in_autocast(kind) else hidden.dtype
         return _Deferred.apply(hidden, weight, bias, Source(hidden, weight, bias, dtype))
 
     def materialize(self) -> torch.Tensor:
@@ -335,7 +335,7 @@ def _cross_entropy(
     if not indices or target.shape != input.shape[:1] or target.device != input.device:
         return None
     loss = lazy_cross_entropy(input, target, ignore_index, reduction)
-    if loss is None or torch.is_autocast_enabled(input.device.type):  # which computes losses in float32
+    if loss is None or dispatch.in_autocast(input.device.type):  # which computes losses in float32
         return loss
     return loss.to(input.dtype)
 

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from peft_engine import recompute
+from peft_engine import dispatch, recompute
 from peft_engine.ops.rms_norm import rms_norm
 
 
@@ -72,7 +72,7 @@ class LayerNorm:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         y = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        if torch.is_autocast_enabled(input.device.type):
+        if dispatch.in_autocast(input.device.type):
             return y  # autocast, which the backward is without, may have computed in float32
         parts = [t for t in (self.weight, self.bias) if t is not None]
         run = functools.partial(_layer_norm, self.normalized_shape, self.weight is not None, self.eps)

@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
+from peft_engine import dispatch
 from peft_engine.conv1d import is_conv1d, plain
 from peft_engine.methods import derived, dora
 from peft_engine.methods.lora_layers import MAGNITUDE
@@ -38,7 +39,7 @@ class _FusedLora(nn.Module):
         weight, given = base_weight(base), x
         if isinstance(weight, NF4Tensor):
             dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.dtype_for(x)
-            if narrowed(x.dtype, dtype) and not torch.is_autocast_enabled(x.device.type):
+            if narrowed(x.dtype, dtype) and not dispatch.in_autocast(x.device.type):
                 return super().forward(x)  # type: ignore[misc]
             x = x if dtype is None else x.to(dtype)
         a, b, scaling, bias = _adapters(layer, names, x.dtype)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from peft_engine import dense, dense_layers, dropout
-from peft_engine.conv1d import as_made, is_conv1d, is_linear, plain
+from peft_engine import dense_layers, dropout
+from peft_engine.conv1d import is_conv1d, is_linear, plain
 from peft_engine.methods import experts
 from peft_engine.methods.sharded import class_of
 
@@ -86,12 +86,10 @@ def set_class(module: torch.nn.Module, kind: type) -> None:
 
 
 def lay_out(module: Any, how: Callable[[torch.nn.Module], None]) -> None:
-    """Of a Conv1D, or PEFT's layer around one: the weight, for the kernels or back."""
+    """Of PEFT's layer around a Conv1D: the weight, for the kernels or back."""
     base = module._modules.get("base_layer")
     if base is not None and is_conv1d(type(base)):
         how(base)
-    elif is_conv1d(type(module)) and (how is as_made or dense.is_slow(module.weight.dtype)):
-        how(module)
 
 
 def is_stand_in(module: torch.nn.Module) -> bool:

@@ -97,6 +97,53 @@ def test_a_weight_without_rows_or_columns(by_us, shape):
     assert torch.equal(dense.product_back(dy, weight), dy @ weight)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 70])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_weight_that_lies_by_its_columns_is_ours_too(by_us, dtype, rows, with_bias):
+    """As a Conv1D's."""
+    weight = (torch.randn(33, 40) / 6).to(dtype).t()
+    bias = torch.randn(40).to(dtype) if with_bias else None
+    x, dy = torch.randn(rows, 33).to(dtype), torch.randn(rows, 40).to(dtype)
+    assert dense.library(weight) == "peft-engine"
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_twice_as_good(dense.product(x, weight, bias), F.linear(x, weight, bias), exact)
+    assert_twice_as_good(dense.product_back(dy, weight), dy @ weight, dy.double() @ weight.double())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_what_does_not_fit_is_torchs_to_refuse(by_onednn, by_us, dtype, rows):
+    """No kernel reads beyond a weight or a bias, and a bias that torch spreads is spread."""
+    weight, bias = torch.randn(8, 12).to(dtype), torch.randn(8).to(dtype)
+    for lies in (weight, weight.t().contiguous().t()):
+        for features in (1, 6, 13, 24):
+            for x in (
+                torch.randn(rows, features).to(dtype),
+                torch.randn(rows, features).to(dtype).requires_grad_(),
+            ):
+                with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size mismatch"):
+                    dense.linear(x, lies, bias)
+        x = torch.randn(rows, 12).to(dtype)
+        with pytest.raises(RuntimeError):
+            dense.linear(x, lies, bias[:3])
+        with pytest.raises(RuntimeError):
+            dense.linear(x, lies, bias.double())
+        assert torch.equal(dense.linear(x, lies, bias[:1]), F.linear(x, lies, bias[:1]))
+    with pytest.raises(RuntimeError):
+        dense.linear(torch.ones((), dtype=dtype), weight)
+
+
+def test_other_layouts_and_proxies_are_torchs(by_onednn, by_us):
+    x, weight = torch.randn(4, 12), torch.randn(8, 12)
+    nested = torch.nested.nested_tensor([x, x[:2]])
+    assert dense.linear(nested, weight).is_nested
+    torch.testing.assert_close(dense.linear(x.to_sparse(), weight), F.linear(x, weight))
+    layers = torch.nn.Sequential(torch.nn.Linear(12, 8)).requires_grad_(False)
+    pe.optimize(layers)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layers)(x), layers(x))
+
+
 def test_forward_mode_derivatives_are_torchs(by_onednn):
     x, weight = torch.randn(3, 24), torch.randn(40, 24)
     assert torch.func.jvp(lambda x: dense.linear(x, weight), (x,), (x,))[1].abs().max() > 0
@@ -118,6 +165,12 @@ def test_what_torch_transforms_is_torchs(by_onednn, by_us):
         torch.testing.assert_close(each, want, rtol=0.05, atol=0.05)
         traced = torch.jit.trace(lambda x, w=weight: dense.linear(x, w), (x,))
         assert torch.equal(traced(x), F.linear(x, weight))
+    wide, bias = weight.float(), torch.randn(40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.func.grad(lambda b: dense.linear(x, wide, b).float().sum())(bias).shape == (40,)
+        assert torch.func.grad(lambda x: dense.linear(x, wide).float().sum())(x).shape == x.shape
+        traced = torch.jit.trace(lambda x: dense.linear(x, wide), (x,))
+        assert "peft_engine::" not in str(traced.graph)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -182,7 +235,7 @@ def test_half_precision_without_a_product_in_torch_is_ours(by_us, dtype, rows):
     x = torch.randn(2, rows, 72).to(dtype).requires_grad_()
     weight, bias, dy = (torch.randn(shape).to(dtype) for shape in ((50, 72), (50,), (2, rows, 50)))
     assert dense.library(weight) == "peft-engine"
-    assert dense.library(weight.t()) == "torch" and dense.library(weight.float()) != "peft-engine"
+    assert dense.library(weight[:, ::2]) == "torch" and dense.library(weight.float()) != "peft-engine"
     y = dense.linear(x, weight, bias)
     y.backward(dy)
     grad, x = x.grad, x.detach()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_engine.conv1d import as_made, by_rows, features, is_conv1d, is_linear, plain
+from peft_engine.conv1d import as_made, by_rows, features, is_conv1d, is_linear
 from peft_engine.methods import copies, derived, dora, experts, lora_config, lora_experts, sharded, targets
 from peft_engine.methods.experts import ExpertWeights
 from peft_engine.methods.lora import BASES, initial, layer_class
@@ -137,7 +137,7 @@ def remove_from_layer(layer: Any, name: str) -> None:
     if not layer.lora:
         del layer.lora_A, layer.lora_B, layer.lora, layer.active_adapter
         layer.__class__ = BASES[type(layer)]
-        if is_conv1d(type(layer)) and plain(type(layer)) is type(layer):  # a fused one keeps it by rows
+        if is_conv1d(type(layer)):
             as_made(layer)
 
 

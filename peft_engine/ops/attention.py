@@ -74,7 +74,7 @@ def attention(
 def in_autocast(q: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype, where it is on: rotary and norms leave q and k in float32 beside v."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not dispatch.in_autocast(kind):
         return q, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (q, *others))

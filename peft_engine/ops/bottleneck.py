@@ -75,7 +75,7 @@ def bottleneck(
     Gradients flow to x, residual, the weights, the biases and the norm's weight and bias.
     Raises ValueError or TypeError that says which argument does not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.in_autocast(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         residual = None if residual is None else residual.to(x.dtype)
     activation = ALIASES.get(activation, activation)

@@ -68,7 +68,7 @@ def experts(
     Gradients flow to x, weights and the adapters; gate_up and down are frozen.
     Raises ValueError or TypeError that says which argument does not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.in_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         gate_up, down = (w if isinstance(w, NF4Tensor) else w.to(dtype) for w in (gate_up, down))

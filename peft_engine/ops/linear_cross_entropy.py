@@ -52,7 +52,7 @@ def linear_cross_entropy(
     Raises ValueError or TypeError that says which argument does not fit, IndexError for a label that is no
     entry of the vocabulary.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.in_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -66,7 +66,7 @@ def lora_groups(
     float32. Gradients flow to x, lora_a, lora_b and bias. Raises ValueError that says which argument does not
     fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.in_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         weight = weight if isinstance(weight, NF4Tensor) else weight.to(dtype)

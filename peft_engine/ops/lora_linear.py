@@ -55,7 +55,7 @@ def lora_linear(
     Gradients flow to x, lora_a, lora_b and bias; the weight is frozen.
     Raises ValueError or TypeError that says which argument does not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if dispatch.in_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         weight = weight if isinstance(weight, NF4Tensor) else weight.to(dtype)
