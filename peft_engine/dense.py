@@ -15,6 +15,7 @@ without AVX512-FP16. There torch's own runs, on the same machine, at 39 to 46 GF
 (the gradient through a head of 49152 takes 8 s), where lora_linear's runs at 130 to 210. It takes torch's
 place: of one row torch's y takes 1.15 to 1.7 times as long, of eight 3.3 to 4.2. With a transposed weight its
 y is our dx: as fast from 16 rows on, of one row 4 times as long, where torch takes 6 to 10 times that.
+Weights that are trained whole have our products too, and dW.
 """
 
 import sys
@@ -167,12 +168,32 @@ class _Frozen(torch.autograd.Function):
         return product_back(dy, weight), None, None
 
 
+class _Learned(torch.autograd.Function):
+    """The same with gradients of weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        y = product(x, weight, bias)
+        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+
+    @staticmethod
+    @dispatch.first_order
+    def backward(ctx: Any, dy: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
+        dx = product_back(dy, weight) if ctx.needs_input_grad[0] else None
+        dw = _columns(rows.t(), x.reshape(len(rows), -1).contiguous()) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, by another product where that is faster and nothing but x asks for a gradient, backwards."""
+    """F.linear, by another product where that is faster; of float32 where nothing but x has a gradient."""
     if not isinstance(x, torch.Tensor) or x.device.type != "cpu":  # as torch.fx's proxies
         return F.linear(x, weight, bias)
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if learns or dispatch.has_tangents(x, weight, bias):
+    if dispatch.has_tangents(x, weight, bias):
         return F.linear(x, weight, bias)
     cast, compiling = torch.is_autocast_enabled("cpu"), torch.compiler.is_compiling()
     if not compiling and _transformed(x, weight, bias):
@@ -180,11 +201,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if cast or compiling:  # the compiler has a way of its own to oneDNN
         dtype = torch.get_autocast_dtype("cpu") if cast else weight.dtype
         taken = {x.dtype, weight.dtype}.issubset(DTYPES) and type(weight) in _TYPES
-        if dtype in _SLOW and taken and (cast or x.dtype == weight.dtype):
+        if dtype not in _SLOW or not taken or not (cast or x.dtype == weight.dtype):
+            return F.linear(x, weight, bias)
+        if not learns:
             return lora_linear(x, weight, None, None, 1.0, bias=bias)
+        if compiling:
+            return F.linear(x, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if _library(x, weight, bias) == "torch" or (learns and weight.dtype not in _SLOW):
         return F.linear(x, weight, bias)
-    if _library(x, weight, bias) == "torch":
-        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and learns:
+        return _Learned.apply(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Frozen.apply(x, weight, bias)
     return product(x, weight, bias)

@@ -1,6 +1,6 @@
 """Dense linear layers outside the other fused ones, by the product that is the fastest (dense.py).
 
-Without an adapter, or with one that is off. Weights that are trained have torch's own product, as before.
+Without an adapter, or with one that is off. float32 weights that are trained have torch's own product.
 """
 
 import importlib
@@ -48,6 +48,5 @@ def library(module: Any) -> str:
     """Whose product runs in a dense linear layer once it is fused, as dense.library says."""
     fused = fused_class(module)
     learns = any(p.requires_grad for p in (module.weight, module.bias) if p is not None)
-    if learns or fused is None:
-        return "torch"
-    return dense.library(getattr(module, "base_weight", module.weight))
+    whose = "torch" if fused is None else dense.library(getattr(module, "base_weight", module.weight))
+    return "torch" if learns and whose == "oneDNN" else whose

@@ -185,6 +185,50 @@ def test_gradient_is_that_of_x_alone(by_onednn, with_bias):
         assert torch.equal(dense.linear(x, weight, bias), y)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (40,), ()], ids=str)
+@pytest.mark.parametrize("learns", ["weight", "bias", "both", "all"])
+def test_what_learns_in_half_precision_without_a_product_in_torch_is_ours(by_us, dtype, shape, learns):
+    x, dy = torch.randn(*shape, 33).to(dtype), torch.randn(*shape, 40).to(dtype)
+    weight, bias = torch.randn(40, 33).to(dtype), torch.randn(40).to(dtype)
+    for lies in (weight, weight.t().contiguous().t()):
+        results = []
+        for how, wide in ((dense.linear, False), (F.linear, False), (F.linear, True)):
+            x_, w, b = (
+                t.double() if wide else t.clone(memory_format=torch.preserve_format) for t in (x, lies, bias)
+            )
+            (
+                w.requires_grad_(learns != "bias"),
+                b.requires_grad_(learns != "weight"),
+                x_.requires_grad_(learns == "all"),
+            )
+            y = how(x_, w, b)
+            assert wide or how is F.linear or type(y.grad_fn).__name__ == "_LearnedBackward"
+            y.backward(dy.to(y.dtype))
+            results.append([y.detach(), *(t.grad for t in (x_, w, b) if t.grad is not None)])
+        assert len(results[0]) == 2 + (learns == "both") + 2 * (learns == "all")
+        for ours, plain, exact in zip(*results, strict=True):
+            assert_twice_as_good(ours, plain, exact)
+        with torch.no_grad():
+            assert_twice_as_good(dense.linear(x, lies.requires_grad_(), bias), results[1][0], results[2][0])
+        lies.requires_grad_(False)
+
+
+def test_what_learns_under_autocast_to_such_a_dtype_is_ours(by_us, monkeypatch):
+    x, weight, bias = torch.randn(7, 33), torch.randn(40, 33), torch.randn(40)
+    found = []
+    for how in (dense.linear, F.linear):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = how(*leaves)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert all(t.grad.dtype == torch.float32 for t in leaves)
+        found.append([y.detach().float(), *(t.grad for t in leaves)])
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("which", ["weight", "bias"])
 def test_what_learns_is_torchs(by_onednn, which):
     x, weight, bias = torch.randn(6, 24), torch.randn(40, 24), torch.randn(40)
