@@ -192,7 +192,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """F.linear, by another product where that is faster; of float32 where nothing but x has a gradient."""
     if not isinstance(x, torch.Tensor) or x.device.type != "cpu":  # as torch.fx's proxies
         return F.linear(x, weight, bias)
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    grad = torch.is_grad_enabled()
+    learns = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if dispatch.has_tangents(x, weight, bias):
         return F.linear(x, weight, bias)
     cast, compiling = torch.is_autocast_enabled("cpu"), torch.compiler.is_compiling()
@@ -211,8 +212,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     if _library(x, weight, bias) == "torch" or (learns and weight.dtype not in _SLOW):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and learns:
+    if learns:
         return _Learned.apply(x, weight, bias)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if grad and x.requires_grad:
         return _Frozen.apply(x, weight, bias)
     return product(x, weight, bias)

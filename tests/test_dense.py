@@ -237,6 +237,8 @@ def test_what_learns_is_torchs(by_onednn, which):
     assert torch.equal(y, F.linear(x, weight, bias))
     y.sum().backward()
     assert (weight.grad is not None, bias.grad is not None) == (which == "weight", which == "bias")
+    with torch.no_grad():  # nothing learns
+        assert torch.equal(dense.linear(x, weight, bias), dense.product(x, weight, bias))
 
 
 def test_other_dtypes_are_torchs(by_onednn, monkeypatch):

@@ -78,7 +78,7 @@ def check_vocabulary(config: Any, tokenizer: Any, rows: Iterable[Sequence[int]])
 
 
 def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
-    """The model in eval mode, on the GPU when there is one.
+    """The model in eval mode, its weights frozen, on the GPU when there is one.
 
     quantize: "nf4" reads it into NF4 layer by layer, "none" leaves it dense, None takes it as it is stored.
     dtype: "auto" is the checkpoint's own.
@@ -103,7 +103,7 @@ def load_base(name: str, *, quantize: str | None, dtype: str = "auto") -> Any:
             found: Any = kind.from_pretrained(name, dtype=wanted, output_loading_info=True)
             model, read = found
             _check_all_read(name, model, read)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
     why = why_no_decoder(model)
     if why is not None:
         raise ModelError(

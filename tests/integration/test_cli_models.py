@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from texts import reviews, tiny_tokenizer, write_jsonl
 
 import peft_engine as pe
+from peft_engine.train.models import load_base
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -55,6 +56,14 @@ def test_a_decoder_behind_an_encoder_of_sound_is_refused(refused, tmp_path):
     )  # fmt: skip
     folder = saved(transformers.WhisperForConditionalGeneration(config), tmp_path / "whisper")
     assert "its encoder reads no text" in refused(folder)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+def test_a_base_is_frozen(tmp_path, quantize):
+    """Weights that would be trained have torch's products in float32, also where nothing is trained."""
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model = load_base(str(saved(made, tmp_path / "model")), quantize=quantize)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
