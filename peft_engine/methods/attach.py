@@ -83,13 +83,21 @@ class active:
     (beams, or several samples of a prompt, in `generate`) gives each entry n consecutive rows.
     The adapters named become trainable. None is frozen by a switch, so a backward after it still reaches what
     ran before it; but gradient checkpointing runs the model again in backward, which must happen before.
-    Raises ValueError for a name that is not attached, for adapters that cannot stack, and for an empty list.
+    Raises ValueError for a name that is not attached, for adapters that cannot stack, and for an empty list,
+    TypeError for anything else.
     """
 
     def __init__(self, model: nn.Module, which: str | Sequence[str | None] | None):
         self._model = unwrap(model)
         self._before: Which = getattr(self._model, "peft_engine_active", None)
         mixed = which is not None and not isinstance(which, str)
+        if mixed and not (
+            isinstance(which, Sequence) and all(isinstance(entry, str | None) for entry in which)
+        ):
+            raise TypeError(
+                "active: expected an adapter's name, None for the base, or a list with one of these for each "
+                f"row, got {which!r}"
+            )
         wanted: Which = tuple(which) if mixed else which  # type: ignore[arg-type, assignment]
         if wanted == ():
             raise ValueError("active: the list of adapter names is empty; give one name or None per row")

@@ -276,7 +276,7 @@ def to_file(model: Any, config: PrefixTuningConfig, name: str) -> dict[str, Any]
         "prefix_projection": False,
         "inference_mode": True,
         "modules_to_save": config.modules_to_save,
-        "task_type": config.task_type,
+        "task_type": prompt_learning.task_type(model, config),
     }
 
 

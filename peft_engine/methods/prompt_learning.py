@@ -39,6 +39,18 @@ def check_fields(config: Any, init_field: str) -> None:
         object.__setattr__(config, "modules_to_save", list(saved))
 
 
+def task_type(model: Any, config: Any) -> str | None:
+    """PEFT's word for the task, by the model's class where the config has none: a PeftModel without a task
+    would run without the virtual tokens, and say nothing.
+    """
+    name = type(model).__name__
+    if config.task_type is None and name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if config.task_type is None and name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else None
+    return config.task_type
+
+
 def start_tokens(model: Any, config: Any, init_field: str, who: str) -> torch.Tensor | None:
     """The num_virtual_tokens token ids to start from; None to start at random.
 

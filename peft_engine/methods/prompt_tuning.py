@@ -256,7 +256,7 @@ def to_file(model: Any, config: PromptTuningConfig, name: str) -> dict[str, Any]
         "tokenizer_name_or_path": config.tokenizer_name_or_path if text else None,
         "inference_mode": True,
         "modules_to_save": config.modules_to_save,
-        "task_type": config.task_type,
+        "task_type": prompt_learning.task_type(model, config),
     }
 
 

@@ -278,6 +278,8 @@ def test_rows_that_the_names_do_not_divide_are_refused(tiny_llama):
         active(model, ["a", "d"])
     with pytest.raises(ValueError, match="empty"):
         active(model, [])
+    with pytest.raises(TypeError, match="expected an adapter's name"):
+        active(model, ["a", 5])
 
 
 def test_detach_of_one_adapter_leaves_the_others(tiny_llama):

@@ -93,6 +93,22 @@ def test_peft_reads_what_we_save_and_we_read_what_peft_saves(peft, kind, family,
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize(("kind", "family"), [("prefix", "llama"), ("prompt", "gpt2"), ("prompt", "t5")])
+def test_a_config_without_a_task_is_saved_with_the_models(peft, kind, family, tmp_path):
+    """Without one PEFT leaves the virtual tokens out."""
+    base = families.build(family)
+    ours = shake(pe.attach(copy.deepcopy(base), KINDS[kind](num_virtual_tokens=P)))
+    pe.save_adapter(ours, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == families.task_type(
+        family
+    )
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    wanted = logits(ours, family)
+    torch.testing.assert_close(logits(theirs, family, wanted.shape[1]), wanted)
+    assert (logits(base, family) - wanted).abs().max() > 1e-3
+
+
+@pytest.mark.peers
 def test_pefts_prefix_of_an_encoder_decoder_is_refused_with_the_reason(peft, tmp_path):
     model = peft_model(peft, "prefix", families.build("t5"), "t5")
     model.save_pretrained(tmp_path)
