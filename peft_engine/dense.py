@@ -100,12 +100,13 @@ def _library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 
 def _fit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether x (..., K), weight (N, K) and bias (N,) are dense, and of these shapes and one dtype."""
+    """Whether x (..., K), weight (N, K) and bias (N,) lie dense, in these shapes, one dtype and device."""
     if x.is_nested or x.layout != torch.strided or weight.layout != torch.strided:
         return False
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return False
-    return bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
+    of_weight = (weight.shape[:1], weight.dtype, weight.device)
+    return bias is None or (bias.shape, bias.dtype, bias.device) == of_weight
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -129,6 +129,8 @@ def test_what_does_not_fit_is_torchs_to_refuse(by_onednn, by_us, dtype, rows):
             dense.linear(x, lies, bias[:3])
         with pytest.raises(RuntimeError):
             dense.linear(x, lies, bias.double())
+        with pytest.raises(RuntimeError, match="meta"):
+            dense.linear(x, lies, bias.to("meta"))
         assert torch.equal(dense.linear(x, lies, bias[:1]), F.linear(x, lies, bias[:1]))
     with pytest.raises(RuntimeError):
         dense.linear(torch.ones((), dtype=dtype), weight)
