@@ -82,7 +82,8 @@ def _load(model: str, adapters: list[Path], quantize: str | None, dtype: str | N
 
     loaded, names = models.load(model, adapters, quantize, dtype)
     report = peft_engine.optimize(loaded)
-    say(f"Layers: {report.fused_count} of {report.total} fused")
+    why = "" if report.fused_count == report.total else " (peft-engine explain says which and why)"
+    say(f"Layers: {report.fused_count} of {report.total} fused{why}")
     return loaded, names
 
 
@@ -218,8 +219,10 @@ def generate(
         name_of: dict[Path | None, str | None] = {None: None, **dict(zip(folders, names, strict=True))}
         if not mixed and len(names) > 1:  # each adapter answers every prompt
             texts, of_row = [t for t in texts for _ in folders], [*folders] * len(texts)
-        following = ["eval", "--model", model, *(w for f in folders for w in ("--adapter", f))]
-        following += ["--data", "test.jsonl"]
+        test = next(filter(None, map(models.evaluated_on, folders)), None)
+        following = ["eval" if test else "explain", "--model", model]
+        following += [word for folder in folders for word in ("--adapter", str(folder))]
+        following += ["--data", test] if test else []
         where = [place for place in prompts.where for _ in range(len(texts) // len(prompts.where))]
         if not of_row and len(texts) == 1 and not json_:
             with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling, where)) as pieces:

@@ -27,6 +27,7 @@ from peft_engine.methods.names import (
 from peft_engine.methods.read_directly import in_fast_path, never_called
 from peft_engine.nn import NF4Linear
 
+RANK_MEND = "lower r, or set a smaller one for this layer in rank_pattern, or exclude it"
 # Heads of classifiers: "all-linear" leaves them out. HEADS: by task, what is trained whole, as PEFT does.
 HEAD_NAMES = ("score", "classifier")
 HEADS = {"SEQ_CLS": HEAD_NAMES, "TOKEN_CLS": HEAD_NAMES, "QUESTION_ANS": ("qa_outputs",)}
@@ -78,7 +79,7 @@ def resolve(model: nn.Module, config: LoraConfig, who: str = "attach", strict: b
             )
         r = pattern_value(config.rank_pattern, path, config.r)
         if r > min(k, n) and n > 1 and path not in routers:  # gates: of so few outputs any rank is too many
-            mend = "lower r, or set a smaller one for this layer in rank_pattern, or exclude it"
+            mend = RANK_MEND
             if tasks := [repr(task) for task, names in HEADS.items() if path in names]:
                 mend = f"a head is trained whole, and left out here, with task_type={' or '.join(tasks)}"
             raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any
 import peft_engine
 from peft_engine.train import progress
 from peft_engine.train.method_options import DEFAULTS, METHODS, MethodOptions, learning_rate
-from peft_engine.train.output import check_output, holds_already
+from peft_engine.train.output import check_output, holds_already, make_output
 from peft_engine.train.record import versions, write_json
 from peft_engine.train.settings import LoopSettings, RunSettings
 
@@ -141,7 +141,7 @@ def compare(settings: Comparison, say: Callable[[str], None]) -> dict[str, Any]:
     for path in (settings.data, settings.eval_data):
         read_rows(path)  # a row that cannot be used is told before the base is measured, and once
     _check_output(settings)
-    output.mkdir(parents=True, exist_ok=True)
+    make_output(output)
     found: dict[str, Any] = {
         "model": settings.model,
         "data": str(settings.data),

@@ -103,8 +103,9 @@ def _merge(
     before = list(_predictions(model, documents))
     layers = [layer for _, layer in lora_layers.layers(model) if adapter_name in layer.lora]
     if layers:
-        say(f"Merging {len(layers)} layers" + (", into 4 bit again" if requantize else ""))
-    with progress.bar("Merging", 2 * len(layers)) as bar:  # each is checked first
+        again = ", into 4 bit again" if requantize else ""
+        say(f"Merging {len(layers)} layers{again}: each is checked, then each is merged")
+    with progress.bar("Merging", 2 * len(layers)) as bar:
         try:
             merge_(model, adapter_name, requantize=requantize, untie=untie, watch=bar.update)
         except ValueError as error:

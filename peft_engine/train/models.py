@@ -166,7 +166,8 @@ def load(
                 f"--adapter {folder}: it was merged into the weights of {name} already; leave it out, or "
                 "give the model that it was merged into as --model"
             )
-    quantize = quantize or recorded(adapters, "quantize") or _agreed(map(trained_on, adapters), "quantize")
+    quantize = quantize or recorded(adapters, "quantize")
+    quantize = quantize or _agreed(adapters, map(trained_on, adapters), "quantize")
     dtype = dtype or recorded(adapters, "dtype") or "auto"
     how = {"nf4": "in NF4", "none": "dense", None: "as stored"}[quantize]
     words = memory.dtype_in_words(name, dtype, config)
@@ -217,16 +218,25 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 def recorded(folders: Sequence[Path], setting: str) -> Any:
     """What the adapters' records say of a setting (None: nothing); ModelError when they disagree."""
-    return _agreed((run_record(folder).get("settings", {}).get(setting) for folder in folders), setting)
+    said = [run_record(folder).get("settings", {}).get(setting) for folder in folders]
+    return _agreed(folders, said, setting)
 
 
-def _agreed(found: Iterable[Any], setting: str) -> Any:
-    said = set(found) - {None}
-    if len(said) > 1:
+def evaluated_on(folder: Path) -> str | None:
+    """The file that an adapter's run was evaluated on, if it is there."""
+    data = run_record(folder).get("settings", {}).get("eval_data")
+    return data if isinstance(data, str) and Path(data).is_file() else None
+
+
+def _agreed(folders: Sequence[Path], found: Iterable[Any], setting: str) -> Any:
+    said = [(folder, value) for folder, value in zip(folders, found, strict=True) if value is not None]
+    if len({value for _, value in said}) > 1:
+        each = ", ".join(f"{folder} with {value}" for folder, value in said)
         raise ModelError(
-            f"the adapters were trained with different {setting}: {sorted(said)}; give --{setting}"
+            f"the adapters were trained with different {setting}: {each}; run them apart, or give "
+            f"--{setting} for all"
         )
-    return next(iter(said), None)
+    return said[0][1] if said else None
 
 
 def _check_folder(name: str) -> None:

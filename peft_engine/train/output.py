@@ -42,6 +42,16 @@ def check_output(output: Path) -> None:
         )
 
 
+def make_output(output: Path) -> None:
+    """Makes the folder of --output; OutputError where the system refuses."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"--output {output}: cannot be made ({error.strerror}); give another folder"
+        ) from error
+
+
 def holds_already(output: Path, what: str, file: str, mend: str = "") -> OutputError:
     """The error for a folder with a `what` that would be lost; file: one of it."""
     return OutputError(

@@ -7,7 +7,7 @@ import typer
 
 from peft_engine.train import options as o
 from peft_engine.train.console import command, drawn, next_command, quiet, say
-from peft_engine.train.output import check_output, holds_already
+from peft_engine.train.output import check_output, holds_already, make_output
 from peft_engine.train.train_command import as_train, settings_of
 
 SHOWN = 24  # rows of a table; the file has all
@@ -51,7 +51,7 @@ def profile(
         from peft_engine.train.profile import profile as measure
         from peft_engine.train.record import write_json
 
-        output.mkdir(parents=True, exist_ok=True)
+        make_output(output)
         found = measure(settings, steps, say, output / "trace.json")
         write_json(output / "profile.json", found)
         draw(output / "profile.png", found)

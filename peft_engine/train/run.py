@@ -26,6 +26,7 @@ from peft_engine.train.output import (
     checkpoints,
     holds_already,
     last_checkpoint,
+    make_output,
     sole_run,
     step_of,
 )
@@ -78,7 +79,7 @@ def _run(settings: RunSettings, say: Callable[[str], None], held: contextlib.Exi
     if lines := layer_lines.slow(report):
         say(f"{lines}: --dtype float32 is many times faster")
     if is_new:  # not before all is checked: a run that is refused leaves what there was
-        output.mkdir(parents=True, exist_ok=True)
+        make_output(output)
         held.enter_context(sole_run(output))
         _checkpoint(settings)  # again: another run may have come and gone since
     if resume_from is None:
@@ -153,7 +154,8 @@ def _checkpoint(settings: RunSettings) -> Path | None:
     ]
     if changed:
         raise RunError(
-            f"--resume: {checkpoint} was trained with other settings: {'; '.join(sorted(changed))}"
+            f"--resume: {checkpoint} was trained with other settings: {'; '.join(sorted(changed))}; give "
+            "these as they were, or another folder, or --overwrite in place of --resume"
         )
     return checkpoint
 
@@ -224,6 +226,7 @@ def prepare(settings: RunSettings, resume_from: Path | None, folder: str | None 
     import torch
 
     from peft_engine import attach, load_adapter, optimize
+    from peft_engine.methods.targets import RANK_MEND
     from peft_engine.train.finite import check_weights
 
     model = load_base(folder or settings.model, quantize=settings.base, dtype=settings.dtype)
@@ -234,7 +237,11 @@ def prepare(settings: RunSettings, resume_from: Path | None, folder: str | None 
     else:
         options = settings.method_options
         config = of_method.config_of(settings.method, options, settings.model, model.config)
-        attach(model, config, NAME)
+        try:
+            attach(model, config, NAME)
+        except ValueError as error:
+            option = "lower --rank, or leave the layer out of --target-modules"
+            raise RunError(str(error).replace(RANK_MEND, option)) from error
     return model, optimize(model)
 
 

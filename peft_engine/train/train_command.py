@@ -122,8 +122,8 @@ def train(
                 f"Saved the {record['saved']} state (step {record['saved_step']}) to {output}, "
                 "its losses to loss.png"
             )
-        test = eval_data or "test.jsonl"
-        next_command("eval", "--model", model, "--adapter", output, "--data", test)
+        how = ("eval", "--data", eval_data) if eval_data else ("generate", "--prompt", "...")
+        next_command(how[0], "--model", model, "--adapter", output, *how[1:])
 
 
 def of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:

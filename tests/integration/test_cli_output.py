@@ -12,7 +12,7 @@ import pytest
 from texts import reviews, write_jsonl
 
 from peft_engine.train.compare import command_line
-from peft_engine.train.output import LOCK, OutputError, check_output, sole_run
+from peft_engine.train.output import LOCK, OutputError, check_output, make_output, sole_run
 from peft_engine.train.record import write_json
 from peft_engine.train.settings import RunSettings
 from peft_engine.train.trainer import _is_full
@@ -124,6 +124,8 @@ def test_a_file_in_the_place_of_the_folder_or_of_one_above_it_is_named(tmp_path)
         check_output(tmp_path / "file")
     with pytest.raises(OutputError, match=rf"out: {tmp_path / 'file'} is a file"):
         check_output(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match=r"cannot be made \(Not a directory\); give another folder"):
+        make_output(tmp_path / "file" / "out")
 
 
 def test_a_folder_whose_rights_do_not_allow_it_is_named_before_anything_is_read(train, tmp_path, monkeypatch):

@@ -69,7 +69,8 @@ def test_train_writes_the_adapter_the_record_and_the_picture(train, tmp_path, da
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["saved"] == "last" and record["saved_step"] == 12
     assert "12 steps" in err and "ETA" in err and "tokens/s" in err
-    assert err.strip().splitlines()[-1].startswith("Next: peft-engine eval --model")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("Next: peft-engine generate --model") and last.endswith(" --prompt ...")
 
 
 def test_the_plan_counts_the_pieces_that_long_texts_are_cut_in(train, tmp_path, data):
@@ -128,7 +129,12 @@ def test_what_was_done_before_a_resume_does_not_shorten_the_time_that_is_left(ca
 def test_resume_without_a_checkpoint_and_with_other_settings_is_refused(train, tmp_path):
     _failed(train("--resume"), "--resume", "holds no whole checkpoint")
     assert train("--max-steps", 2)[0] == 0
-    _failed(train("--resume", "--dropout", 0.5), "other settings", "dropout was 0.0, is 0.5")
+    _failed(train("--resume", "--dropout", 0.5), "dropout was 0.0, is 0.5; give these as they were, or")
+
+
+def test_a_rank_that_no_layer_holds_names_the_option(train):
+    said = train("--method", "lora", "--rank", 5000)
+    _failed(said, "rank 5000 is above what", "; lower --rank, or leave the layer out of --target-modules")
 
 
 def test_a_run_that_is_there_is_not_written_over_unless_asked(train, tmp_path):

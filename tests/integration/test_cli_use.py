@@ -188,7 +188,7 @@ def test_generate_streams_what_the_batch_gives(command, model, adapter, tmp_path
 def test_generate_ends_with_the_command_to_type_next(command, model, adapter, more):
     line = ("generate", "--model", model, "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 1)
     last = command(*line, *more)[2].splitlines()[-1]
-    assert last == f"Next: peft-engine eval --model {model} --adapter {adapter} --data test.jsonl"
+    assert last == f"Next: peft-engine explain --model {model} --adapter {adapter}"
 
 
 def test_left_padding_does_not_change_an_answer(command, model, tmp_path):
