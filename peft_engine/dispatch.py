@@ -119,6 +119,42 @@ def direct(x: torch.Tensor) -> bool:
     return on_gpu(x) and plain and not torch.compiler.is_compiling()
 
 
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((type(None), int, float, bool))
+
+
+def at_once(op: Any, x: torch.Tensor, *arguments: Any, strided: bool = False) -> Any:
+    """What a raw op of the CPU gives for x and the rest, by the shortest way there is; None where the careful
+    way has to look at them: where something is recorded, cast, pinned, transformed or traced, on another
+    device, and where the op itself refuses what does not fit. strided: x may lie in any strides.
+
+    A token that is decoded meets some 400 ops, whose checks in Python took half as long as all they compute.
+    """
+    if (
+        torch.is_grad_enabled()
+        or type(x) is not torch.Tensor
+        or not (x.is_cpu and (strided or x.is_contiguous()))
+        or _forced not in (None, "cpu")
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or on_gpu(x)
+        or native.load_error() is not None
+    ):
+        return None
+    for t in arguments:
+        kind = type(t)
+        if kind in _TENSORS:
+            if not t.is_cpu:
+                return None
+        elif kind not in _NUMBERS:
+            return None
+    try:
+        return op(x, *arguments)
+    except Exception:  # the careful way says what it is
+        return None
+
+
 def has_tangents(*tensors: Any) -> bool:
     """Whether forward-mode derivatives are taken of one of these, which kernels would drop."""
     if forward_ad._current_level < 0:

@@ -35,6 +35,19 @@ Activation activation_of(int64_t number) {
 BottleneckAdapter adapter_of(const Tensor& down, const Maybe& down_bias, const Tensor& up, const Maybe& up_bias,
                              const Maybe& norm, const Maybe& norm_bias, int64_t activation, double scaling) {
   BottleneckAdapter a{};
+  require(down.dim() == 2 && down.size(1) > 0, "weights (width, features) and (features, width)");
+  const int64_t width = down.size(0), features = down.size(1);
+  const auto fits = [](const Tensor& t, std::initializer_list<int64_t> sizes, const Tensor& like, const char* what) {
+    require_sizes(t, sizes, what);
+    require(t.scalar_type() == like.scalar_type(), what);
+  };
+  fits(down, {width, features}, down, "a contiguous down (width, features)");
+  fits(up, {features, width}, down, "a contiguous up (features, width) of down's dtype");
+  if (down_bias) fits(*down_bias, {width}, down, "a bias (width,) of the weights' dtype");
+  if (up_bias) fits(*up_bias, {features}, down, "a bias (features,) of the weights' dtype");
+  if (norm) fits(*norm, {features}, *norm, "a norm (features,)");
+  if (norm_bias) fits(*norm_bias, {features}, norm ? *norm : down, "a norm's bias (features,) of its dtype");
+  require(norm || !norm_bias, "a norm beside its bias");
   a.down = pe::values_of(down);
   a.down_bias = data_of(down_bias);
   a.up = pe::values_of(up);
@@ -58,6 +71,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& x, Maybe residual, c
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
   f.rows = x.numel() / f.adapter.features;
+  require(x.dim() > 0 && x.size(x.dim() - 1) == f.adapter.features && x.is_contiguous(),
+          "a contiguous x (..., features)");
+  require(
+      !residual || (residual->numel() == x.numel() && residual->is_contiguous() && type_of(*residual) == type_of(x)),
+      "a contiguous residual as x");
   f.x = pe::values_of(x);
   f.residual = residual ? pe::values_of(*residual) : f.x;
   f.type = type_of(x);
@@ -89,7 +107,15 @@ Gradients backward_op(const Tensor& dy, const Tensor& x, const Tensor& middle, c
   STD_TORCH_CHECK(wanted.size() == 7, "bottleneck_backward: wanted must have 7 entries, got ", wanted.size());
   BottleneckBackward f{};
   f.adapter = adapter_of(down, down_bias, up, up_bias, norm, norm_bias, activation, scaling);
-  f.rows = dy.size(0);
+  f.rows = dy.dim() == 2 ? dy.size(0) : 0;
+  const int64_t features = f.adapter.features, width = f.adapter.width;
+  require(dy.dim() == 2 && dy.size(1) == features && dy.is_contiguous(), "a contiguous dy (rows, features)");
+  const bool reads_x = wanted[1] || norm;
+  require(!reads_x || (x.numel() == dy.numel() && x.is_contiguous() && type_of(x) == type_of(dy)),
+          "a contiguous x as dy");
+  require(middle.numel() == f.rows * width && middle.is_contiguous() && type_of(middle) == f.adapter.type,
+          "a contiguous middle (rows, width) of the weights' dtype");
+  require_values(stats, norm ? 2 * f.rows : 0, torch::headeronly::ScalarType::Float, "stats (rows, 2), float32");
   f.dy = pe::values_of(dy);
   f.x = pe::values_of(x);
   f.middle = pe::values_of(middle);

@@ -25,6 +25,16 @@ using torch::stable::Tensor;
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(pe::values_of(t)); }
 
+// The columns of y, of which magnitude and norm have a value each.
+int64_t columns_of(const Tensor& y, const Tensor& magnitude, const Tensor& norm) {
+  pe::require(y.dim() > 0 && y.is_contiguous(), "a contiguous y (..., out_features)");
+  const int64_t n = y.size(y.dim() - 1);
+  for (const Tensor* t : {&magnitude, &norm})
+    pe::require_values(*t, n, torch::headeronly::ScalarType::Float, "magnitude and norm (out_features,), float32");
+  pe::require(magnitude.numel() == n, "a magnitude for each column of y");
+  return n;
+}
+
 // m / n; a row of zeros, which has no direction, stays one.
 const float* factors(const Tensor& magnitude, const Tensor& norm) {
   const int64_t count = magnitude.numel();
@@ -39,7 +49,8 @@ constexpr int64_t kShare = 64;    // rows
 constexpr int64_t kColumns = 64;  // whose sums over the shares are formed together
 
 Tensor dora_linear_forward(Tensor y, Tensor magnitude, Tensor norm, std::optional<Tensor> bias) {
-  const int64_t n = y.size(y.dim() - 1), rows = n > 0 ? y.numel() / n : 0;
+  const int64_t n = columns_of(y, magnitude, norm), rows = n > 0 ? y.numel() / n : 0;
+  if (bias) pe::require_values(*bias, n, torch::headeronly::ScalarType::Float, "a bias (out_features,), float32");
   Tensor out = torch::stable::empty_like(y);
   const float* factor = factors(magnitude, norm);
   const void* py = pe::values_of(y);
@@ -53,7 +64,9 @@ Tensor dora_linear_forward(Tensor y, Tensor magnitude, Tensor norm, std::optiona
 }
 
 std::tuple<Tensor, Tensor> dora_linear_backward(Tensor dy, Tensor y, Tensor magnitude, Tensor norm, bool need_dm) {
-  const int64_t n = y.size(y.dim() - 1), rows = n > 0 ? y.numel() / n : 0;
+  const int64_t n = columns_of(y, magnitude, norm), rows = n > 0 ? y.numel() / n : 0;
+  pe::require(dy.numel() == y.numel() && dy.is_contiguous() && pe::type_of(dy) == pe::type_of(y),
+              "a contiguous dy as y");
   Tensor dx = torch::stable::empty_like(dy);
   Tensor dm = need_dm ? torch::stable::empty_like(magnitude) : pe::like(magnitude, {0});
   const float* factor = factors(magnitude, norm);

@@ -28,6 +28,7 @@ using torch::stable::Tensor;
 
 // x (rows, n), contiguous.
 Tensor dropout(Tensor x, double p, Tensor seed) {
+  pe::require(x.dim() == 2 && x.is_contiguous(), "a contiguous x (rows, columns)");
   const int64_t rows = x.size(0), n = x.size(1);
   Tensor y = pe::like(x, {rows, n});
   pe::DropoutArgs arguments;

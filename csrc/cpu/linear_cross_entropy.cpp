@@ -11,7 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "nf4.h"
+#include "cpu/tensors.h"
 
 namespace pe {
 
@@ -38,10 +38,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 pe::Logits describe(const Tensor& logits, const Tensor& labels, const Tensor& scale, int64_t first_column) {
-  const ScalarType dtype = logits.scalar_type();
-  const pe::Type type = dtype == ScalarType::Float      ? pe::Type::f32
-                        : dtype == ScalarType::BFloat16 ? pe::Type::bf16
-                                                        : pe::Type::f16;
+  const pe::Type type = pe::type_of(logits);
+  pe::require(logits.dim() == 2 && pe::is_dense(logits, 1), "logits (rows, columns) of stride 1");
+  pe::require_values(labels, logits.size(0), ScalarType::Long, "a label for each row, int64");
+  pe::require_values(scale, logits.size(0), ScalarType::Float, "a scale for each row, float32");
   const int64_t bytes = type == pe::Type::f32 ? 4 : 2;
   return {logits.data_ptr(),
           type,
@@ -56,6 +56,8 @@ pe::Logits describe(const Tensor& logits, const Tensor& labels, const Tensor& sc
 // stats float (rows, 2), the maximum and the sum of exponentials, are written; logits become their gradient if asked.
 void cross_entropy_rows(Tensor logits, Tensor labels, Tensor scale, Tensor loss, Tensor stats, bool write_gradient) {
   const pe::Logits l = describe(logits, labels, scale, 0);
+  pe::require_values(loss, logits.size(0), ScalarType::Float, "a loss for each row, float32");
+  pe::require_values(stats, 2 * logits.size(0), ScalarType::Float, "stats (rows, 2), float32");
   float* losses = static_cast<float*>(loss.data_ptr());
   float* row_stats = static_cast<float*>(stats.data_ptr());
   torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
@@ -66,6 +68,7 @@ void cross_entropy_rows(Tensor logits, Tensor labels, Tensor scale, Tensor loss,
 // The gradient in place of columns first_column .. of logits whose stats are known.
 void cross_entropy_columns(Tensor logits, Tensor labels, Tensor scale, Tensor stats, int64_t first_column) {
   const pe::Logits l = describe(logits, labels, scale, first_column);
+  pe::require_values(stats, 2 * logits.size(0), ScalarType::Float, "stats (rows, 2), float32");
   const float* row_stats = static_cast<const float*>(stats.data_ptr());
   torch::stable::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
     PE_CALL(cross_entropy_gradient)(l, begin, end, row_stats);

@@ -35,14 +35,19 @@ int64_t most_tiles() {
 #endif
 }
 
-Adapter adapter_of(const std::optional<Tensor>& a, const std::optional<Tensor>& b, double scaling, double p,
-                   const std::optional<Tensor>& seed) {
+Adapter adapter_of(const std::optional<Tensor>& a, const std::optional<Tensor>& b, const Matrix& w, Type type,
+                   double scaling, double p, const std::optional<Tensor>& seed) {
   Adapter out;
+  require(a.has_value() == b.has_value(), "both lora_a and lora_b, or neither");
   if (!a) return out;
+  out.type = type_of(*a);
+  out.rank = a->dim() > 0 ? a->size(0) : 0;
+  require_sizes(*a, {out.rank, w.cols}, "a contiguous lora_a (r, in_features)");
+  require_sizes(*b, {w.rows, out.rank}, "a contiguous lora_b (out_features, r)");
+  require(type_of(*b) == out.type && (out.type == type || out.type == Type::f32),
+          "lora_a and lora_b of x's dtype or float32");
   out.a = pe::values_of(*a);
   out.b = pe::values_of(*b);
-  out.type = type_of(*a);
-  out.rank = a->size(0);
   out.scaling = static_cast<float>(scaling);
   set_dropout(out, p, seed);
   return out;
@@ -53,7 +58,9 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std
                                       int64_t blocksize, int64_t out_features, std::optional<Tensor> lora_a,
                                       std::optional<Tensor> lora_b, double scaling, std::optional<Tensor> bias,
                                       double dropout_p, std::optional<Tensor> seed) {
+  require(x.dim() > 0 && x.is_contiguous() && out_features >= 0, "a contiguous x (..., in_features)");
   const int64_t k = x.size(x.dim() - 1);
+  require(k > 0, "at least one of in_features");
   LoraLinearForward f{};
   f.rows = 1;
   std::vector<int64_t> shape;
@@ -65,8 +72,10 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, std
   f.x = pe::values_of(x);
   f.type = type_of(x);
   f.w = matrix_of(weight, absmax, nested_absmax, offset, blocksize, out_features, k);
-  f.adapter = adapter_of(lora_a, lora_b, scaling, dropout_p, seed);
+  require(f.w.type == Type::nf4 || f.w.type == f.type, "a weight of x's dtype");
+  f.adapter = adapter_of(lora_a, lora_b, f.w, f.type, scaling, dropout_p, seed);
   if (bias) {
+    require_sizes(*bias, {out_features}, "a contiguous bias (out_features,)");
     f.bias = pe::values_of(*bias);
     f.bias_type = type_of(*bias);
   }
@@ -84,15 +93,19 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
                                                std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
                                                std::optional<Tensor> h, double scaling, double dropout_p,
                                                std::optional<Tensor> seed, bool need_dx, bool need_da) {
+  require(dy.dim() > 0 && dy.dim() == x.dim() && dy.is_contiguous(), "a contiguous dy (..., out_features) for x");
   const int64_t k = x.size(x.dim() - 1), n = dy.size(dy.dim() - 1);
   LoraLinearBackward f{};
   f.rows = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) f.rows *= x.size(d);
+  require(dy.numel() == f.rows * n, "as many rows of dy as of x");
   f.dy = pe::values_of(dy);
   f.x = pe::values_of(x);
   f.type = type_of(dy);
   f.w = matrix_of(weight, absmax, nested_absmax, offset, blocksize, n, k);
-  f.adapter = adapter_of(lora_a, lora_b, scaling, dropout_p, seed);
+  require(f.w.type == Type::nf4 || f.w.type == f.type, "a weight of dy's dtype");
+  f.adapter = adapter_of(lora_a, lora_b, f.w, f.type, scaling, dropout_p, seed);
+  require(!lora_a || !need_da || (x.is_contiguous() && type_of(x) == f.type), "a contiguous x of dy's dtype");
   std::vector<int64_t> shape;
   for (int64_t d = 0; need_dx && d < x.dim(); ++d) shape.push_back(x.size(d));
   if (!need_dx) shape.push_back(0);
@@ -102,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& dy, const Tensor& x
   if (need_dx) f.dx = dx.mutable_data_ptr();
   if (lora_a && need_da) f.da = da.mutable_data_ptr();
   if (lora_b && h) {
+    require_values(*h, f.rows * f.adapter.rank, torch::headeronly::ScalarType::Float, "h (rows, r), float32");
     f.h = static_cast<const float*>(pe::values_of(*h));
     f.db = db.mutable_data_ptr();
   }

@@ -23,6 +23,8 @@ constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kStreamBytes = 4 << 20;
 
 std::tuple<Tensor, Tensor> quantize_op(const Tensor& weight, int64_t blocksize) {
+  require(weight.is_contiguous(), "a contiguous weight");
+  require(blocksize > 0 && blocksize % 2 == 0, "an even blocksize");
   const int64_t n = weight.numel(), blocks = (n + blocksize - 1) / blocksize;
   Tensor packed = torch::stable::new_empty(weight, {(n + 1) / 2, 1}, torch::headeronly::ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(weight, {blocks}, torch::headeronly::ScalarType::Float);
@@ -38,6 +40,7 @@ std::tuple<Tensor, Tensor> quantize_op(const Tensor& weight, int64_t blocksize) 
 
 void dequantize_op(const Tensor& packed, const Tensor& absmax, std::optional<Tensor> nested_absmax,
                    std::optional<Tensor> offset, int64_t blocksize, Tensor out) {
+  require(out.is_contiguous(), "a contiguous out");
   const int64_t n = out.numel();
   const Matrix w = matrix_of(packed, absmax, nested_absmax, offset, blocksize, 1, n);
   const Type type = type_of(out);

@@ -46,11 +46,34 @@ Tensor by_token(const Tensor& x) {
   return torch::stable::transpose(out, 1, 2);
 }
 
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  for (int d = 0; d < 4; ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
 PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                               const Tensor& prefix_v, const std::optional<Tensor>& first,
                               const std::optional<Tensor>& last, const std::optional<Tensor>& bias, bool causal,
                               double scale, double dropout_p, const std::optional<Tensor>& seed, double softcap) {
   PrefixAttentionArgs x{};
+  for (const Tensor* t : {&q, &k, &v, &prefix_k, &prefix_v})
+    pe::require(t->dim() == 4 && pe::is_dense(*t, 3), "q, k, v and the prefix (B, H, T, D) of stride 1 along D");
+  pe::require(same_sizes(k, v) && same_sizes(prefix_k, prefix_v), "values of the keys' sizes");
+  const int64_t rows = q.size(0), kv_heads = k.size(1), keys = k.size(2);
+  pe::require(k.size(0) == rows && k.size(3) == q.size(3) && kv_heads > 0 && q.size(1) % kv_heads == 0,
+              "keys of q's batch and head_dim, their heads a divisor of q's");
+  pe::require((prefix_k.size(0) == 1 || prefix_k.size(0) == rows) && prefix_k.size(1) == kv_heads &&
+                  prefix_k.size(3) == q.size(3),
+              "a prefix (B or 1, heads of the keys, P, D)");
+  pe::require(pe::type_of(k) == pe::type_of(q) && pe::type_of(v) == pe::type_of(q) &&
+                  pe::type_of(prefix_k) == pe::type_of(prefix_v),
+              "keys and values of q's dtype, and one dtype of the prefix");
+  pe::require(first.has_value() == last.has_value(), "first and last, or neither");
+  for (const auto* ends : {&first, &last})
+    if (*ends)
+      pe::require_values(**ends, rows * q.size(2), torch::headeronly::ScalarType::Int, "first and last int32 (B, T)");
+  pe::require(first || !causal || q.size(2) <= keys, "as many keys as queries where it is causal");
   x.type = pe::type_of(q), x.prefix_type = pe::type_of(prefix_k);
   x.batch = q.size(0), x.heads = q.size(1), x.queries = q.size(2), x.head_dim = q.size(3);
   x.kv_heads = k.size(1), x.keys = k.size(2), x.prefix = prefix_k.size(2);
@@ -61,6 +84,8 @@ PrefixAttentionArgs arguments(const Tensor& q, const Tensor& k, const Tensor& v,
   x.last = last ? static_cast<const int32_t*>(pe::values_of(*last)) : nullptr;
   x.q = heads4(q), x.k = heads4(k), x.v = heads4(v), x.prefix_k = heads4(prefix_k), x.prefix_v = heads4(prefix_v);
   if (bias) {
+    pe::require(bias->dim() == 4 && bias->size(3) == keys, "a bias (B, H, T, S)");
+    for (int d = 0; d < 3; ++d) pe::require(bias->size(d) == 1 || bias->size(d) == q.size(d), "a bias (B, H, T, S)");
     x.bias = pe::values_of(*bias), x.bias_type = pe::type_of(*bias);
     const auto stride = [&](int d) { return bias->size(d) == 1 ? 0 : bias->stride(d); };
     x.bias_batch = stride(0), x.bias_head = stride(1), x.bias_query = stride(2), x.bias_key = bias->stride(3);
@@ -149,6 +174,7 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor q, Tensor k, Tensor v
                                                     std::optional<Tensor> first, std::optional<Tensor> last,
                                                     std::optional<Tensor> bias, bool causal, double scale,
                                                     double dropout_p, std::optional<Tensor> seed, double softcap) {
+  pe::require(q.dim() == 4, "q (B, H, T, D)");
   Tensor out = by_token(q);
   Tensor lse = pe::empty({q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
   PrefixAttentionArgs x =
@@ -175,11 +201,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, std::optional<Tensor>,
     std::optional<Tensor>, std::optional<Tensor> first, std::optional<Tensor> last, std::optional<Tensor> bias,
     bool causal, double scale, double dropout_p, std::optional<Tensor> seed, double softcap) {
+  for (const Tensor* t : {&q, &k, &v, &prefix_k, &prefix_v})
+    pe::require(t->dim() == 4, "q, k, v and prefix (B, H, T, D)");
   Tensor dq = by_token(q), dk = by_token(k), dv = by_token(v);
   const auto empty_like = [](const Tensor& t) { return pe::like(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); };
   Tensor dprefix_k = empty_like(prefix_k), dprefix_v = empty_like(prefix_v);
   PrefixAttentionArgs x =
       arguments(q, k, v, prefix_k, prefix_v, first, last, bias, causal, scale, dropout_p, seed, softcap);
+  pe::require(dout.dim() == 4 && pe::is_dense(dout, 3) && same_sizes(dout, q) && pe::type_of(dout) == x.type,
+              "dout of q's sizes and dtype, of stride 1 along D");
   x.dout = heads4(dout);
   x.dq = heads4(dq), x.dk = heads4(dk), x.dv = heads4(dv);
   x.dprefix_k = heads4(dprefix_k), x.dprefix_v = heads4(dprefix_v);

@@ -21,9 +21,19 @@ using torch::stable::Tensor;
 // rstd is float32 whatever the dtype of x.
 Tensor floats(int64_t n) { return pe::empty({n}, torch::headeronly::ScalarType::Float); }
 
+// The number of columns of x, for which weight has a value each.
+int64_t columns_of(const Tensor& x, const Tensor& weight) {
+  pe::require(x.dim() > 0 && x.is_contiguous(), "a contiguous x (..., features)");
+  const int64_t n = x.size(x.dim() - 1);
+  pe::require_sizes(weight, {n}, "a contiguous weight (features,)");
+  const pe::Type type = pe::type_of(weight);
+  pe::require(type == pe::Type::f32 || type == pe::type_of(x), "a weight of x's dtype or float32");
+  return n;
+}
+
 std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps, double offset) {
-  const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;
-  Tensor y = torch::stable::empty_like(x), rstd = floats(rows);
+  const int64_t n = columns_of(x, weight), rows = n > 0 ? x.numel() / n : 0;
+  Tensor y = pe::shaped_as(x), rstd = floats(rows);
   const void *px = pe::values_of(x), *pw = pe::values_of(weight);
   void* py = y.mutable_data_ptr();
   float* pr = static_cast<float*>(rstd.mutable_data_ptr());
@@ -37,7 +47,10 @@ std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps,
 
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, double offset,
                                              bool need_dx, bool need_dw) {
-  const int64_t n = x.size(x.dim() - 1), rows = n > 0 ? x.numel() / n : 0;
+  const int64_t n = columns_of(x, weight), rows = n > 0 ? x.numel() / n : 0;
+  pe::require(dy.numel() == x.numel() && dy.is_contiguous() && pe::type_of(dy) == pe::type_of(x),
+              "a contiguous dy as x");
+  pe::require_values(rstd, rows, torch::headeronly::ScalarType::Float, "rstd (rows,), float32");
   Tensor dx = need_dx ? torch::stable::empty_like(x) : pe::like(x, {0});
   Tensor dw = need_dw ? torch::stable::empty_like(weight) : pe::like(weight, {0});
   const void *pg = pe::values_of(dy), *px = pe::values_of(x), *pw = pe::values_of(weight);

@@ -54,6 +54,14 @@ def attention(
     dropout_p and seed are those of prefix_attention.
     Under autocast q, k and v are taken in its dtype, as torch's attention takes them.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if dropout_p == 0.0 and q.dim() == k.dim() == 4:
+        ends = (None, None) if intervals is None else fit_intervals("attention", intervals, q)
+        how = *ends, None, intervals is None, scale, 0.0, None, 0.0
+        op = torch.ops.peft_engine.prefix_attention_forward.default
+        found = dispatch.at_once(op, q, k, v, *no_prefix(k), *how, strided=True)
+        if found is not None:
+            return found[0]
     q, k, v = in_autocast(q, k, v)
     check_heads("attention", q, k, v)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -66,7 +74,6 @@ def attention(
     else:
         intervals = fit_intervals("attention", intervals, q)
     check_dropout("attention", "q", q, dropout_p, seed)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     call = AttentionCall(q.device.type, q.dtype, q.shape[3])
     return ATTENTION.choose(call, q, k, v).run(q, k, v, intervals, scale, float(dropout_p), seed)
 
@@ -141,21 +148,23 @@ def fit_intervals(who: str, intervals: Intervals, q: torch.Tensor) -> Intervals:
     return Intervals(*(t.expand(shape).contiguous() for t in intervals))
 
 
-def _is_readable(mask: torch.Tensor) -> bool:
+def is_readable(mask: torch.Tensor) -> bool:
     """Whether the host can read values of the mask: not while torch.compile traces or a CUDA graph is
-    captured, whose answer would be that of other masks as well.
+    captured, whose answer would be that of other masks as well, nor on the meta device.
     """
-    return not torch.compiler.is_compiling() and not dispatch.is_captured(mask)
+    return not (torch.compiler.is_compiling() or mask.is_meta or dispatch.is_captured(mask))
 
 
 def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:
     """The intervals a boolean mask (B, 1, Tq, Tk) stands for; None when a row is not one interval, or where
     its values cannot be read: while torch.compile traces or a CUDA graph is captured.
     """
-    if not _is_readable(mask):
+    if not is_readable(mask):
         return None
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] == 0:
         return None
+    if mask.stride(0) == 0 and mask.shape[0] > 1:  # one row that stands for all
+        return intervals_from_mask(mask[:1])
     rows = mask[:, 0].to(torch.uint8)
     first = rows.argmax(-1)
     last = first + rows.sum(-1)
@@ -163,6 +172,14 @@ def intervals_from_mask(mask: torch.Tensor) -> Intervals | None:
     if not torch.equal((key >= first[..., None]) & (key < last[..., None]), mask[:, 0]):
         return None
     return Intervals(first.int().contiguous(), last.int().contiguous())
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | str) -> torch.Tensor:
+    """(1, 1, T, S): each query sees the keys from the first up to its own place; with its intervals, kept."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_()[None, None]
+    last = torch.arange(1, queries + 1, dtype=torch.int32, device=device)[None]
+    mask._peft_engine_intervals = mask._version, Intervals(torch.zeros_like(last), last)  # type: ignore[attr-defined]
+    return mask
 
 
 def mask_from_intervals(q: torch.Tensor, keys: int, intervals: Intervals | None) -> torch.Tensor:
@@ -181,7 +198,7 @@ def kept_intervals(mask: torch.Tensor) -> Intervals | None:
 
     None where its values cannot be read, and for a mask that is no boolean one.
     """
-    if mask.dtype != torch.bool or not _is_readable(mask):
+    if mask.dtype != torch.bool or not is_readable(mask):
         return None
     kept = getattr(mask, "_peft_engine_intervals", None)
     if mask.is_inference():  # counts no versions: a copy tells whether it was changed in place
@@ -237,9 +254,14 @@ def _kernels(q, k, v, intervals, scale, dropout_p, seed) -> torch.Tensor:
     from peft_engine.ops.prefix_attention import kernels  # which imports this module
 
     first, last = (None, None) if intervals is None else intervals
-    prefix_k, prefix_v = k.detach()[:1, :, :0], v.detach()[:1, :, :0]
     causal = intervals is None
-    return kernels(q, k, v, prefix_k, prefix_v, first, last, None, causal, scale, dropout_p, seed)
+    return kernels(q, k, v, *no_prefix(k), first, last, None, causal, scale, dropout_p, seed)
+
+
+def no_prefix(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a prefix without tokens, for k (B, Hkv, S, D)."""
+    shape = 1, k.shape[1], 0, k.shape[3]
+    return k.new_empty(shape), k.new_empty(shape)  # two: torch.compile traces no Function given one twice
 
 
 def _refuse_unless_triton(call: AttentionCall) -> str | None:

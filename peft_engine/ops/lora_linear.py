@@ -55,6 +55,10 @@ def lora_linear(
     Gradients flow to x, lora_a, lora_b and bias; the weight is frozen.
     Raises ValueError or TypeError that says which argument does not fit.
     """
+    if dropout_p == 0.0 and not torch.is_grad_enabled():
+        args = (*flat_base(weight), weight.shape[0], lora_a, lora_b, scaling, bias, 0.0, None)
+        if (found := dispatch.at_once(_FORWARD, x, *args)) is not None:
+            return found[0]
     if dispatch.in_autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -152,6 +156,9 @@ native.library.define(
     f"lora_linear_backward(Tensor dy, Tensor x, {BASE}, Tensor? lora_a, Tensor? lora_b, Tensor? h,"
     " float scaling, float dropout_p, Tensor? seed, bool need_dx, bool need_da) -> (Tensor, Tensor, Tensor)"
 )
+
+
+_FORWARD = torch.ops.peft_engine.lora_linear_forward.default
 
 
 @torch.library.register_fake("peft_engine::lora_linear_forward")

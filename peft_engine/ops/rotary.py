@@ -79,6 +79,9 @@ native.library.define(
 )
 
 
+_ROTARY = torch.ops.peft_engine.rotary.default
+
+
 @torch.library.register_fake("peft_engine::rotary")
 def _(q, k, cos, sin, transposed):
     return q.new_empty(q.shape), k.new_empty(k.shape)
@@ -118,6 +121,9 @@ def rotary_by_token(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rotary without its checks, over (B, T, H, D): for the layers, whose shapes are their config's."""
+    found = dispatch.at_once(_ROTARY, q, k, cos, sin, False, strided=True)
+    if found is not None:
+        return found
     return ROTARY.choose(RotaryCall(q.device.type, q.dtype), q, k).run(q, k, cos, sin)
 
 

@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
 }
 _NAMES = tuple(ACTIVATIONS)
+_NUMBERS = {name: number for number, name in enumerate(_NAMES)}
 NO_ROOM = (0, 0, 0)
 
 
@@ -51,6 +52,9 @@ def swiglu(
     spare: the columns of room that the GPU's kernels leave behind the rows of the result, and of the
     gradients of gate and of up, for the adapters of the layers that are given these (activations.py).
     """
+    number = _NUMBERS.get(activation, -1)
+    if (found := dispatch.at_once(_FORWARD, gate, up, number)) is not None:
+        return found
     dtype, device = gate.dtype, gate.device
     if gate.shape != up.shape or dtype != up.dtype or device != up.device:
         raise ValueError(
@@ -80,6 +84,9 @@ native.library.define("swiglu_forward(Tensor gate, Tensor up, int activation) ->
 native.library.define(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)"
 )
+
+
+_FORWARD = torch.ops.peft_engine.swiglu_forward.default
 
 
 @torch.library.register_fake("peft_engine::swiglu_forward")
@@ -139,7 +146,7 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 
 def _kernels(gate, up, activation, spare) -> torch.Tensor:
-    shape, activation = gate.shape, _NAMES.index(activation)
+    shape, activation = gate.shape, _NUMBERS[activation]
     if len(shape) != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = (_rows(t if shape else t[None]) for t in (gate, up))
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):

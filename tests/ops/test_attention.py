@@ -184,7 +184,7 @@ def test_a_mask_is_not_read_while_a_graph_is_captured(monkeypatch):
     want = prefix_attention.prefix_attention(q, k, v, *prefix, attn_mask=mask)
     kept = kept_intervals(mask)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_is_readable", lambda mask: False)
+        patch.setattr(module, "is_readable", lambda mask: False)
         patch.setattr(torch, "equal", None)  # waits for the device
         assert kept_intervals(mask) is None and intervals_from_mask(mask) is None
         assert kept_intervals(mask.clone()) is None
