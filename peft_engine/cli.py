@@ -222,7 +222,8 @@ def generate(
         test = next(filter(None, map(models.evaluated_on, folders)), None)
         following = ["eval" if test else "explain", "--model", model]
         following += [word for folder in folders for word in ("--adapter", str(folder))]
-        following += ["--data", test] if test else []
+        given = {"--quantize": quantize, "--dtype": dtype, "--data": test}
+        following += [word for option, value in given.items() if value for word in (option, value)]
         where = [place for place in prompts.where for _ in range(len(texts) // len(prompts.where))]
         if not of_row and len(texts) == 1 and not json_:
             with contextlib.closing(text.stream(loaded, tokenizer, texts[0], sampling, where)) as pieces:

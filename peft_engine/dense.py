@@ -140,12 +140,16 @@ def _columns(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dy W, no gradient recorded: dy (..., N), weight (N, K), of one dtype."""
-    whose = library(weight) if dy.numel() and weight.numel() else "torch"
-    if whose == "oneDNN":
-        return product(dy, weight.t())  # a view: oneDNN takes any strides
-    if whose == "peft-engine":
-        return _columns(dy, weight) if weight.is_contiguous() else _rows(dy, weight.t())
-    return dy @ weight
+    return product(dy, weight.t())  # a view: each library takes any strides
+
+
+def weight_gradient(dy: torch.Tensor, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """dy^T x, no gradient recorded: dy (M, N), x (M, K), of one dtype; out (N, K)."""
+    x = x.contiguous()
+    if library(x) != "peft-engine" or dy.dtype != x.dtype or 0 in (*dy.shape, *x.shape):
+        return torch.mm(dy.t(), x, out=out)
+    found = _columns(dy.t(), x)
+    return found if out is None else out.copy_(found)
 
 
 def _transformed(*tensors: torch.Tensor | None) -> bool:
@@ -154,10 +158,11 @@ def _transformed(*tensors: torch.Tensor | None) -> bool:
     return torch.jit.is_tracing() or any(t is not None and wrapped(t) for t in tensors)
 
 
-class _Frozen(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         y = product(x, weight, bias)
         # A view that is made in here could not be changed in place, as a hook of the user's may.
         return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
@@ -165,28 +170,14 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @dispatch.first_order
     def backward(ctx: Any, dy: torch.Tensor):
-        (weight,) = ctx.saved_tensors
-        return product_back(dy, weight), None, None
-
-
-class _Learned(torch.autograd.Function):
-    """The same with gradients of weight and bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        y = product(x, weight, bias)
-        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
-
-    @staticmethod
-    @dispatch.first_order
-    def backward(ctx: Any, dy: torch.Tensor):
         x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
-        dx = product_back(dy, weight) if ctx.needs_input_grad[0] else None
-        dw = _columns(rows.t(), x.reshape(len(rows), -1).contiguous()) if ctx.needs_input_grad[1] else None
-        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        return (
+            product_back(dy, weight) if needs_x else None,
+            weight_gradient(rows, x.reshape(-1, x.shape[-1])) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,19 +193,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     if cast or compiling:  # the compiler has a way of its own to oneDNN
         dtype = torch.get_autocast_dtype("cpu") if cast else weight.dtype
-        taken = {x.dtype, weight.dtype}.issubset(DTYPES) and type(weight) in _TYPES
-        if dtype not in _SLOW or not taken or not (cast or x.dtype == weight.dtype):
+        held = {t.dtype for t in (x, weight, bias) if t is not None}
+        if dtype not in _SLOW or type(weight) not in _TYPES or not held.issubset(DTYPES):
             return F.linear(x, weight, bias)
-        if not learns:
-            return lora_linear(x, weight, None, None, 1.0, bias=bias)
-        if compiling:
+        if cast:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if not compiling:
+            with torch.autocast("cpu", enabled=False):
+                return linear(x, weight, bias)
+        if learns or not _fit(x, weight, bias):
             return F.linear(x, weight, bias)
-        with torch.autocast("cpu", enabled=False):
-            return linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return lora_linear(x, weight.detach(), None, None, 1.0, bias=bias)
     if _library(x, weight, bias) == "torch" or (learns and weight.dtype not in _SLOW):
         return F.linear(x, weight, bias)
-    if learns:
-        return _Learned.apply(x, weight, bias)
-    if grad and x.requires_grad:
-        return _Frozen.apply(x, weight, bias)
+    if learns or (grad and x.requires_grad):
+        return _Linear.apply(x, weight, bias)
     return product(x, weight, bias)

@@ -227,7 +227,8 @@ class _Deferred(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dense.product_back(grad, weight.to(ctx.dtype)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            dw = (rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(ctx.dtype)).to(weight.dtype)
+            x = hidden.reshape(-1, hidden.shape[-1]).to(ctx.dtype)
+            dw = dense.weight_gradient(rows, x).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, None

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from peft_engine import layer_lines
-from peft_engine.conv1d import as_made, by_rows
+from peft_engine.conv1d import as_made, by_rows, is_conv1d
 from peft_engine.heads import attach_head, detach_head
 from peft_engine.methods import derived, fused_attention, walks
 from peft_engine.methods.attention_sites import uses_interface
@@ -76,6 +76,8 @@ def unoptimize(model: ModelType) -> ModelType:
             module.__dict__.pop(kept, None)
         set_class(module, stood_for(module))
         lay_out(module, as_made)
+        if is_conv1d(type(module)):  # PEFT's layer around it, for which it was laid out, may be gone
+            as_made(module)
     fused_attention.take(model)
     detach_head(model)
     return model

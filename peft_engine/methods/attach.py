@@ -5,7 +5,7 @@ each adapter's config in `peft_engine_adapters`, the paths of its tensors in `pe
 is active in `peft_engine_active`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -91,14 +91,14 @@ class active:
         self._model = unwrap(model)
         self._before: Which = getattr(self._model, "peft_engine_active", None)
         mixed = which is not None and not isinstance(which, str)
+        wanted: Which = tuple(which) if mixed and isinstance(which, Iterable) else which  # type: ignore[assignment]
         if mixed and not (
-            isinstance(which, Sequence) and all(isinstance(entry, str | None) for entry in which)
+            isinstance(wanted, tuple) and all(isinstance(entry, str | None) for entry in wanted)
         ):
             raise TypeError(
                 "active: expected an adapter's name, None for the base, or a list with one of these for each "
                 f"row, got {which!r}"
             )
-        wanted: Which = tuple(which) if mixed else which  # type: ignore[arg-type, assignment]
         if wanted == ():
             raise ValueError("active: the list of adapter names is empty; give one name or None per row")
         for name in _names(wanted):

@@ -147,10 +147,11 @@ _BY_NAMES = (
 
 
 # Whose sublayers add s, or a bias of h, where nobody sees it, or whose layers add something else: a multiple
-# of h or of s, several streams.
+# of h or of s, several streams. Families, and classes of others.
 _OTHER_SUMS = (
     "bloom", "gpt_neox_japanese", "granite", "granite_swa", "minimax", "doge", "beam", "inkling", "inkling2",
-    "deepseek_v4", "hy_v4",
+    "deepseek_v4", "hy_v4", "minicpm3", "granite_docling", "granite4_vision", "glm5_next", "neomme", "esmc",
+    "EsmFold2AtomLayer", "MllamaVisionEncoderLayer", "Qwen3OmniMoeCode2WavTransformerLayer",
 )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def _is_norm(name: str) -> bool:
 def _by_names(at: str, layer: Any) -> Iterator[Found]:
     """A norm behind a sublayer is part of it: h is what it gives."""
     norms = {name for name in layer._modules if _is_norm(name)}
-    known = _has(layer, "mlp") and _family(layer) not in _OTHER_SUMS
+    known = _has(layer, "mlp") and not {_family(layer), type(layer).__name__}.intersection(_OTHER_SUMS)
     for parts in _BY_NAMES if known else ():
         names = {name for part in parts for name in part}
         if norms == set(filter(_is_norm, names)) and _has(layer, *names):

@@ -100,7 +100,9 @@ def _by_torch(
 ) -> bool:
     """Whether a call is one that no kernel takes, or that torch's runs as fast (layers._attend)."""
     device = query.device.type
-    if (device != "cpu" and softcap is None) or torch.compiler.is_compiling():
+    if device != "cpu" and (softcap is None or device != "cuda"):
+        return True
+    if torch.compiler.is_compiling():
         return True
     if query.shape[2] == 1 and query.dtype == torch.float32 and softcap is None:
         return True

@@ -1,5 +1,6 @@
 """What prefix and prompt tuning share: PEFT's fields, tokens to start from, and their file."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,11 +45,18 @@ def task_type(model: Any, config: Any) -> str | None:
     would run without the virtual tokens, and say nothing.
     """
     name = type(model).__name__
-    if config.task_type is None and name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    if config.task_type is None and name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else None
-    return config.task_type
+    if config.task_type is not None:
+        return config.task_type
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if getattr(model, "base_model", None) is model:
+        return "FEATURE_EXTRACTION"
+    warnings.warn(  # a classifier's task would have PEFT ask for the weights of its head
+        f"save_adapter: a {name} says no task, and without one PEFT reads virtual tokens as if there were "
+        "none; for PEFT give task_type in the config that is attached (SEQ_CLS, TOKEN_CLS, ...)",
+        stacklevel=2,
+    )
+    return None
 
 
 def start_tokens(model: Any, config: Any, init_field: str, who: str) -> torch.Tensor | None:

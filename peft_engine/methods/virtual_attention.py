@@ -15,7 +15,7 @@ from peft_engine import dispatch
 from peft_engine.methods import copies
 from peft_engine.methods.attention_sites import dropout_of, heads_of
 from peft_engine.methods.copies import thread, whose
-from peft_engine.ops.attention import Intervals, kept_intervals
+from peft_engine.ops.attention import Intervals, causal_mask, is_readable, kept_intervals
 from peft_engine.ops.dropout import draw_seed
 from peft_engine.ops.prefix_attention import PREFIX_ATTENTION, PrefixAttentionCall, prefix_attention
 
@@ -162,7 +162,14 @@ def whole_mask(*args, **kwargs) -> torch.Tensor | None:
     """
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    with dispatch.outside_inference():  # where a change is counted, and no copy tells of it (kept_intervals)
+        causal = kwargs.get("allow_is_causal_skip", True) and not kwargs.get("allow_is_bidirectional_skip")
+        queries, padding = kwargs.get("q_length", 1), kwargs.get("attention_mask")
+        readable = not torch.compiler.is_compiling() and (padding is None or is_readable(padding))
+        if causal and queries > 1 and readable and not args:
+            mask = sdpa_mask(**kwargs)
+            return causal_mask(queries, kwargs["kv_length"], kwargs["device"]) if mask is None else mask
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 def set_attention(config: Any, name: str) -> None:

@@ -316,7 +316,7 @@ def _by_columns(rows: _Labelled, weight, bias, softcap, stats, dw, db) -> None:
         run(part, rows.labels, rows.scale, stats, start)
         _uncap(part, capped)
         if dw is not None:
-            torch.mm(part.t(), x, out=dw[columns])
+            dense.weight_gradient(part, x, out=dw[columns])
         if len(db):
             db[columns] = part.sum(0, dtype=torch.float32).to(db.dtype)
         del part, capped

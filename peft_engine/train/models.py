@@ -218,13 +218,16 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 def recorded(folders: Sequence[Path], setting: str) -> Any:
     """What the adapters' records say of a setting (None: nothing); ModelError when they disagree."""
-    said = [run_record(folder).get("settings", {}).get(setting) for folder in folders]
-    return _agreed(folders, said, setting)
+    return _agreed(folders, [_setting(folder, setting) for folder in folders], setting)
+
+
+def _setting(folder: Path, setting: str) -> Any:
+    return run_record(folder).get("settings", {}).get(setting)
 
 
 def evaluated_on(folder: Path) -> str | None:
     """The file that an adapter's run was evaluated on, if it is there."""
-    data = run_record(folder).get("settings", {}).get("eval_data")
+    data = _setting(folder, "eval_data")
     return data if isinstance(data, str) and Path(data).is_file() else None
 
 

@@ -1,10 +1,15 @@
 """What a site says is added to its sublayer is what the model adds there, in each family known by names."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 import peft_engine as pe
+from peft_engine.methods import bottleneck_sites
 from peft_engine.methods.bottleneck_sites import POST_NORM, PRE_NORM, find
 
 SIZES = {
@@ -114,6 +119,44 @@ def test_the_sum_at_a_site_is_the_model_s(family):
                 total = seen[site.path, "out"] + seen[site.source, "in"].view_as(seen[site.path, "out"])
                 total = total if site.norm is None else model.get_submodule(site.norm)(total)
                 torch.testing.assert_close(total.view_as(end), end)
+
+
+TERM = r"(\w+|self\.\w+\([\w.()]+\))"
+SUM = re.compile(rf"\w+ = \(?{TERM} \+ {TERM}( \+ \w+)?\)?")
+
+
+def layers_of_known_names():
+    """(family, class, the lines of its forward that add or multiply) of those that are taken for known."""
+    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        source = file.read_text()
+        for node in ast.parse(source).body if "self.mlp" in source else ():
+            methods = {f.name: f for f in getattr(node, "body", ()) if isinstance(f, ast.FunctionDef)}
+            if not methods.keys() >= {"__init__", "forward"}:
+                continue
+            held = set(re.findall(r"self\.(\w+)\s*=", ast.get_source_segment(source, methods["__init__"])))
+            norms = set(filter(bottleneck_sites._is_norm, held))
+            known = [{name for part in parts for name in part} for parts in bottleneck_sites._BY_NAMES]
+            known = [k for k in known if k <= held and norms == set(filter(bottleneck_sites._is_norm, k))]
+            if "mlp" not in held or not known:
+                continue
+            statements = [s for s in ast.walk(methods["forward"]) if isinstance(s, (ast.Assign, ast.Return))]
+            lines = [ast.unparse(s) for s in statements if s.value is not None]
+            yield file.parent.name, node.name, [line for line in lines if re.search(r" [-+*/] ", line)]
+
+
+def test_every_layer_of_known_names_adds_as_is_known():
+    """In whatever transformers is there; what adds otherwise in a new one goes into _OTHER_SUMS."""
+    found = list(layers_of_known_names())
+    assert len(found) > 100
+    others = set(bottleneck_sites._OTHER_SUMS)
+    odd = [
+        f"{family}, {kind}: {line}"
+        for family, kind, lines in found
+        if not {family, kind} & others
+        for line in lines
+        if not SUM.fullmatch(line)
+    ]
+    assert not odd, "\n".join(odd)
 
 
 @pytest.mark.parametrize("family", ["Bloom", "Granite", "Doge", "MiniMax"])

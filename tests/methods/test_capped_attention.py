@@ -104,6 +104,46 @@ def test_generation_is_the_models_own(family, how):
     assert torch.equal(model.generate(IDS, attention_mask=left, **settings), want)
 
 
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "padding"])
+def test_a_model_on_the_meta_device_runs(adapter, mask):
+    model = build()
+    if adapter == "lora":
+        lora(model)
+    elif adapter == "prefix":
+        pe.attach(model, pe.PrefixTuningConfig(num_virtual_tokens=3))
+    pe.optimize(model)
+    out = model.to("meta")(input_ids=IDS.to("meta"), attention_mask=mask if mask is None else mask.to("meta"))
+    assert out.logits.shape == (3, 17, 101)
+
+
+@pytest.mark.parametrize("recorded", [torch.inference_mode, torch.no_grad])
+def test_what_is_causal_has_one_row_of_mask_that_nobody_scans(recorded, monkeypatch):
+    """A prompt of 8,000 tokens held 12 masks of 64 MB for a moment, and each layer compared two of them."""
+    model = build()
+    want = logits(model, None)
+    pe.optimize(model)
+    masks, scanned = [], []
+    run = fused_attention.attend_capped
+
+    def see(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return run(module, query, key, value, attention_mask, **kwargs)
+
+    ops = sys.modules["peft_engine.ops.attention"]
+    monkeypatch.setattr(ops, "intervals_from_mask", lambda mask: scanned.append(mask))
+    transformers.AttentionInterface.register(fused_attention.CAPPED, see)
+    try:
+        with recorded():
+            got = logits(model, None)
+    finally:
+        transformers.AttentionInterface.register(fused_attention.CAPPED, run)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    full = [mask for mask in masks if mask.shape[0] == 1]
+    assert len(masks) == 2 and len(full) == 1 and not full[0].is_inference()  # the other has a window of 6
+    assert len(scanned) == 1 and scanned[0] is not full[0]
+
+
 @pytest.mark.parametrize("method", [pe.PrefixTuningConfig, pe.PromptTuningConfig])
 def test_behind_virtual_tokens(method):
     results = []

@@ -238,6 +238,18 @@ def quantized(**fields):
     return pe.quantize_(gpt2(torch.bfloat16, **fields))
 
 
+@pytest.mark.peers
+def test_a_layer_that_peft_has_left_lies_as_it_was_made_once_the_model_is_unoptimised(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (the `peers` extra)")
+    config = peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    model = peft.get_peft_model(gpt2(), config)
+    pe.optimize(model)
+    left = model.merge_and_unload()
+    pe.unoptimize(left)
+    left.save_pretrained(tmp_path)
+    assert all(p.is_contiguous() for p in left.parameters())
+
+
 def test_a_quantised_layer_multiplies_by_the_rounded_weight():
     dense, model = gpt2(torch.float32), quantized()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -109,3 +110,14 @@ def test_bottlenecks_give_a_row_the_bits_of_the_whole_batch(tiny_llama, batch, t
             mixed = model(ids).logits
     for row, name in enumerate(names):
         assert torch.equal(mixed[row], whole[name][row])
+
+
+def test_active_takes_any_iterable_of_names():
+    model, names = adapted(False), ["small", None]
+    for which in (names, tuple(names), iter(names), dict.fromkeys(names).keys(), np.array(names)):
+        pe.active(model, None)
+        pe.active(model, which)
+        assert model.peft_engine_active == ("small", None)
+    for wrong in (5, [5], [["small"]], object()):
+        with pytest.raises(TypeError, match="active: expected an adapter's name, None for the base, or"):
+            pe.active(model, wrong)
