@@ -76,8 +76,8 @@ def _refuse_worthless(model: nn.Module, method: Method, held: dict[str, torch.Te
         not torch.equal(held[p], sharded.whole(copies.base_of(*copies.owner(model, p)))) for p in copied
     ):
         raise ValueError(
-            f"{who} is untouched by training: {why}; was its gradient cut off? (adapters_without_gradient "
-            "tells after a step)"
+            f"{who} is untouched by training: {why}; was its gradient cut off? (peft_engine.methods."
+            "adapters_without_gradient(model) tells after a step)"
         )
 
 
@@ -139,7 +139,8 @@ def load_adapter(
         plan = method.resolve(base, config, "load_adapter", strict=False)
         wanted = method.shapes(base, config, plan, header)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {bases}: {error}") from None
+        of = "" if trained_on is None and here is None else f"{bases}: "
+        raise ValueError(f"{where}: {of}{error}") from None
     for path in plan.copied:
         wanted[path] = tuple(copies.base_of(*copies.owner(base, path)).shape)
     paths = {key: path for path, key in method.keys(base, wanted, saved_as).items()}

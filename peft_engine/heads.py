@@ -46,7 +46,7 @@ class FusedHeadLinear(nn.Linear):
         lazy, self.labels_given = self.labels_given, False
         if torch.compiler.is_compiling():
             return dense.linear(input, self.weight, self.bias)
-        if lazy:
+        if lazy and not input.is_meta:
             return LazyLogits.of(input, self.weight, self.bias)
         few = input.numel() <= _FEW_ROWS * self.in_features
         if few and self.weight.dtype in DTYPES and not torch.is_grad_enabled():
@@ -121,7 +121,7 @@ def attach_head(model: nn.Module) -> LayerReport:
 def detach_head(model: nn.Module) -> None:
     """Undoes attach_head; a model that was not attached stays as it is."""
     base: Any = _transformers_model(model)
-    if getattr(base, "_loss_function", None) is causal_lm_loss:
+    if base.__dict__.get("_loss_function") is causal_lm_loss:
         del base._loss_function
     for key, hook in list(base._forward_pre_hooks.items()):
         if hook is note_labels:
@@ -177,6 +177,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _transformers_model(model: nn.Module) -> Any:
     base: Any = unwrap(model)
+    if type(base).__name__ == "PeftMixedModel":
+        return base.base_model.model
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 

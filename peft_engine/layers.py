@@ -55,8 +55,19 @@ _ACTIVATIONS: dict[type, str] = {
 }
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "forward")
+
+
+def is_watched(act: Any) -> bool:
+    """Whether an activation has hooks, or a forward of its own, which a fused product would pass by."""
+    held = getattr(act, "__dict__", {})
+    return any(map(held.get, _HOOKS))
+
+
 def activation_of(act: Any) -> str:
-    """A module's activation as swiglu names it; "" for one that it has not."""
+    """A module's activation as swiglu names it; "" for one that it has not, or that is watched."""
+    if is_watched(act):
+        return ""
     kind = type(act)
     if kind.__module__ == __name__:
         kind = kind.__bases__[-1]
@@ -359,6 +370,8 @@ def fused_class(module: torch.nn.Module) -> tuple[type | None, str, str]:
         act = next(getattr(module, name) for name in _ACTS if hasattr(module, name))
         if not activation_of(act):
             why = f"its activation is {type(act).__name__}; the fused products are those of SiLU and GELU"
+            if is_watched(act):
+                why = "its activation has hooks or another forward, which the fused product would pass by"
     elif op == "attention":
         why = _own_attention(module)
     return (None, op, why) if why else (fused, op, "")

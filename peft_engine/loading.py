@@ -175,6 +175,11 @@ def _check_all_read(path: str, model: str, info: dict[str, Any]) -> None:
         if info[what]:
             names = sorted(info[what])
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            if any(".lora_" in name or "peft_engine" in name for name in names):
+                raise ValueError(
+                    f"load_quantized: {path} was saved with an adapter attached: {shown}; save the base "
+                    "alone (detach or merge_ before save_pretrained) and the adapter with save_adapter"
+                )
             raise ValueError(
                 f"load_quantized: {path}: {what.replace('_', ' ')} for {model}: {shown}; "
                 "is the checkpoint whole, and of this model?"

@@ -49,6 +49,13 @@ class Report:
         counts = Counter(dataclasses.replace(layer, name="") for layer in self.layers)
         return dict(sorted(counts.items(), key=lambda item: (not item[0].fused, -item[1])))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises TypeError: somebody took it for the model."""
+        raise TypeError(
+            "optimize changes the model in place and returns a report of what runs; call optimize(model) and "
+            "go on with model"
+        )
+
     def __str__(self) -> str:
         lines = [f"peft-engine: {self.fused_count} of {self.total} layers fused; CPU kernels: {self.cpu}"]
         kinds = self.kinds()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_engine.methods import peft_config
 from peft_engine.ops.bottleneck import ACTIVATIONS, ALIASES
 
 INITS = ("bert", "mam_adapter", "houlsby")
@@ -213,5 +214,4 @@ def _check_lists(config: BottleneckConfig) -> None:
         if isinstance(saved, str) or not isinstance(saved, Iterable):
             raise TypeError(f"BottleneckConfig: modules_to_save must be a list of names, got {saved!r}")
         object.__setattr__(config, "modules_to_save", list(saved))
-    if config.task_type is not None and not isinstance(config.task_type, str):
-        raise TypeError(f"BottleneckConfig: task_type must be a string, got {config.task_type!r}")
+    peft_config.check_task("BottleneckConfig", config.task_type)

@@ -206,6 +206,9 @@ def compute(
     index, shares = index.reshape(-1, pairs), shares.reshape(-1, pairs)
     up_lora, down_lora = loras
     activation = _activation(module)
+    if not activation:  # set after the adapters
+        mend = "take that off, or the adapters: peft_engine.detach(model)"
+        raise ValueError(f"experts: {_refusal(module)}; {mend}")
     y = run(flat, index, shares, gate_up, down, activation, gate_up_lora=up_lora, down_lora=down_lora)
     return y.view(x.shape)
 
@@ -233,6 +236,8 @@ def fused_class(module: nn.Module) -> tuple[type | None, str, str]:
 def _refusal(module: Any) -> str:
     from transformers.integrations.moe import _default_apply_gate
 
+    from peft_engine.layers import is_watched  # imports transformers, which has made the module
+
     kind = module.__dict__.get(AS_IT_WAS, class_of(module)).__name__
     if getattr(type(module), "_apply_gate", None) is not _default_apply_gate or not module.has_gate:
         return f"{kind} has a gate of its own; the fused one is act(gate) * up"
@@ -242,6 +247,8 @@ def _refusal(module: Any) -> str:
         return f"{kind} has a bias or a norm for each expert"
     if "forward" in module.__dict__:
         return f"the forward of {kind} was replaced (by a device map?); load the model on one device"
+    if is_watched(module.act_fn):
+        return "its activation has hooks or another forward, which the fused product would pass by"
     if not _activation(module):
         return f"its activation is {type(module.act_fn).__name__}; the fused ones are SiLU and GELU"
     return ""

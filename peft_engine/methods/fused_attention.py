@@ -84,7 +84,27 @@ def attend_capped(module, query, key, value, attention_mask, **kwargs) -> tuple[
         return _eager(module, query, key, value, attention_mask, **kwargs)
     none = key.detach()[:1, :, :0]
     how = virtual_attention.with_prefix
-    return how(_eager, module, query, key, value, attention_mask, none, none, **kwargs), None
+    out = how(_eager, module, query, key, value, attention_mask, none, none, **kwargs)
+    if attention_mask is not None:
+        out = _with_blind(out, module, query, key, value, attention_mask, **kwargs)
+    return out, None
+
+
+def _with_blind(out, module, query, key, value, mask, **kwargs) -> torch.Tensor:
+    """out (B, T, heads, D), by the model's own attention where a query, as of padding, sees nothing.
+
+    The lowest number, added to all of its scores, makes them alike: it gives the mean of all values, and what
+    follows the padding of a row is trained on it.
+    """
+    kept = kept_intervals(mask)
+    assert kept is not None  # else no kernel has run
+    blind = kept.first >= kept.last
+    at = blind.any(0).nonzero()[:, 0]
+    if not len(at):
+        return out
+    own, _ = _eager(module, query.index_select(2, at), key, value, mask.index_select(2, at), **kwargs)
+    own = torch.where(blind[:, at, None, None], own, out.index_select(1, at))
+    return out.index_copy(1, at, own)
 
 
 def _eager(module, query, key, value, mask, *, is_causal, **kwargs) -> tuple[torch.Tensor, Any]:

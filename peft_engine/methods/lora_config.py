@@ -36,6 +36,7 @@ class LoraConfig:
     layers_pattern       the name of the list that the index is in
     task_type            PEFT's word for the task ("CAUSAL_LM"), written to the file; with "SEQ_CLS",
                          "TOKEN_CLS" and "QUESTION_ANS" the model's head is trained whole
+    inference_mode       False, as PEFT's examples give it; and fan_in_fan_out, which a layer's class says
 
     Raises TypeError or ValueError that names the field.
     """
@@ -56,8 +57,11 @@ class LoraConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     task_type: str | None = None
+    inference_mode: dataclasses.InitVar[bool] = field(default=False, kw_only=True)
+    fan_in_fan_out: dataclasses.InitVar[bool] = field(default=False, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, inference_mode: bool, fan_in_fan_out: bool) -> None:
+        peft_config.check_inference_mode("LoraConfig", inference_mode)
         _integer("r", self.r)
         for pattern, r in _mapping("rank_pattern", self.rank_pattern).items():
             _integer(f"rank_pattern[{pattern!r}]", r)
@@ -89,8 +93,7 @@ class LoraConfig:
             [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
         ):
             _regex("layers_pattern", pattern)
-        if self.task_type is not None and not isinstance(self.task_type, str):
-            raise TypeError(f"LoraConfig: task_type must be a string, got {self.task_type!r}")
+        peft_config.check_task("LoraConfig", self.task_type)
         for name in ("use_rslora", "use_dora"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"LoraConfig: {name} must be True or False, got {getattr(self, name)!r}")

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from peft_engine.conv1d import as_made, by_rows, features, is_conv1d, is_linear
-from peft_engine.methods import copies, derived, dora, experts, lora_config, lora_experts, sharded, targets
+from peft_engine.methods import (
+    copies,
+    derived,
+    dora,
+    experts,
+    lora_config,
+    lora_experts,
+    peft_config,
+    sharded,
+    targets,
+)
 from peft_engine.methods.experts import ExpertWeights
 from peft_engine.methods.lora import BASES, initial, layer_class
 from peft_engine.methods.lora_config import LoraConfig
@@ -216,7 +226,8 @@ def to_file(model: nn.Module, config: LoraConfig, name: str) -> dict[str, Any]:
             wanted = short_names(mine, model)
         config = dataclasses.replace(config, target_modules=wanted)
     bases = {BASES[sharded.class_of(layer)] for _, layer in layers(model) if name in layer.lora}
-    return lora_config.to_file(config) | {"fan_in_fan_out": any(map(is_conv1d, bases))}
+    task = config.task_type or peft_config.language_task(model)  # for PEFT's AutoPeftModel
+    return lora_config.to_file(config) | {"fan_in_fan_out": any(map(is_conv1d, bases)), "task_type": task}
 
 
 def owns(fields: Mapping[str, Any]) -> bool:

@@ -9,13 +9,13 @@ it is saved.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_engine.methods import prompt_learning, virtual_tokens
+from peft_engine.methods import peft_config, prompt_learning, virtual_tokens
 from peft_engine.methods.attention_sites import Stack, stacks
 from peft_engine.methods.prompt_learning import (
     STORED,
@@ -54,8 +54,10 @@ class PrefixTuningConfig:
     tokenizer_name_or_path: str | None = None
     modules_to_save: list[str] | None = None
     task_type: str | None = None
+    inference_mode: InitVar[bool] = field(default=False, kw_only=True)  # as PEFT's examples give it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, inference_mode: bool) -> None:
+        peft_config.check_inference_mode("PrefixTuningConfig", inference_mode)
         check_fields(self, "prefix_init")
         if type(self.prefix_projection) is not bool:
             raise TypeError(

@@ -1,5 +1,6 @@
 """What prefix and prompt tuning share: PEFT's fields, tokens to start from, and their file."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,8 +32,7 @@ def check_fields(config: Any, init_field: str) -> None:
     for name, value in ((f"{init_field}_text", text), ("tokenizer_name_or_path", tokenizer)):
         if init == "TEXT" and not isinstance(value, str):
             raise ValueError(f"{who}: {init_field}='TEXT' needs {name}, a string, got {value!r}")
-    if config.task_type is not None and not isinstance(config.task_type, str):
-        raise TypeError(f"{who}: task_type must be a string, got {config.task_type!r}")
+    peft_config.check_task(who, config.task_type)
     saved = config.modules_to_save
     if saved is not None:
         if isinstance(saved, str) or not isinstance(saved, Iterable):
@@ -47,8 +47,8 @@ def task_type(model: Any, config: Any) -> str | None:
     name = type(model).__name__
     if config.task_type is not None:
         return config.task_type
-    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if (task := peft_config.language_task(model)) is not None:
+        return task
     if getattr(model, "base_model", None) is model:
         return "FEATURE_EXTRACTION"
     warnings.warn(  # a classifier's task would have PEFT ask for the weights of its head
@@ -102,7 +102,7 @@ def check_length(model: Any, config: Any, who: str) -> None:
             "(hidden_size_per_layer_input), and a prompt has no ids; take a prefix, or LoRA"
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.num_virtual_tokens >= limit:
+    if limit is not None and 0 <= limit <= config.num_virtual_tokens:  # XLNet says -1
         raise ValueError(
             f"{who}: num_virtual_tokens={config.num_virtual_tokens} leaves no room for tokens: the model has "
             f"{limit} positions; take fewer"
@@ -181,7 +181,7 @@ def keys(model: nn.Module, paths: Iterable[str], name: str) -> dict[str, str]:
 
 def from_file(kind: Any, fields: Any, peft_type: str, inert: Iterable[str], where: str) -> Any:
     """The config in an adapter_config.json. inert: fields of `kind` that say how the training started."""
-    names = kind.__dataclass_fields__.keys()
+    names = {field.name for field in dataclasses.fields(kind)}
     inert = (*inert, *GEOMETRY)
     fields = peft_config.check(fields, peft_type, (*names, *inert), where)
     given = {n: fields[n] for n in names - set(inert) if fields.get(n) is not None}

@@ -8,13 +8,13 @@ output is P longer, as PEFT has it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_engine.methods import prompt_learning, sharded, virtual_tokens
+from peft_engine.methods import peft_config, prompt_learning, sharded, virtual_tokens
 from peft_engine.methods.attention_sites import Stack, mixes_outside, stacks
 from peft_engine.methods.prompt_learning import (
     STORED,
@@ -49,8 +49,10 @@ class PromptTuningConfig:
     tokenizer_name_or_path: str | None = None
     modules_to_save: list[str] | None = None
     task_type: str | None = None
+    inference_mode: InitVar[bool] = field(default=False, kw_only=True)  # as PEFT's examples give it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, inference_mode: bool) -> None:
+        peft_config.check_inference_mode("PromptTuningConfig", inference_mode)
         check_fields(self, "prompt_tuning_init")
 
 

@@ -166,6 +166,8 @@ def _matching(model: nn.Module, config: LoraConfig, roots: list[str], who: str, 
     if not kept:
         left_out = f"all {len(chosen)} that match are excluded" if chosen else "no module's path matches"
         near = ", ".join(near_names([wanted] if isinstance(wanted, str) else wanted, model)) or "none"
+        if isinstance(wanted, str):
+            near += "; a string is one expression for whole paths: give a list of names, or 'all-linear'"
         raise ValueError(
             f"{who}: target_modules={config.target_modules!r} targets nothing: {left_out} (exclude_modules, "
             f"modules_to_save and layers_to_transform count); linear layers: {near}"

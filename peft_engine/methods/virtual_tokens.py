@@ -309,7 +309,7 @@ def _check_implementation(config: Any, kwargs: dict) -> None:
     """The attention may have been set anew since the adapter was made active, or be asked for weights."""
     asked = kwargs.get("output_attentions")
     asked = config.output_attentions if asked is None else asked
-    if asked and config._attn_implementation in ("eager", f"{NAME}eager"):
+    if asked and config._attn_implementation.removeprefix(NAME) in ("eager", "fused_capped"):
         raise ValueError(
             "virtual tokens: output_attentions=True, and behind virtual tokens no attention weights are "
             "formed; leave it out, or deactivate the adapter: peft_engine.active(model, None)"

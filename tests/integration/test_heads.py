@@ -11,6 +11,7 @@ import transformers
 from head_cases import VOCABULARY, Largest, assert_equal_to_rounding, batch, batch_of, needs_kernels
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+import peft_engine as pe
 from peft_engine.heads import FusedHeadLinear, attach_head, detach_head
 from peft_engine.lazy_logits import LazyLogits
 
@@ -268,3 +269,27 @@ def test_detach_leaves_the_model_as_it_was(tiny_llama):
     assert type(model.lm_head) is torch.nn.Linear and not model._forward_pre_hooks
     assert model.loss_function is ForCausalLMLoss
     detach_head(model)
+
+
+def test_a_model_moved_to_the_meta_device_gives_logits_with_labels(tiny_llama):
+    model = tiny_llama()
+    pe.optimize(model)
+    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    out = model.to("meta")(ids, labels=ids)
+    assert out.logits.float().argmax(-1).shape == (2, 5) and out.loss.is_meta
+
+
+@pytest.mark.peers
+def test_a_mixed_model_of_peft_around_an_optimised_one(tiny_llama):
+    peft = pytest.importorskip("peft", reason="peft is not installed (the `peers` extra)")
+    model, ids = tiny_llama(), torch.arange(10).view(2, 5)
+    want = model(ids, labels=ids).loss
+    pe.optimize(model)
+    mixed = peft.get_peft_model(model, peft.LoHaConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    pe.optimize(mixed)
+    torch.testing.assert_close(mixed(ids, labels=ids).loss, want)
+
+
+def test_a_report_taken_for_the_model_says_so(tiny_llama):
+    with pytest.raises(TypeError, match="optimize changes the model in place and returns a report"):
+        pe.optimize(tiny_llama())(torch.arange(5)[None])

@@ -191,3 +191,31 @@ def test_a_layer_that_only_has_the_name_is_not_taken_for_the_same():
 
     fused, op, why = layers.fused_class(LlamaRMSNorm())
     assert (fused, op) == (None, "rms_norm") and "no fused layer stands for" in why
+
+
+HOOKS = {
+    "forward": lambda act: act.register_forward_hook(lambda module, args, out: out * 0),
+    "before": lambda act: act.register_forward_pre_hook(lambda module, args: (args[0] * 0,)),
+    "backward": lambda act: act.register_full_backward_hook(lambda module, dx, dy: (dx[0] * 0,)),
+    "replaced": lambda act: setattr(act, "forward", torch.relu),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before optimize", "after"])
+@pytest.mark.parametrize("how", HOOKS)
+def test_hooks_of_an_activation_run(how, after):
+    sizes = {"hidden_size": 36, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, head_dim=12, vocab_size=103)
+    model = transformers.LlamaForCausalLM(config)
+    plain, ids = copy.deepcopy(model), torch.arange(3, 35).view(4, 8)
+    HOOKS[how](plain.model.layers[0].mlp.act_fn)
+    if after:
+        pe.optimize(model)
+    HOOKS[how](model.model.layers[0].mlp.act_fn)
+    report = pe.explain(model) if after else pe.optimize(model)
+    (line,) = [layer for layer in report.layers if layer.name == "model.layers.0.mlp"]
+    assert not line.fused and "its activation has hooks or another forward" in line.reason
+    for of in (plain, model):
+        of(ids, labels=ids).loss.backward()
+    for want, got in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6)

@@ -324,3 +324,32 @@ def test_images_of_paligemma_2_are_seen_from_both_sides():
         got = model(**given, attention_mask=torch.ones_like(ids), **more).logits
         torch.testing.assert_close(got + 0, want + 0, rtol=1e-4, atol=1e-4)
         pe.unoptimize(model)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "VaultGemma"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_sees_what_the_models_own_attention_shows_it(family, side):
+    """The last of left padding predicts a row's first token, which Trainer's collators label."""
+    mask = MASK.clone()
+    mask[1] = MASK[1].flip(0) if side == "left" else MASK[1]
+    ids = IDS.masked_fill(mask == 0, 0)
+    labels = ids.masked_fill(mask == 0, -100)
+    found = []
+    for fused in (False, True):
+        model = build(family).requires_grad_()
+        if fused:
+            pe.optimize(model)
+        out = model(input_ids=ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        found.append([out.logits + 0, out.loss, *(p.grad for p in model.parameters())])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_attention_weights_behind_virtual_tokens_are_refused(optimised):
+    model = pe.attach(build(), pe.PrefixTuningConfig(num_virtual_tokens=3))
+    if optimised:
+        pe.optimize(model)
+    with pytest.raises(ValueError, match="behind virtual tokens no attention weights are formed"):
+        model(IDS, output_attentions=True)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from method_cases import ALL, shake
 
+import peft_engine as pe
 from peft_engine import adapter_files
 from peft_engine.adapter_files import staging
 from peft_engine.checkpoint import CONFIG, WEIGHTS, load_adapter, save_adapter
@@ -97,3 +99,25 @@ def test_what_another_process_takes_away_meanwhile_is_no_error(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "stat", gone)
     assert staging(tmp_path / "mine").parent == tmp_path
+
+
+@pytest.mark.peers
+def test_pefts_auto_class_finds_the_base_of_a_language_model(tiny_llama, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (the `peers` extra)")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    pe.attach(model, pe.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    pe.save_adapter(model, tmp_path / "adapter")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits + 0)
+
+
+def test_a_base_saved_with_an_adapter_attached_is_told_to_be_one(tiny_llama, tmp_path):
+    model = pe.quantize_(tiny_llama())
+    pe.attach(model, pe.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"was saved with an adapter attached: .*lora_A.default.*detach or merge_"
+    ):
+        pe.load_quantized(tmp_path)

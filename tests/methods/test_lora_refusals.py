@@ -10,6 +10,7 @@ from method_cases import ALL
 from torch import nn
 from torch.nn.utils import prune
 
+import peft_engine as pe
 from peft_engine.methods import BottleneckConfig, LoraConfig, active, attach, detach
 from peft_engine.nn import NF4Linear
 from peft_engine.quantize import quantize_
@@ -225,3 +226,23 @@ def test_a_rank_that_a_classifier_cannot_hold_is_refused_with_the_task_that_trai
     assert state(model) == before
     attach(model, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
     assert any(p.requires_grad for name, p in model.named_parameters() if "classifier" in name)
+
+
+@pytest.mark.parametrize(
+    "kind", ["LoraConfig", "PrefixTuningConfig", "PromptTuningConfig", "BottleneckConfig"]
+)
+def test_a_task_is_one_of_pefts_and_inference_mode_is_off(kind, tmp_path):
+    config = getattr(pe, kind)
+    with pytest.raises(ValueError, match=f"{kind}: task_type must be one of CAUSAL_LM, .*got 'seq_cls'"):
+        config(task_type="seq_cls")
+    with pytest.raises(TypeError, match="task_type must be a string, got 3"):
+        config(task_type=3)
+    if kind != "BottleneckConfig":
+        assert config(inference_mode=False) == config()
+        with pytest.raises(ValueError, match=f"{kind}: inference_mode must be False, got True"):
+            config(inference_mode=True)
+
+
+def test_a_string_that_is_a_name_is_told_to_be_an_expression(tiny_llama):
+    with pytest.raises(ValueError, match="a string is one expression for whole paths: give a list of names"):
+        pe.attach(tiny_llama(), pe.LoraConfig(target_modules="q_proj"))

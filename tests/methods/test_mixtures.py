@@ -226,3 +226,19 @@ def test_a_step_reaches_every_adapter_tensor_under_checkpointing_and_compiles_wh
     model = fresh
     compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, compiled, strict=True))
+
+
+def test_hooks_of_the_experts_activation_run_or_are_refused():
+    family = next(iter(FAMILIES))
+    found = []
+    for optimised in (False, True):
+        model = build(family)
+        if optimised:
+            pe.optimize(model)
+        layer_of(model).act_fn.register_forward_hook(lambda module, args, out: out * 0)
+        found.append(logits(model))
+    torch.testing.assert_close(*found)
+    model = pe.attach(build(family), lora(target_parameters=BOTH))
+    layer_of(model).act_fn.register_forward_hook(lambda module, args, out: out * 0)
+    with pytest.raises(ValueError, match=r"activation has hooks .*take that off, or the adapters"):
+        logits(model)
