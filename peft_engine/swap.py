@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from peft_engine import layer_lines
+from peft_engine import flops, layer_lines
 from peft_engine.conv1d import as_made, by_rows, is_conv1d
 from peft_engine.heads import attach_head, detach_head
 from peft_engine.methods import derived, fused_attention, walks
@@ -40,6 +40,7 @@ def optimize(model: torch.nn.Module) -> Report:
     Raises ValueError, with nothing changed, when bitsandbytes has repacked weights at an evaluation.
     """
     refuse_repacked(model)
+    flops.register()
     walks.forget(model)
     detach_head(model)  # an adapter may have come around the head since it was joined with its loss
     # bitsandbytes' layers first: whether PEFT's layer around one can be fused depends on it.

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from peft_engine import flops
 from peft_engine.heads import unwrap
 from peft_engine.methods import copies, lora_layers, sharded, walks
 from peft_engine.methods.registry import METHODS, Config, method_of
@@ -36,6 +37,7 @@ def attach(model: ModelType, config: Config, name: str = "default") -> ModelType
     method = method_of(config, "attach")
     sharded.refuse(base, "attach")
     check_name(base, name, "attach")
+    flops.register()
     config = with_experts(base, with_head(base, config))
     install(base, config, name, method.resolve(base, config, "attach", True))
     return model
