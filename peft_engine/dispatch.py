@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,15 +248,22 @@ def _check(name: str, source: str) -> str:
     return name
 
 
-@contextlib.contextmanager
-def force_backend(name: str) -> Iterator[None]:
-    """Pins one backend inside the `with` block: a call it refuses raises BackendError with the reason."""
-    global _forced
-    before, _forced = _forced, _check(name, "force_backend")
-    try:
-        yield
-    finally:
-        _forced = before
+class force_backend:
+    """`force_backend(name)` pins a backend at once; used with `with`, its end restores what was before.
+
+    A call that it refuses raises BackendError with the reason. Raises ValueError for a name that is none.
+    """
+
+    def __init__(self, name: str):
+        global _forced
+        self._before, _forced = _forced, _check(name, "force_backend")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self._before
 
 
 if os.environ.get("PEFT_ENGINE_BACKEND"):

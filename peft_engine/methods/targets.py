@@ -211,14 +211,12 @@ def _check_layer(path: str, module: Any, who: str) -> None:
         )
     # A fused layer of ours is a subclass of the one it stands for.
     kind = next(c for c in kind.__mro__ if not c.__module__.startswith("peft_engine."))
+    mend = "; leave it out of target_modules"
     library = kind.__module__.split(".")[0]
     if library == "bitsandbytes":
-        why = f"bitsandbytes' {kind.__name__}; load the checkpoint with load_quantized instead"
+        why, mend = f"bitsandbytes' {kind.__name__}", "; load the checkpoint with load_quantized instead"
     elif isinstance(module, nn.Linear):
         why = f"{kind.__name__}, a subclass of nn.Linear whose forward may differ"
     else:
         why = kind.__name__
-    raise TypeError(
-        f"{who}: LoRA adapts nn.Linear, NF4Linear and Conv1D, but {path} is {why}; leave it out of "
-        "target_modules"
-    )
+    raise TypeError(f"{who}: LoRA adapts nn.Linear, NF4Linear and Conv1D, but {path} is {why}{mend}")

@@ -45,7 +45,7 @@ def rms_norm(
     if x.dtype not in DTYPES or weight.dtype not in (x.dtype, torch.float32):
         raise TypeError(
             f"rms_norm: x must be float32, bfloat16 or float16 and weight of x's dtype or float32, "
-            f"got {x.dtype} and {weight.dtype}; cast one of them"
+            f"got {x.dtype} and {weight.dtype}; cast them"
         )
     if x.device != weight.device:
         raise ValueError(f"rms_norm: x is on {x.device} and weight on {weight.device}; move one of them")

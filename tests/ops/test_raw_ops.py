@@ -202,3 +202,16 @@ def test_what_asks_for_more_goes_the_careful_way(monkeypatch):
             careful()
             with pytest.raises(dispatch.BackendError):
                 careful(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_a_backend_is_pinned_at_once_and_with_restores():
+    assert dispatch.forced() is None
+    with dispatch.force_backend("reference"):
+        dispatch.force_backend("cpu")
+        assert dispatch.forced() == "cpu"
+    assert dispatch.forced() is None
+    with pytest.raises(
+        ValueError, match="force_backend: expected one of cuda, triton, cpu, reference, got 'x'"
+    ):
+        dispatch.force_backend("x")
+    assert dispatch.forced() is None
