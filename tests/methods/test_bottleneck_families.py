@@ -128,8 +128,9 @@ SUM = re.compile(rf"\w+ = \(?{TERM} \+ {TERM}( \+ \w+)?\)?")
 def layers_of_known_names():
     """(family, class, the lines of its forward that add or multiply) of those that are taken for known."""
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        source = file.read_text()
-        for node in ast.parse(source).body if "self.mlp" in source else ():
+        classes = re.split(r"(?m)^(?=class |@|def )", file.read_text())  # to parse whole files takes long
+        for source in (c for c in classes if "self.mlp =" in c and "    def forward" in c):
+            (node,) = ast.parse(source).body
             methods = {f.name: f for f in getattr(node, "body", ()) if isinstance(f, ast.FunctionDef)}
             if not methods.keys() >= {"__init__", "forward"}:
                 continue
